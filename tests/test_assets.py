@@ -1,0 +1,142 @@
+"""What ships in assets/: the data set, the tiny base models and the text they were pretrained on."""
+
+import csv
+import itertools
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from assets.corpus import generate
+from assets.pretrain import check_corpus
+
+ROOT = Path(__file__).parent.parent
+ASSETS = ROOT / "assets"
+SPLITS = {"train": 400, "validation": 100, "test": 100}
+MODELS = {"tiny-causal-lm": AutoModelForCausalLM, "tiny-seq2seq": AutoModelForSeq2SeqLM}
+# Shared words over all words of two messages, handles left out; the closest pair that ships is at 0.4.
+NEAR_DUPLICATE = 0.5
+
+
+def read_split(split):
+    with open(ASSETS / "complaints" / f"{split}.csv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def words(message):
+    return set(re.findall(r"[\w']+", re.sub(r"@\w+", "", message.lower())))
+
+
+def near_duplicates(messages):
+    bags = [(message, words(message)) for message in messages]
+    return [
+        (one, other)
+        for (one, bag), (other, other_bag) in itertools.combinations(bags, 2)
+        if len(bag & other_bag) >= NEAR_DUPLICATE * len(bag | other_bag)
+    ]
+
+
+@pytest.fixture(scope="module")
+def messages():
+    return [row["Tweet text"] for split in SPLITS for row in read_split(split)]
+
+
+@pytest.mark.parametrize(("split", "size"), SPLITS.items())
+def test_split(split, size):
+    rows = read_split(split)
+    assert list(rows[0]) == ["Tweet text", "Label", "ID"]
+    assert Counter(row["Label"] for row in rows) == {"complaint": size // 2, "no complaint": size // 2}
+    for row in rows:
+        assert 6 <= len(row["Tweet text"].split()) <= 30
+        assert "complain" not in row["Tweet text"].lower()
+
+
+def test_ids_are_unique():
+    ids = [int(row["ID"]) for split in SPLITS for row in read_split(split)]
+    assert ids == list(range(sum(SPLITS.values())))
+
+
+def test_no_near_duplicates(messages):
+    assert near_duplicates(messages) == []
+
+
+def test_near_duplicate_detector_finds_a_planted_one(messages):
+    planted = messages[7].upper().replace(" the ", " a ") + " @SomebodyElse"
+    assert near_duplicates([*messages, planted]) == [(messages[7], planted)]
+
+
+def test_pretraining_text_has_no_label_and_no_message():
+    check_corpus(generate(5000, seed=1))
+
+
+@pytest.mark.parametrize("leak", ["a label", "a message"])
+def test_corpus_check_finds_a_planted_leak(leak, messages):
+    planted = "No Complaint." if leak == "a label" else messages[3].upper()
+    with pytest.raises(AssertionError, match=leak):
+        check_corpus([*generate(10, seed=1), (f"Customer : {planted} Agent :", "thanks")])
+
+
+def test_pretraining_text_is_deterministic():
+    assert generate(200, seed=3) == generate(200, seed=3)
+    assert generate(200, seed=3) != generate(200, seed=4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_folder(name):
+    files = {path.name: path.stat().st_size for path in (ASSETS / name).iterdir()}
+    assert set(files) == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert sum(files.values()) <= 8_000_000
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model(name):
+    model = MODELS[name].from_pretrained(ASSETS / name, local_files_only=True)
+    dropouts = {key: value for key, value in model.config.to_dict().items() if "dropout" in key}
+    assert dropouts and not any(dropouts.values())
+    assert all(module.p == 0 for module in model.modules() if isinstance(module, torch.nn.Dropout))
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tokenizer(name, messages):
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / name, local_files_only=True)
+    config = MODELS[name].from_pretrained(ASSETS / name, local_files_only=True).config
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (config.pad_token_id, config.eos_token_id)
+    assert len(tokenizer) == config.vocab_size
+    for text in [*messages, " two  spaces \n\t", "🤬👩‍🚀 日本語 naïve £5 €8", "no complaint"]:
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+        if name == "tiny-causal-lm":
+            assert ids[0] == tokenizer.bos_token_id and ids[-1] != tokenizer.eos_token_id
+        else:
+            assert ids[-1] == tokenizer.eos_token_id
+
+
+def pretrain(*args):
+    command = [sys.executable, "-m", "assets.pretrain", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_pretrain(name, tmp_path):
+    args = [name.removeprefix("tiny-"), "--output_dir", tmp_path / "model", "--num_exchanges", 640]
+    run = pretrain(*args)
+    assert run.returncode == 0, run.stderr
+    MODELS[name].from_pretrained(tmp_path / "model")
+    weights = (tmp_path / "model" / "model.safetensors").read_bytes()
+
+    assert "--overwrite_output_dir" in pretrain(*args).stderr
+    assert pretrain(*args, "--overwrite_output_dir").returncode == 0
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == weights

@@ -1,0 +1,270 @@
+"""The memory tracker: planted peaks, the printed report, the phases of two processes, the picture."""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import (
+    Path,
+)
+
+import psutil
+import pytest
+import torch
+from accelerate import (
+    PartialState,
+)
+
+from utils.memory import (
+    MB,
+    MemoryTracker,
+    draw_memory,
+    plot_memory,
+    report,
+)
+
+ROOT = Path(__file__).parents[1]
+KEYS = [f"{kind}_{moment}" for kind in ("gpu", "gpu_reserved", "cpu") for moment in ("begin", "end", "peak")]
+REPORT = """\
+GPU Memory before entering the train : 1916
+GPU Memory consumed at the end of the train (end-begin): 66
+GPU Peak Memory consumed during the train (max-begin): 7488
+GPU Total Peak Memory consumed during the train (max): 9404
+CPU Memory before entering the train : 19411
+CPU Memory consumed at the end of the train (end-begin): 0
+CPU Peak Memory consumed during the train (max-begin): 0
+CPU Total Peak Memory consumed during the train (max): 19411"""
+TWO_PROCESSES = """
+import json
+import sys
+import time
+
+import torch
+from accelerate import PartialState
+
+from utils.memory import MemoryTracker
+
+state = PartialState(cpu=True, backend="gloo")
+tracker = MemoryTracker()
+with tracker.phase("load"):
+    pass
+with tracker.phase("train"):
+    planted = torch.ones(100 * (1 + state.process_index) * 2**20, dtype=torch.uint8)
+    time.sleep(0.3)
+    del planted
+with open(f"{sys.argv[1]}/{state.process_index}.json", "w") as file:
+    json.dump({"own": tracker.entries, "memory": tracker.gather()}, file)
+state.destroy_process_group()
+"""
+
+
+@pytest.fixture(autouse=True)
+def cpu_state():
+    PartialState._reset_state()
+    yield PartialState(cpu=True)
+    PartialState._reset_state()
+
+
+def plant(megabytes):
+    """Memory that is held, every page of it: zeros() would be handed out untouched."""
+    return torch.ones(megabytes * MB, dtype=torch.uint8)
+
+
+def near(megabytes):
+    return pytest.approx(megabytes * MB, rel=0.05)
+
+
+def example(processes, gpu):
+    """What gather() returns, made up: two phases, figures that differ by process."""
+    return {
+        name: [
+            {key: (rank + number) * MB * (gpu or key.startswith("cpu")) for number, key in enumerate(KEYS, start)}
+            for rank in range(processes)
+        ]
+        for name, start in (("load", 100), ("train", 200))
+    }
+
+
+def test_entries_are_bytes_in_int_and_the_gpu_is_zero_on_a_cpu():
+    tracker = MemoryTracker()
+    before = psutil.Process().memory_info().rss
+    with tracker.phase("load"):
+        pass
+    after = psutil.Process().memory_info().rss
+    assert list(tracker.entries) == ["load"]
+    entry = tracker.entries["load"]
+    assert list(entry) == KEYS
+    assert all(type(value) is int for value in entry.values())
+    assert not any(value for key, value in entry.items() if key.startswith("gpu"))
+    assert before * 0.98 <= entry["cpu_begin"] <= entry["cpu_peak"] <= after * 1.02
+    assert before * 0.98 <= entry["cpu_end"] <= after * 1.02
+
+
+def test_planted_peak_is_found_and_counts_for_its_own_phase_only():
+    tracker = MemoryTracker()
+    with tracker.phase("train"):
+        planted = plant(200)
+        time.sleep(0.3)
+        del planted
+    with tracker.phase("evaluate"):
+        pass
+    train, evaluate = tracker.entries["train"], tracker.entries["evaluate"]
+    assert train["cpu_peak"] - train["cpu_begin"] == near(200)
+    assert abs(train["cpu_end"] - train["cpu_begin"]) < 10 * MB
+    assert evaluate["cpu_peak"] - evaluate["cpu_begin"] < 10 * MB
+
+
+def test_peak_is_found_while_python_keeps_the_interpreter_busy():
+    tracker = MemoryTracker()
+    with tracker.phase("train"):
+        planted = plant(200)
+        until = time.monotonic() + 0.5
+        while time.monotonic() < until:
+            pass
+        del planted
+    entry = tracker.entries["train"]
+    assert entry["cpu_peak"] - entry["cpu_begin"] == near(200)
+
+
+def test_what_lives_at_the_end_counts_without_a_sample_in_between():
+    tracker = MemoryTracker(interval=3600)  # the thread ends at once all the same, or this test never does
+    with tracker.phase("load"):
+        planted = plant(200)
+    entry = tracker.entries["load"]
+    assert entry["cpu_end"] - entry["cpu_begin"] == near(200)
+    assert entry["cpu_peak"] - entry["cpu_begin"] == near(200)
+    with tracker.phase("free"):
+        del planted
+    entry = tracker.entries["free"]
+    assert entry["cpu_end"] - entry["cpu_begin"] == near(-200)
+    assert entry["cpu_peak"] >= entry["cpu_begin"]
+
+
+def test_garbage_at_the_end_counts_as_peak_and_is_collected_before_the_end():
+    tracker = MemoryTracker(interval=3600)
+    gc.disable()
+    try:
+        with tracker.phase("train"):
+            cycle = [plant(200)]
+            cycle.append(cycle)
+            del cycle
+    finally:
+        gc.enable()
+    entry = tracker.entries["train"]
+    assert entry["cpu_peak"] - entry["cpu_begin"] == near(200)
+    assert abs(entry["cpu_end"] - entry["cpu_begin"]) < 10 * MB
+
+
+def test_report_has_the_words_and_the_unit_of_the_original():
+    figures = {"gpu": (1916, 1982, 9404), "cpu": (19411, 19411, 19411)}
+    entry = {
+        f"{kind}_{moment}": value * MB
+        for kind, values in figures.items()
+        for moment, value in zip(("begin", "end", "peak"), values)
+    }
+    assert report("train", entry) == REPORT
+
+
+def test_phase_prints_its_report_on_the_main_process(capsys):
+    tracker = MemoryTracker()
+    with tracker.phase("train"):
+        assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == report("train", tracker.entries["train"]) + "\n"
+
+
+def test_exception_goes_on_ends_the_thread_and_keeps_the_entry(capsys):
+    tracker = MemoryTracker()
+    threads = threading.enumerate()
+    with pytest.raises(MemoryError, match="planted"):
+        with tracker.phase("train"):
+            (sampler,) = set(threading.enumerate()) - set(threads)
+            assert sampler.daemon
+            raise MemoryError("planted")
+    assert threading.enumerate() == threads
+    assert list(tracker.entries["train"]) == KEYS
+    assert "before entering the train" in capsys.readouterr().out
+    with tracker.phase("save"):
+        pass
+    assert list(tracker.entries) == ["train", "save"]
+
+
+def test_repeated_and_nested_phases_are_refused():
+    tracker = MemoryTracker()
+    threads = threading.enumerate()
+    with tracker.phase("train"):
+        with pytest.raises(ValueError, match="'save' cannot begin inside phase 'train'"):
+            with tracker.phase("save"):
+                pass
+    with pytest.raises(ValueError, match="'train' was measured before"):
+        with tracker.phase("train"):
+            pass
+    assert list(tracker.entries) == ["train"]
+    assert threading.enumerate() == threads
+
+
+def test_gather_on_one_process():
+    tracker = MemoryTracker()
+    for name in ("load", "train"):
+        with tracker.phase(name):
+            pass
+    assert tracker.gather() == {name: [tracker.entries[name]] for name in ("load", "train")}
+
+
+def test_gather_on_two_processes(tmp_path):
+    script = tmp_path / "two_processes.py"
+    script.write_text(TWO_PROCESSES)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = subprocess.run(
+        [*launch, script, tmp_path],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["memory"] == second["memory"]
+    assert list(first["memory"]) == ["load", "train"]
+    assert first["memory"]["train"] == [first["own"]["train"], second["own"]["train"]]
+    for rank, entry in enumerate(first["memory"]["train"]):
+        assert entry["cpu_peak"] - entry["cpu_begin"] == near(100 * (1 + rank))
+    assert run.stdout.rstrip("\n") == "\n".join(report(name, first["own"][name]) for name in ("load", "train"))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 64])
+@pytest.mark.parametrize("gpu", [False, True])
+def test_figure_shows_every_phase_of_every_process(processes, gpu):
+    memory = example(processes, gpu)
+    figure = draw_memory(memory, limit=3000 * MB if gpu else 0)
+    panels = dict(zip(("gpu", "cpu") if gpu else ("cpu",), figure.axes, strict=True))
+    for kind, panel in panels.items():
+        heights = [bar.get_height() * MB for container in panel.containers for bar in container]
+        assert heights == [entry[f"{kind}_peak"] for name in ("load", "train") for entry in memory[name]]
+        centers = [bar.get_x() + bar.get_width() / 2 for container in panel.containers for bar in container]
+        assert [round(center) for center in centers] == 2 * list(range(processes))
+        assert len(set(centers)) == 2 * processes
+        lines = [[segment[0][1] * MB for segment in lines.get_segments()] for lines in panel.collections]
+        assert lines == [
+            [entry[f"{kind}_{moment}"] for entry in memory[name]]
+            for name in ("load", "train")
+            for moment in ("begin", "end")
+        ]
+        assert panel.get_ylim()[0] == 0
+    if gpu:
+        (line,) = panels["gpu"].lines
+        assert set(line.get_ydata()) == {3000}
+        assert panels["gpu"].get_ylim()[1] > 3000
+    assert not panels["cpu"].lines
+
+
+def test_plot_writes_a_png_and_leaves_pyplot_alone(tmp_path):
+    pyplot = "matplotlib.pyplot" in sys.modules
+    plot_memory(json.loads(json.dumps(example(2, gpu=False))), tmp_path / "memory.png")
+    picture = (tmp_path / "memory.png").read_bytes()
+    assert picture.startswith(b"\x89PNG\r\n\x1a\n")
+    assert picture.endswith(b"IEND\xaeB`\x82")
+    assert ("matplotlib.pyplot" in sys.modules) == pyplot

@@ -1,0 +1,357 @@
+"""Refuse bad settings in one sentence, before a model is loaded.
+
+Every refusal is one line, `error: ` and what is wrong and what to do, and ends the process with exit code 1. Settings
+and files look the same to all processes, so that all of them refuse; the first one speaks.
+
+This file imports no other file of the project and can be copied along with a script. What it needs of transformers is
+handed in by the script.
+"""
+
+import csv
+import glob
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch.utils import cpp_extension
+
+FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json"}
+SCHEDULES = ("cosine", "linear", "constant_with_warmup")
+DTYPES = ("float32", "bfloat16", "float16")
+POSITIVE = (
+    "max_length",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "num_train_epochs",
+    "lora_r",
+    "lora_alpha",
+)
+
+
+def refuse(message):
+    """Print `error: message` from one process and end this one with exit code 1."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(
+            5
+        )  # the launcher ends this process once the first has refused; if that one did not, this one speaks
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(1)
+
+
+def or_refuse(culprit, function, *args, **kwargs):
+    """Return `function(*args, **kwargs)`, or refuse with the culprit and the first line of what it raised."""
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:  # libraries raise anything for a missing, foreign or corrupt file
+        reason = error.__cause__ or error
+        refuse(f"{culprit}: {next(iter(str(reason).strip().splitlines()), type(reason).__name__)}")
+
+
+def read_settings(parser):
+    """Parse the command line with an `HfArgumentParser` of one dataclass and return its instance."""
+    parser.error = lambda message: refuse(f"{message}; --help lists the flags")
+    parser.allow_abbrev = False
+    if {"-h", "--help"} & set(sys.argv) and int(os.environ.get("RANK", 0)) > 0:
+        raise SystemExit(0)
+    return parser.parse_args_into_dataclasses()[0]
+
+
+def check_settings(config, strategies, auto_classes):
+    """Refuse settings that cannot work, before anything is loaded.
+
+    Args:
+        config: the script's Config.
+        strategies: those that the script can run, of "single", "ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2".
+        auto_classes: `AutoConfig`, `AutoTokenizer` and the auto class of the model.
+    """
+    check_numbers(config)
+    check_launch(config, strategies)
+    check_output(config)
+    data_files(config.dataset_name)
+    check_model(config, *auto_classes)
+
+
+def check_numbers(config):
+    """Refuse values out of range, each by its flag."""
+    values = vars(config)
+    for name in POSITIVE:
+        if name in values and not values[name] > 0:
+            refuse(f"--{name} is {values[name]}: give a number above 0")
+    for name in ("warmup_ratio", "lora_dropout"):
+        if name in values and not 0 <= values[name] < 1:
+            refuse(f"--{name} is {values[name]}: give a share from 0 to below 1")
+    for name in ("weight_decay", "max_grad_norm", "seed"):
+        if not values[name] >= 0:
+            refuse(f"--{name} is {values[name]}: give 0 or more")
+    if config.max_steps != -1 and config.max_steps < 1:
+        refuse(f"--max_steps is {config.max_steps}: give the number of updates, or -1 to train for --num_train_epochs")
+    if config.lr_scheduler_type not in SCHEDULES:
+        refuse(f"--lr_scheduler_type is {config.lr_scheduler_type!r}: choose one of {', '.join(SCHEDULES)}")
+    if config.dtype not in DTYPES:
+        refuse(f"--dtype is {config.dtype!r}: choose one of {', '.join(DTYPES)}")
+    if config.prompt_template.count("{text}") != 1:
+        refuse(f"--prompt_template is {config.prompt_template!r}: it must hold {{text}} once")
+    if config.text_column == config.label_column:
+        refuse(
+            f"--text_column and --label_column are both {config.text_column!r}: the label would stand in the prompt"
+        )
+
+
+def launched_strategy():
+    """Return the strategy that `accelerate launch` asked for, as it tells its processes in their environment."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        return f"zero{deepspeed_settings()['stage']}"
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        return f"fsdp{os.environ.get('FSDP_VERSION', 1)}"
+    return "ddp" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "single"
+
+
+def deepspeed_settings():
+    """Return stage, offload devices and precision of the launched DeepSpeed config, in YAML or in a JSON file."""
+    environ = os.environ
+    settings = {
+        "stage": int(environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)),
+        "optimizer": environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none"),
+        "precision": environ.get("ACCELERATE_MIXED_PRECISION", "no"),
+    }
+    file = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file != "none":
+        deepspeed = or_refuse(f"deepspeed_config_file {file}", lambda: json.loads(Path(file).read_text()))
+        zero = deepspeed.get("zero_optimization", {})
+        settings["stage"] = zero.get("stage", 0)
+        settings["optimizer"] = zero.get("offload_optimizer", {}).get("device", "none")
+        for precision in ("fp16", "bf16"):
+            if deepspeed.get(precision, {}).get("enabled") is True:
+                settings["precision"] = precision
+    return settings
+
+
+def launch_config():
+    """Return the text of the YAML that `accelerate launch`, this process's parent, was given; "" where unknown."""
+    parent = Path(f"/proc/{os.getppid()}/cmdline")
+    if not parent.is_file():
+        return ""
+    command = parent.read_text().replace("--config_file=", "--config_file\0").split("\0")
+    file = Path(command[command.index("--config_file") + 1]) if "--config_file" in command else Path()
+    return file.read_text() if file.is_file() else ""
+
+
+def check_launch(config, strategies):
+    """Refuse a launch config that does not fit the script or the machine."""
+    strategy = launched_strategy()
+    command = f"accelerate launch --config_file configs/NAME.yaml {sys.argv[0]}"
+    if strategy not in strategies:
+        refuse(
+            f"{Path(sys.argv[0]).name} was launched with {strategy}, and runs with {', '.join(strategies)}: start it with "
+            f"`{command}`, where NAME begins with {' or '.join(strategies)}"
+        )
+    if strategy.startswith("zero"):
+        settings = deepspeed_settings()
+        precision = settings["precision"]
+        if re.search(r"^use_cpu:\s*['\"]?true", launch_config(), re.IGNORECASE | re.MULTILINE):
+            refuse(
+                "the launch config says use_cpu: true, which accelerate does not heed with DeepSpeed: set it to false"
+            )
+        if precision == "no" and config.dtype != "float32":
+            refuse(f"--dtype {config.dtype} under DeepSpeed needs `accelerate launch --mixed_precision`: bf16 or fp16")
+        if settings["optimizer"] == "cpu":
+            check_extension_lock("cpu_adam")
+    else:
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if config.dtype != "float32" and not hasattr(config, "lora_r"):
+            refuse(
+                f"--dtype {config.dtype} would train in {config.dtype}: keep float32, and launch with --mixed_precision"
+            )
+    if precision == "fp16" and not torch.cuda.is_available():
+        refuse("mixed precision fp16 needs a GPU: launch with `--mixed_precision bf16` or `--mixed_precision no`")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if torch.cuda.is_available() and processes > torch.cuda.device_count():
+        refuse(f"{processes} processes for {torch.cuda.device_count()} GPU(s): launch with fewer `--num_processes`")
+
+
+def check_extension_lock(name):
+    """Refuse when a killed compilation left its lock behind: torch would wait for it without end."""
+    lock = Path(cpp_extension._get_build_directory(name, verbose=False)).resolve() / "lock"
+    # whoever compiles now holds the lock file open
+    held = any(os.path.realpath(file) == str(lock) for file in glob.iglob("/proc/[0-9]*/fd/*"))
+    if lock.exists() and not held:
+        refuse(f"{lock} was left by a compilation that was killed, and DeepSpeed would wait for it: delete that file")
+
+
+def check_output(config):
+    """Refuse an output folder that exists, unless an earlier run wrote it and may be replaced, or cannot be made."""
+    folder = Path(config.output_dir)
+    if folder.is_dir():
+        if not config.overwrite_output_dir:
+            refuse(f"--output_dir {folder} exists: choose another, or add --overwrite_output_dir")
+        if any(folder.iterdir()) and not (folder / "metrics.json").is_file():
+            refuse(
+                f"--output_dir {folder} holds no metrics.json of an earlier run: it is not overwritten, choose another"
+            )
+    elif folder.exists():
+        refuse(f"--output_dir {folder} is a file: choose another")
+    parent = next(path for path in folder.absolute().parents if path.exists())
+    or_refuse(f"--output_dir {folder} cannot be written", lambda: tempfile.TemporaryDirectory(dir=parent).cleanup())
+
+
+def data_files(dataset_name):
+    """Return the arguments of `datasets.load_dataset` for a .csv, .json or .jsonl file, a folder of them, or a Hub id.
+
+    A folder holds train.* and, if it likes, validation.*, all of one format. Cells stay text as they stand in a .csv:
+    empty ones, NA and 01 too.
+    """
+    path = Path(dataset_name)
+    if path.is_dir():
+        files = {file.stem: file for file in sorted(path.iterdir()) if file.suffix in FORMATS}
+        if "train" not in files:
+            refuse(f"--dataset_name {path} holds no train.csv, train.json or train.jsonl: name a file, or add one")
+        files = {split: files[split] for split in ("train", "validation") if split in files}
+        if len({FORMATS[file.suffix] for file in files.values()}) > 1:
+            refuse(f"--dataset_name {path} mixes formats: {', '.join(file.name for file in files.values())}")
+    elif path.suffix in FORMATS or path.is_file():
+        files = {"train": path}
+        if path.suffix not in FORMATS:
+            refuse(f"--dataset_name {path} is no {', '.join(FORMATS)} file: convert it, or rename it")
+    elif dataset_name.count("/") > 1 or dataset_name.startswith((".", "/", "~")) or not dataset_name:
+        refuse(f"--dataset_name {dataset_name!r} is no file, no folder and no Hub id: check the path")
+    else:
+        return {"path": dataset_name}
+    for file in files.values():
+        if not file.is_file():
+            refuse(f"--dataset_name {file} is not there: check the path")
+        if file.stat().st_size == 0:
+            refuse(f"--dataset_name {file} is empty: give a file with rows")
+    arguments = {"path": FORMATS[path.suffix or files["train"].suffix]}
+    arguments["data_files"] = {split: str(file) for split, file in files.items()}
+    if arguments["path"] == "csv":  # every cell as it stands in the file: pandas would read 01 as 1 and NA as nothing
+        with next(iter(files.values())).open(encoding="utf-8-sig", errors="replace", newline="") as file:
+            arguments |= {"converters": dict.fromkeys(next(csv.reader(file), []), str), "keep_default_na": False}
+    return arguments
+
+
+def check_model(config, auto_config, auto_tokenizer, auto_model):
+    """Refuse a folder or Hub id without a usable model of the script's kind, judged by its files and on no memory."""
+    name = config.model_name_or_path
+    culprit = f"--model_name_or_path {name}"
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            refuse(f"{culprit} holds no config.json: give the folder of a model, as save_pretrained writes it")
+        check_weight_files(folder, culprit)
+    elif folder.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")) or not name:
+        refuse(f"{culprit} is no folder and no Hub id: check the path")
+    model_config = or_refuse(culprit, auto_config.from_pretrained, name)
+    needs_encoder = "Seq2Seq" in auto_model.__name__
+    if bool(model_config.is_encoder_decoder) != needs_encoder:
+        kinds = ["a causal (decoder-only) model", "a sequence-to-sequence (encoder-decoder) model"]
+        refuse(
+            f"{culprit} is {kinds[not needs_encoder]}, and this script trains {kinds[needs_encoder]}: take the other script"
+        )
+    tokenizer = or_refuse(f"{culprit} has no usable tokenizer", auto_tokenizer.from_pretrained, name)
+    if tokenizer.eos_token_id is None:
+        refuse(f"{culprit} has a tokenizer without eos_token, so that no answer could end: set one and save it")
+    positions = getattr(model_config, "max_position_embeddings", None)
+    if positions is not None and config.max_length > positions:
+        refuse(
+            f"--max_length {config.max_length} is beyond the model's {positions} positions: give {positions} or less"
+        )
+    with torch.device("meta"):  # shapes alone: no memory, no weights
+        skeleton = or_refuse(
+            culprit, auto_model.from_config, model_config, attn_implementation=config.attn_implementation
+        )
+    if len(tokenizer) > skeleton.get_input_embeddings().num_embeddings:
+        refuse(f"{culprit} has more tokens than embeddings: its tokenizer belongs to another model")
+    if hasattr(config, "target_modules") and config.target_modules != ["all-linear"]:
+        check_target_modules(config.target_modules, skeleton)
+
+
+def check_weight_files(folder, culprit):
+    """Refuse a model folder whose safetensors are missing, truncated or foreign, judged by their headers."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = or_refuse(f"{culprit}: {index.name}", lambda: json.loads(index.read_text())["weight_map"])
+        files = [folder / file for file in sorted(set(weight_map.values()))]
+    else:
+        files = [folder / "model.safetensors"]
+    for file in files:
+        if not file.is_file():
+            refuse(f"{culprit} holds no {file.name}: only safetensors is read, save the model again in that format")
+        with or_refuse(f"{culprit}: {file.name} is no whole safetensors file", safe_open, file, framework="pt"):
+            pass
+
+
+def check_target_modules(target_modules, skeleton):
+    """Refuse a LoRA target that names no module, or one that has no weight matrix to adapt."""
+    modules = dict(skeleton.named_modules())
+    for target in target_modules:
+        found = [module for name, module in modules.items() if name == target or name.endswith(f".{target}")]
+        if not any(
+            isinstance(getattr(module, "weight", None), torch.Tensor) and module.weight.ndim > 1 for module in found
+        ):
+            leaves = sorted(
+                {name.rpartition(".")[2] for name, m in modules.items() if type(m).__name__ in ("Linear", "Conv1D")}
+            )
+            refuse(
+                f"--target_modules {target} matches no layer with a weight matrix: the model has {', '.join(leaves)}"
+            )
+
+
+def check_columns(dataset, config):
+    """Refuse data without training rows, without the two columns, or with rows that have no label."""
+    if "train" not in dataset:
+        refuse(f"--dataset_name {config.dataset_name} has no train split, only {', '.join(dataset)}")
+    for split in set(dataset) & {"train", "validation"}:
+        rows = dataset[split]
+        for flag in ("text_column", "label_column"):
+            if (column := getattr(config, flag)) not in rows.column_names:
+                refuse(
+                    f"--{flag} {column!r} is not in {split}: the columns are {', '.join(map(repr, rows.column_names))}"
+                )
+        for number, label in enumerate(rows[config.label_column], start=1):
+            if label is None or not str(label).strip():
+                refuse(
+                    f"row {number} of {split} has no label in column {config.label_column!r}: fill it or drop the row"
+                )
+    if len({str(label) for label in dataset["train"][config.label_column]}) < 2:
+        refuse(f"column {config.label_column!r} holds one value in all rows: there is nothing to learn")
+
+
+def check_rows(dataset, config, num_processes):
+    """Refuse fewer training rows than processes, and no rows to score on."""
+    for split, least in (("train", num_processes), ("validation", 1)):
+        if len(dataset[split]) < least:
+            refuse(
+                f"--dataset_name {config.dataset_name} leaves {len(dataset[split])} {split} row(s), and {least} are the "
+                "least for as many processes: give more rows, or launch with fewer --num_processes"
+            )
+
+
+def check_targets(targets, answers, head, tail, max_length):
+    """Refuse labels that the tokenizer cannot tell apart; return how many tokens a prompt may hold before its tail.
+
+    Args:
+        targets: label -> its token ids, without the end-of-sequence token.
+        answers: label -> the text that those ids decode to.
+        head, tail: token ids of the prompt before and after the row's text.
+        max_length: of prompt, label and end-of-sequence token together; refused where no token of text fits.
+    """
+    seen = {}
+    for label, answer in answers.items():
+        if not answer or seen.setdefault(answer, label) != label:
+            refuse(f"the tokenizer reads label {label!r} back as {answer!r}, as it does another or nothing: rename it")
+    longest = max(targets.values(), key=len)
+    room = max_length - len(tail) - len(longest) - 1
+    if room <= len(head):
+        refuse(
+            f"--max_length {max_length} has no room for text beside {len(head) + len(tail)} tokens of prompt and "
+            f"{len(longest) + 1} of label: give {max_length - room + len(head) + 1} or more"
+        )
+    return room

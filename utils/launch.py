@@ -1,0 +1,106 @@
+"""Start an Accelerator that runs what the launch config asks for, with a GPU or without.
+
+`accelerate launch` with a DeepSpeed, FSDP or multi-GPU config runs separate single-process jobs, in silence, on a
+machine without a GPU: each of them believes that it is alone. The libraries themselves can do better: DeepSpeed, FSDP
+and DDP all run on CPU processes over gloo, once the process group is there before the Accelerator is made.
+
+This file imports no other file of the project and can be copied along with a script.
+"""
+
+import os
+import sys
+import warnings
+from pathlib import (
+    Path,
+)
+
+import torch
+from accelerate import (
+    Accelerator,
+    PartialState,
+)
+from accelerate.utils import (
+    DistributedType,
+    gather_object,
+)
+
+
+def start_accelerator(**kwargs):
+    """Return `accelerate.Accelerator(**kwargs)`, running the launched strategy also where there is no GPU.
+
+    Prints one line that says what really runs, read from the Accelerator: strategy, processes, device, backend.
+
+    Raises:
+        RuntimeError: the Accelerator runs another number of processes than were launched, as happens when a
+            strategy was dropped in silence.
+    """
+    # deepspeed 0.19 calls names that torch 2.13 deprecates, in every collective: thousands of lines in a run
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    use_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    if use_deepspeed:
+        # DeepSpeed builds its extensions with ninja, which lies beside python in an environment that is not activated
+        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said here, DeepSpeed need not warn that it found none
+    if not torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        if use_deepspeed:
+            import deepspeed.ops
+
+            # an optional extension for CPU collectives that takes longer to compile than a small run takes in all
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            PartialState(backend="gloo")
+        else:
+            PartialState(cpu=True, backend="gloo")
+
+    accelerator = Accelerator(**kwargs)
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != launched:
+        raise RuntimeError(f"{launched} processes were launched, but accelerate runs {accelerator.num_processes}")
+    if offloads_optimizer(accelerator) and not cpu_adam_builds(accelerator):
+        accelerator.deepspeed_plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
+        accelerator.print(
+            "DeepSpeedCPUAdam cannot be built here: install a C++ compiler and Python's headers (g++, python3-dev). "
+            "torch.optim.AdamW does its steps, with the same losses."
+        )
+    accelerator.print(describe(accelerator))
+    return accelerator
+
+
+def offloads_optimizer(accelerator):
+    """Return whether DeepSpeed keeps the optimizer off the device, where it wants to step with its own CPU Adam."""
+    plugin = accelerator.deepspeed_plugin
+    return plugin is not None and plugin.get_value("zero_optimization.offload_optimizer.device", "none") != "none"
+
+
+def cpu_adam_builds(accelerator):
+    """Compile or load DeepSpeed's CPU Adam and return whether that worked on every process (about 40 s, once)."""
+    from deepspeed.ops.op_builder import (
+        CPUAdamBuilder,
+    )
+
+    with accelerator.local_main_process_first():  # one compiles, the others load
+        try:
+            CPUAdamBuilder().load(verbose=False)
+            built = True
+        except Exception:  # whatever a compiler, a linker or their absence raises
+            built = False
+    return all(gather_object([built]))
+
+
+def describe(accelerator):
+    """Return one sentence that says what really runs, read from the Accelerator."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        config = accelerator.deepspeed_plugin.hf_ds_config
+        strategy = f"DeepSpeed ZeRO stage {accelerator.deepspeed_plugin.zero_stage}"
+        for part in ("param", "optimizer"):
+            device = config.get_value(f"zero_optimization.offload_{part}.device", "none")
+            strategy += f", {part} offload to {device}" if device != "none" else ""
+    elif accelerator.distributed_type == DistributedType.FSDP:
+        strategy = f"FSDP version {accelerator.state.fsdp_plugin.fsdp_version}"
+    elif accelerator.distributed_type == DistributedType.NO:
+        strategy = "no distribution"
+    else:
+        strategy = "DistributedDataParallel"
+    backend = torch.distributed.get_backend() if torch.distributed.is_initialized() else "no"
+    processes = f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}"
+    return f"Running {strategy} on {processes}, {accelerator.device.type} device, {backend} backend."

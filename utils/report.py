@@ -1,0 +1,257 @@
+"""Write what a run leaves behind, open it again before calling it saved, and say so on the console.
+
+This file imports no other file of the project and can be copied along with a script.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate.utils import DistributedType, gather_object
+from safetensors import safe_open
+
+LIBRARIES = ("torch", "accelerate", "deepspeed", "peft", "transformers", "datasets")
+
+
+def fail(message):
+    """Print `error: message` and end this process with exit code 1; the launcher then ends the others."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(1)
+
+
+def full_shape(parameter):
+    """Return the whole shape of a parameter, of which ZeRO-3 leaves a process only a slice."""
+    return tuple(parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape)
+
+
+def collect_metrics(accelerator, model, config, memory, before, after, measured):
+    """Return the content of metrics.json. Collective: every process must call it.
+
+    Args:
+        accelerator, model: as prepared; what is said of the strategy is read from them, not from the launch config.
+        config: the script's Config.
+        memory: `MemoryTracker.gather()`.
+        before, after: accuracy on the held-out rows, 0 to 1.
+        measured: losses, learning_rates, grad_norms (one float per update), target_tokens, input_tokens (counts, over
+            all processes, without padding), train_seconds.
+    """
+    parameters = list(accelerator.unwrap_model(model).parameters())
+    sizes = [(p.requires_grad, torch.Size(full_shape(p)).numel()) for p in parameters]
+    engine = engine_facts(accelerator, parameters)
+    return {
+        "config": asdict(config),
+        "versions": {library: version(library) for library in LIBRARIES},
+        "strategy": strategy(accelerator),
+        "offload": engine["offload_optimizer"],
+        "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": mixed_precision(accelerator),
+        "trained_dtype": str(trained_dtype(accelerator, parameters)).removeprefix("torch."),
+        "engine": engine,
+        "trainable_parameters": sum(size for trained, size in sizes if trained),
+        "total_parameters": sum(size for _, size in sizes),
+        **measured,
+        "score": {"metric": "accuracy", "before": before, "after": after},
+        "tokens_per_second": measured["input_tokens"] / measured["train_seconds"],
+        "memory": memory,
+    }
+
+
+def strategy(accelerator):
+    """Return "single", "ddp", "zero1", "zero2", "zero3", "fsdp1" or "fsdp2"."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"zero{accelerator.deepspeed_engine_wrapped.engine.zero_optimization_stage()}"
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return f"fsdp{accelerator.state.fsdp_plugin.fsdp_version}"
+    return "single" if accelerator.distributed_type == DistributedType.NO else "ddp"
+
+
+def mixed_precision(accelerator):
+    """Return "no", "bf16" or "fp16", from DeepSpeed's engine where it does the casting."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return accelerator.mixed_precision
+    engine = accelerator.deepspeed_engine_wrapped.engine
+    return "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "no"
+
+
+def trained_dtype(accelerator, parameters):
+    """Return the dtype of the values that the optimizer steps: under DeepSpeed, of the engine's master copy."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return next(p.dtype for p in parameters if p.requires_grad)
+    zero = accelerator.deepspeed_engine_wrapped.engine.optimizer
+    stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
+    return (zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups)[0].dtype
+
+
+def engine_facts(accelerator, parameters):
+    """Return what the live optimizer and engine say of themselves. Collective.
+
+    Keys: optimizer (class name), adamw_mode, offload_optimizer and offload_param ("none", "cpu", "nvme"),
+    parameters_held (per process: how many elements of the parameters it holds, ZeRO-3's padding included).
+    """
+    optimizer = accelerator._optimizers[0].optimizer
+    facts = {"offload_optimizer": "none", "offload_param": "none"}
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        engine, optimizer = accelerator.deepspeed_engine_wrapped.engine, optimizer.optimizer
+        for part, offload in (("optimizer", engine.zero_offload_optimizer()), ("param", engine.zero_offload_param())):
+            facts[f"offload_{part}"] = "none" if offload is None else str(offload.device)
+    held = sum(p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in parameters)
+    return facts | {
+        "optimizer": type(optimizer).__name__,
+        "adamw_mode": optimizer.adam_w_mode if hasattr(optimizer, "adam_w_mode") else True,
+        "parameters_held": gather_object([held]),
+    }
+
+
+@contextlib.contextmanager
+def new_folder(config):
+    """Yield a folder to write into that becomes `config.output_dir` when the body ends well, and vanishes when not.
+
+    With overwrite_output_dir the files that an earlier run lists in its metrics.json give way; others stay. A full
+    disk, and whatever else the system refuses, is one line `error: ...` and leaves output_dir as it was.
+    """
+    target = Path(config.output_dir)
+    folder = target.parent / f".{target.name}.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+        if target.exists():
+            for name in (*earlier_files(target), "metrics.json"):
+                (target / name).unlink(missing_ok=True)
+            for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+                (target / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
+                file.replace(target / file.relative_to(folder))
+        else:
+            folder.replace(target)
+    except Exception as error:
+        fail(f"nothing was saved in {target}: {error}")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def earlier_files(target):
+    """Return the files that the run before listed as its own; none in an empty folder."""
+    metrics = target / "metrics.json"
+    return json.loads(metrics.read_text())["saved"] if metrics.is_file() else ()
+
+
+def check_adapter(folder, trained, learning_rates):
+    """Open the written adapter again and fail unless it holds all that was trained.
+
+    Args:
+        folder: where `save_pretrained` wrote adapter_model.safetensors.
+        trained: name -> parameter, of the model, for what was trained.
+        learning_rates: those of all updates; where one is above 0 every lora_B must have left its start, which is 0.
+    """
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        keys = set(file.keys())
+        for name, parameter in trained.items():
+            key = name.replace(".default", "")  # PEFT leaves the adapter's name out of the file
+            if key not in keys:
+                fail(f"the written adapter lacks {key}: every process must gather it before one saves")
+            tensor = file.get_tensor(key)
+            if tuple(tensor.shape) != full_shape(parameter):
+                fail(
+                    f"the written adapter has {key} of shape {tuple(tensor.shape)}, not {full_shape(parameter)}: gather it"
+                )
+            if not torch.isfinite(tensor).all():
+                fail(f"the written adapter has values in {key} that are no numbers: lower --learning_rate")
+            if "lora_B" in key and any(learning_rates) and not tensor.any():
+                fail(f"the written adapter has {key} at its start, 0: it was not trained")
+
+
+def check_model(folder, num_elements):
+    """Open the written model again and fail unless its files hold as many elements as the model, all of them numbers."""
+    found = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():
+                tensor = file.get_tensor(key)
+                found += tensor.numel()
+                if not torch.isfinite(tensor).all():
+                    fail(f"the written model has values in {key} that are no numbers: lower --learning_rate")
+    if found != num_elements:
+        fail(f"the written model holds {found} of {num_elements} elements: every process must gather before one saves")
+
+
+def write_metrics(folder, metrics):
+    """Write README.md, the model card, and metrics.json with the size of every other file in it."""
+    config, score = metrics["config"], metrics["score"]
+    (folder / "README.md").write_text(
+        f"---\nbase_model: {config['model_name_or_path']}\nlibrary_name: {library(folder)}\n---\n\n"
+        f"Trained by `{Path(sys.argv[0]).name}` from `{config['model_name_or_path']}` on `{config['dataset_name']}`, "
+        f"column `{config['label_column']}` from `{config['text_column']}`: {metrics['strategy']} on "
+        f"{metrics['num_processes']} process(es), {len(metrics['losses'])} updates.\n\n"
+        f"Exact-match accuracy on held-out rows: {score['before']:.4f} before, {score['after']:.4f} after. "
+        "All settings and measurements are in metrics.json.\n\n"
+        f"```python\n{load_lines(folder, config['output_dir'])}\n```\n"
+    )
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    metrics["saved"] = {str(file.relative_to(folder)): file.stat().st_size for file in files}
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+
+
+def library(folder):
+    """Return the library that loads what is in the folder."""
+    return "peft" if (folder / "adapter_config.json").is_file() else "transformers"
+
+
+def load_lines(folder, output_dir):
+    """Return the two lines of Python that load what was saved."""
+    if library(folder) == "peft":
+        task = json.loads((folder / "adapter_config.json").read_text())["task_type"]
+        name = "AutoPeftModelForSeq2SeqLM" if task == "SEQ_2_SEQ_LM" else "AutoPeftModelForCausalLM"
+    else:
+        name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    return f'from {library(folder)} import {name}\nmodel = {name}.from_pretrained("{output_dir}")'
+
+
+def print_results(config, metrics, predictions, labels):
+    """Print the score, ten predictions beside their labels, what was saved with its bytes, and how to load it."""
+    score, folder = metrics["score"], Path(config.output_dir)
+    print(f"accuracy={score['after']:.4f} on {len(labels)} held-out rows (before training {score['before']:.4f})")
+    width = max(len(repr(prediction)) for prediction in predictions[:10])
+    for prediction, label in zip(predictions[:10], labels[:10]):
+        print(f"  prediction {prediction!r:<{width}}  label {label!r}")
+    print(f"saved in {folder}:")
+    for name, size in metrics["saved"].items():
+        print(f"  {size:>12,} bytes  {name}")
+    print(load_lines(folder, folder), flush=True)
+
+
+def push_to_hub(config, hub):
+    """Upload output_dir to config.hub_model_id, made private where it is new; return why that failed, or None."""
+    try:
+        hub.create_repo(config.hub_model_id, private=True, exist_ok=True)
+        print("pushed to", hub.upload_folder(repo_id=config.hub_model_id, folder_path=config.output_dir).repo_url)
+    except Exception as error:  # no network, no token, no rights: the files stay where they are
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        return (
+            f"not pushed to {config.hub_model_id}: {reason}. Nothing is lost: "
+            f"`hf upload {config.hub_model_id} {config.output_dir}` does it later"
+        )
+
+
+def finish_run(accelerator, config, metrics, predictions, labels, hub):
+    """Print the results, push them where config.hub_model_id says so, end the process group. Every process calls it.
+
+    Args:
+        predictions, labels: texts, of all held-out rows.
+        hub: a `huggingface_hub.HfApi`.
+    """
+    error = None
+    if accelerator.is_main_process:
+        print_results(config, metrics, predictions, labels)
+        error = push_to_hub(config, hub) if config.hub_model_id else None
+    accelerator.wait_for_everyone()
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.deepspeed_engine_wrapped.engine.destroy()  # left alive, it now and then aborts the process at exit
+    accelerator.end_training()
+    if error:
+        fail(error)
