@@ -1,7 +1,7 @@
 """Fine-tune every weight of a causal language model to answer a text with its label.
 
 Base:    none
-Run:     accelerate launch --config_file configs/ddp.yaml --num_processes 2 examples/causal_lm_full.py
+Run:     accelerate launch --config_file configs/ddp.yaml examples/causal_lm_full.py
 Needs:   TODO
 Expect:  TODO
 """
@@ -19,16 +19,10 @@ from huggingface_hub import HfApi
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, RandomSampler
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    HfArgumentParser,
-    get_scheduler,
-    logging,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
 from transformers.hf_argparser import HfArg
+from transformers.optimization import get_scheduler
+from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # holds utils/; one beside the script comes first
 from utils.checks import check_columns, check_rows, check_settings, check_targets, data_files, or_refuse, read_settings
@@ -39,9 +33,7 @@ from utils.report import check_model, collect_metrics, finish_run, new_folder, w
 
 # 1. Settings --------------------------------------------------------------------------------------
 @dataclass
-class Config:
-    """What is trained; where it runs (processes, precision, sharding, offload) stands in the launch config."""
-
+class Config:  # what is trained; where it runs (processes, precision, sharding, offload) stands in the launch config
     model_name_or_path: str = HfArg(default="assets/tiny-causal-lm", help="folder or Hub id, safetensors only")
     dtype: str = HfArg(default="float32", help="of the weights as loaded: float32, bfloat16 or float16")
     attn_implementation: str = HfArg(default="sdpa", help="attention: eager, sdpa, flash_attention_2, ...")
@@ -55,7 +47,7 @@ class Config:
     gradient_accumulation_steps: int = HfArg(default=1, help="micro-batches of one process in an update")
     learning_rate: float = HfArg(default=1e-3, help="peak, after the warmup")
     lr_scheduler_type: str = HfArg(default="cosine", help="after the warmup: cosine, linear or constant_with_warmup")
-    warmup_ratio: float = HfArg(default=0.1, help="share of the updates in which the rate rises, 0 to below 1")
+    warmup_ratio: float = HfArg(default=0.1, help="share of the updates, rounded down, in which the rate rises")
     weight_decay: float = HfArg(default=0.0, help="AdamW's, per update and unit of learning rate")
     max_grad_norm: float = HfArg(default=1.0, help="L2 norm to which a larger gradient is cut; 0 never cuts")
     num_train_epochs: float = HfArg(default=10.0, help="passes over the training rows, rounded up to whole updates")
@@ -73,17 +65,15 @@ def build_dataloaders(config, tokenizer, accelerator):
     dataset = or_refuse("--dataset_name", load_dataset, **data_files(config.dataset_name))
     check_columns(dataset, config)
     if "validation" not in dataset:
-        dataset = dataset["train"].train_test_split(test_size=0.2, seed=config.seed)
-        dataset["validation"] = dataset.pop("test")
-        held_out = set(dataset["validation"][config.text_column])  # a text that occurs twice stays on one side
-        dataset["train"] = dataset["train"].filter(lambda row: row[config.text_column] not in held_out)
+        train, valid = dataset["train"].train_test_split(test_size=0.2, seed=config.seed).values()
+        held_out = set(valid[config.text_column])  # a text that occurs twice stays on one side
+        dataset = {"train": train.filter(lambda row: row[config.text_column] not in held_out), "validation": valid}
     check_rows(dataset, config, accelerator.num_processes)
     head, tail = config.prompt_template.split("{text}")
     tail = tokenizer(tail, add_special_tokens=False).input_ids
     labels = {str(label) for split in ("train", "validation") for label in dataset[split][config.label_column]}
     targets = {label: tokenizer(f" {label}", add_special_tokens=False).input_ids for label in labels}
-    answers = {label: tokenizer.decode(targets[label], skip_special_tokens=True).strip() for label in labels}
-    room = check_targets(targets, answers, tokenizer(head).input_ids, tail, config.max_length)
+    answers, room = check_targets(targets, tokenizer, tokenizer(head).input_ids, tail, config.max_length)
 
     def encode(row):
         label = str(row[config.label_column])
@@ -93,44 +83,36 @@ def build_dataloaders(config, tokenizer, accelerator):
     def pad(rows, value, side):
         return pad_sequence([torch.tensor(row) for row in rows], True, value, side)
 
+    def inputs(rows, side):
+        mask = [[1] * len(row) for row in rows]
+        return {"input_ids": pad(rows, tokenizer.pad_token_id, side), "attention_mask": pad(mask, 0, side)}
+
     def collate_train(rows):
-        inputs = [row["prompt"] + row["target"] for row in rows]
-        labels = [[-100] * len(row["prompt"]) + row["target"] for row in rows]  # no loss on the prompt
-        return {
-            "input_ids": pad(inputs, tokenizer.pad_token_id, "right"),
-            "attention_mask": pad([[1] * len(row) for row in inputs], 0, "right"),
-            "labels": pad(labels, -100, "right"),
-        }
+        rows = [(row["prompt"] + row["target"], [-100] * len(row["prompt"]) + row["target"]) for row in rows]
+        sequences, labels = zip(*rows)  # -100: no loss on the prompt
+        return inputs(sequences, "right") | {"labels": pad(labels, -100, "right")}
 
     def collate_valid(rows):  # padded on the left: the answer starts where the prompt ends
-        prompts = [row["prompt"] for row in rows]
-        mask = [[1] * len(row) for row in prompts]
-        return {"input_ids": pad(prompts, tokenizer.pad_token_id, "left"), "attention_mask": pad(mask, 0, "left")}
+        return inputs([row["prompt"] for row in rows], "left")
 
     columns = dataset["train"].column_names
     train, valid = (dataset[split].map(encode, remove_columns=columns) for split in ("train", "validation"))
-    rows_per_update = (
-        config.per_device_train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    per_update = config.per_device_train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    max_steps = (
+        config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * len(train) / per_update)
     )
-    max_steps = math.ceil(config.num_train_epochs * len(train) / rows_per_update)
-    max_steps = max_steps if config.max_steps == -1 else config.max_steps
     # pass after pass, in one order whatever the number of processes; the last update is as full as the others
     generator = torch.Generator().manual_seed(config.seed)
-    sampler = RandomSampler(train, num_samples=max_steps * rows_per_update, generator=generator)
+    sampler = RandomSampler(train, num_samples=max_steps * per_update, generator=generator)
     train_loader = DataLoader(train, config.per_device_train_batch_size, sampler=sampler, collate_fn=collate_train)
-    valid_loader = DataLoader(valid, config.per_device_eval_batch_size, collate_fn=collate_valid)
-    return train_loader, valid_loader
+    return train_loader, DataLoader(valid, config.per_device_eval_batch_size, collate_fn=collate_valid)
 
 
 # 3. Model -----------------------------------------------------------------------------------------
 def build_model(config, tokenizer):
     """Return the pretrained model, every weight of it to be trained."""
-    model = AutoModelForCausalLM.from_pretrained(
-        config.model_name_or_path,
-        dtype=config.dtype,
-        use_safetensors=True,
-        attn_implementation=config.attn_implementation,
-    )
+    options = {"dtype": config.dtype, "attn_implementation": config.attn_implementation, "use_safetensors": True}
+    model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, **options)
     # greedy, whatever beams, sampling or penalties the checkpoint brings
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
@@ -161,12 +143,11 @@ def main():
     accumulation = GradientAccumulationPlugin(config.gradient_accumulation_steps, sync_with_dataloader=False)
     accelerator = start_accelerator(gradient_accumulation_plugin=accumulation)
     if accelerator.deepspeed_plugin is not None:  # DeepSpeed accumulates and clips by its own config
-        accelerator.deepspeed_plugin.deepspeed_config["gradient_accumulation_steps"] = (
-            config.gradient_accumulation_steps
+        accelerator.deepspeed_plugin.deepspeed_config.update(
+            gradient_accumulation_steps=config.gradient_accumulation_steps, gradient_clipping=config.max_grad_norm
         )
-        accelerator.deepspeed_plugin.deepspeed_config["gradient_clipping"] = config.max_grad_norm
-    disable_progress_bars()  # of datasets, and of transformers: there is one bar, that of the training
-    logging.disable_progress_bar()
+    disable_progress_bars()  # of datasets and of transformers: the one bar is that of the training
+    disable_progress_bar()
     set_seed(config.seed)
     tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # always masked, so any token will do
@@ -179,17 +160,16 @@ def main():
         model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
         valid_loader = accelerator.prepare_data_loader(valid_loader)  # apart: DeepSpeed takes its batch size from one
     max_steps = len(train_loader) // config.gradient_accumulation_steps
-    warmup_steps = math.ceil(config.warmup_ratio * max_steps)
-    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, warmup_steps, max_steps)
+    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, int(config.warmup_ratio * max_steps), max_steps)
 
     # 6. Training loop -----------------------------------------------------------------------------
     before, _, _ = evaluate(accelerator, model, tokenizer, valid_loader)
-    losses, learning_rates, grad_norms, tokens = [], [], [], torch.zeros(2, dtype=torch.long)
+    updates, tokens = [], torch.zeros(2, dtype=torch.long)
     start = time.perf_counter()
     with tracker.phase("train"):
         model.train()
         batches = iter(train_loader)
-        for step in tqdm(range(max_steps), disable=not accelerator.is_main_process):
+        for _ in tqdm(range(max_steps), disable=not accelerator.is_main_process):
             micro_batches = [next(batches) for _ in range(config.gradient_accumulation_steps)]
             counts = [torch.stack([b["labels"].ne(-100).sum(), b["attention_mask"].sum()]) for b in micro_batches]
             step_tokens = accelerator.reduce(sum(counts))  # targets and inputs, of all processes
@@ -197,7 +177,7 @@ def main():
             for batch, count in zip(micro_batches, counts):
                 with accelerator.accumulate(model):
                     # a mean over the micro-batch's own targets, weighted so that all targets of the update count alike
-                    loss = model(**batch).loss * count[0] / step_tokens[0]
+                    loss = model(**batch, use_cache=False).loss * count[0] / step_tokens[0]
                     step_loss += loss.detach()
                     # takes back the means to come: accelerate's over micro-batches, the strategy's over processes
                     accelerator.backward(loss * config.gradient_accumulation_steps * accelerator.num_processes)
@@ -205,20 +185,16 @@ def main():
                         grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
                     optimizer.step()
                     optimizer.zero_grad()
-            losses.append(accelerator.reduce(step_loss).item())
-            learning_rates.append(scheduler.get_last_lr()[0])
-            grad_norms.append(float(grad_norm))
+            updates.append((accelerator.reduce(step_loss).item(), scheduler.get_last_lr()[0], float(grad_norm)))
             scheduler.step()
             tokens += step_tokens.cpu()
-    train_seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start
     with tracker.phase("eval"):
         after, predictions, labels = evaluate(accelerator, model, tokenizer, valid_loader)
-    curves = {"losses": losses, "learning_rates": learning_rates, "grad_norms": grad_norms}
-    totals = {"target_tokens": tokens[0].item(), "input_tokens": tokens[1].item(), "train_seconds": train_seconds}
 
     # 7. Save --------------------------------------------------------------------------------------
     state_dict = accelerator.get_state_dict(model)
-    metrics = collect_metrics(accelerator, model, config, tracker.gather(), before, after, curves | totals)
+    metrics = collect_metrics(accelerator, model, config, tracker.gather(), (before, after), updates, tokens, seconds)
     if accelerator.is_main_process:
         with new_folder(config) as folder:
             accelerator.unwrap_model(model).save_pretrained(folder, state_dict=state_dict)

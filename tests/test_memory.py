@@ -19,7 +19,6 @@ from accelerate import (
 )
 
 from utils.memory import (
-    MB,
     MemoryTracker,
     draw_memory,
     plot_memory,
@@ -27,6 +26,7 @@ from utils.memory import (
 )
 
 ROOT = Path(__file__).parents[1]
+MB = 2**20
 KEYS = [f"{kind}_{moment}" for kind in ("gpu", "gpu_reserved", "cpu") for moment in ("begin", "end", "peak")]
 REPORT = """\
 GPU Memory before entering the train : 1916

@@ -150,8 +150,8 @@ def check_launch(config, strategies):
     command = f"accelerate launch --config_file configs/NAME.yaml {sys.argv[0]}"
     if strategy not in strategies:
         refuse(
-            f"{Path(sys.argv[0]).name} was launched with {strategy}, and runs with {', '.join(strategies)}: start it with "
-            f"`{command}`, where NAME begins with {' or '.join(strategies)}"
+            f"{Path(sys.argv[0]).name} runs with {', '.join(strategies)}, and was launched with {strategy}: start it "
+            f"with `{command}`, where NAME is or begins with one of those"
         )
     if strategy.startswith("zero"):
         settings = deepspeed_settings()
@@ -167,9 +167,7 @@ def check_launch(config, strategies):
     else:
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if config.dtype != "float32" and not hasattr(config, "lora_r"):
-            refuse(
-                f"--dtype {config.dtype} would train in {config.dtype}: keep float32, and launch with --mixed_precision"
-            )
+            refuse(f"--dtype {config.dtype} would train in {config.dtype}: leave it, launch with --mixed_precision")
     if precision == "fp16" and not torch.cuda.is_available():
         refuse("mixed precision fp16 needs a GPU: launch with `--mixed_precision bf16` or `--mixed_precision no`")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -251,9 +249,9 @@ def check_model(config, auto_config, auto_tokenizer, auto_model):
     model_config = or_refuse(culprit, auto_config.from_pretrained, name)
     needs_encoder = "Seq2Seq" in auto_model.__name__
     if bool(model_config.is_encoder_decoder) != needs_encoder:
-        kinds = ["a causal (decoder-only) model", "a sequence-to-sequence (encoder-decoder) model"]
+        kinds = ["a causal language model", "a sequence-to-sequence model"]
         refuse(
-            f"{culprit} is {kinds[not needs_encoder]}, and this script trains {kinds[needs_encoder]}: take the other script"
+            f"{culprit} is {kinds[not needs_encoder]}, this script trains {kinds[needs_encoder]}: take the other one"
         )
     tokenizer = or_refuse(f"{culprit} has no usable tokenizer", auto_tokenizer.from_pretrained, name)
     if tokenizer.eos_token_id is None:
@@ -329,29 +327,33 @@ def check_rows(dataset, config, num_processes):
     for split, least in (("train", num_processes), ("validation", 1)):
         if len(dataset[split]) < least:
             refuse(
-                f"--dataset_name {config.dataset_name} leaves {len(dataset[split])} {split} row(s), and {least} are the "
-                "least for as many processes: give more rows, or launch with fewer --num_processes"
+                f"--dataset_name {config.dataset_name} has {len(dataset[split])} {split} row(s), and every one of "
+                f"{num_processes} process(es) needs one: give more rows, or launch with fewer --num_processes"
             )
 
 
-def check_targets(targets, answers, head, tail, max_length):
-    """Refuse labels that the tokenizer cannot tell apart; return how many tokens a prompt may hold before its tail.
+def check_targets(targets, tokenizer, head, tail, max_length):
+    """Refuse labels that the tokenizer cannot tell apart, and prompts without room for text.
 
     Args:
         targets: label -> its token ids, without the end-of-sequence token.
-        answers: label -> the text that those ids decode to.
         head, tail: token ids of the prompt before and after the row's text.
-        max_length: of prompt, label and end-of-sequence token together; refused where no token of text fits.
+        max_length: of prompt, label and end-of-sequence token together.
+
+    Returns:
+        label -> the text that its ids decode to, which is what a right answer looks like; and how many tokens a prompt
+        may hold before its tail, so that the longest label still fits.
     """
+    answers = {label: tokenizer.decode(ids, skip_special_tokens=True).strip() for label, ids in targets.items()}
     seen = {}
     for label, answer in answers.items():
         if not answer or seen.setdefault(answer, label) != label:
             refuse(f"the tokenizer reads label {label!r} back as {answer!r}, as it does another or nothing: rename it")
-    longest = max(targets.values(), key=len)
-    room = max_length - len(tail) - len(longest) - 1
+    longest = max(map(len, targets.values())) + 1
+    room = max_length - len(tail) - longest
     if room <= len(head):
         refuse(
             f"--max_length {max_length} has no room for text beside {len(head) + len(tail)} tokens of prompt and "
-            f"{len(longest) + 1} of label: give {max_length - room + len(head) + 1} or more"
+            f"{longest} of label: give {max_length - room + len(head) + 1} or more"
         )
-    return room
+    return answers, room

@@ -34,8 +34,9 @@ def start_accelerator(**kwargs):
         RuntimeError: the Accelerator runs another number of processes than were launched, as happens when a
             strategy was dropped in silence.
     """
-    # deepspeed 0.19 calls names that torch 2.13 deprecates, in every collective: thousands of lines in a run
+    # names that torch and transformers deprecate, called by deepspeed 0.19 in every collective and by peft 0.21
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     use_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     if use_deepspeed:
         # DeepSpeed builds its extensions with ninja, which lies beside python in an environment that is not activated

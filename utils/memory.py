@@ -149,7 +149,8 @@ def report(name: str, entry: dict[str, int]) -> str:
 
 def gpu_total() -> int:
     """Bytes of memory of the GPU of this process; 0 without one."""
-    return torch.cuda.mem_get_info()[1] if PartialState().device.type == "cuda" else 0
+    on_gpu = PartialState().device.type == "cuda"
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if on_gpu else 0
 
 
 def plot_memory(memory: dict[str, list[dict[str, int]]], path: str | os.PathLike) -> None:

@@ -30,16 +30,17 @@ def full_shape(parameter):
     return tuple(parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape)
 
 
-def collect_metrics(accelerator, model, config, memory, before, after, measured):
+def collect_metrics(accelerator, model, config, memory, score, updates, tokens, seconds):
     """Return the content of metrics.json. Collective: every process must call it.
 
     Args:
         accelerator, model: as prepared; what is said of the strategy is read from them, not from the launch config.
         config: the script's Config.
         memory: `MemoryTracker.gather()`.
-        before, after: accuracy on the held-out rows, 0 to 1.
-        measured: losses, learning_rates, grad_norms (one float per update), target_tokens, input_tokens (counts, over
-            all processes, without padding), train_seconds.
+        score: accuracy on the held-out rows before and after training, 0 to 1.
+        updates: for each, its loss (mean per target token), its learning rate and its gradient's norm before clipping.
+        tokens: how many were targets and how many were input, in all updates and processes, without padding.
+        seconds: that the training took.
     """
     parameters = list(accelerator.unwrap_model(model).parameters())
     sizes = [(p.requires_grad, torch.Size(full_shape(p)).numel()) for p in parameters]
@@ -56,9 +57,12 @@ def collect_metrics(accelerator, model, config, memory, before, after, measured)
         "engine": engine,
         "trainable_parameters": sum(size for trained, size in sizes if trained),
         "total_parameters": sum(size for _, size in sizes),
-        **measured,
-        "score": {"metric": "accuracy", "before": before, "after": after},
-        "tokens_per_second": measured["input_tokens"] / measured["train_seconds"],
+        **dict(zip(("losses", "learning_rates", "grad_norms"), map(list, zip(*updates)))),
+        "score": {"metric": "accuracy", "before": score[0], "after": score[1]},
+        "target_tokens": int(tokens[0]),
+        "input_tokens": int(tokens[1]),
+        "train_seconds": seconds,
+        "tokens_per_second": int(tokens[1]) / seconds,
         "memory": memory,
     }
 
@@ -157,9 +161,7 @@ def check_adapter(folder, trained, learning_rates):
                 fail(f"the written adapter lacks {key}: every process must gather it before one saves")
             tensor = file.get_tensor(key)
             if tuple(tensor.shape) != full_shape(parameter):
-                fail(
-                    f"the written adapter has {key} of shape {tuple(tensor.shape)}, not {full_shape(parameter)}: gather it"
-                )
+                fail(f"the written adapter's {key} is {tuple(tensor.shape)}, not {full_shape(parameter)}: gather it")
             if not torch.isfinite(tensor).all():
                 fail(f"the written adapter has values in {key} that are no numbers: lower --learning_rate")
             if "lora_B" in key and any(learning_rates) and not tensor.any():
@@ -167,7 +169,7 @@ def check_adapter(folder, trained, learning_rates):
 
 
 def check_model(folder, num_elements):
-    """Open the written model again and fail unless its files hold as many elements as the model, all of them numbers."""
+    """Open the written model again and fail unless its files hold every element of the model, and each a number."""
     found = 0
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
