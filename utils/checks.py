@@ -7,6 +7,7 @@ This file imports no other file of the project and can be copied along with a sc
 handed in by the script.
 """
 
+import contextlib
 import csv
 import glob
 import json
@@ -178,10 +179,17 @@ def check_launch(config, strategies):
 def check_extension_lock(name):
     """Refuse when a killed compilation left its lock behind: torch would wait for it without end."""
     lock = Path(cpp_extension._get_build_directory(name, verbose=False)).resolve() / "lock"
-    # whoever compiles now holds the lock file open
-    held = any(os.path.realpath(file) == str(lock) for file in glob.iglob("/proc/[0-9]*/fd/*"))
-    if lock.exists() and not held:
+    if lock.exists() and not is_open(lock):
         refuse(f"{lock} was left by a compilation that was killed, and DeepSpeed would wait for it: delete that file")
+
+
+def is_open(path):
+    """Return whether a process that this user may look into has the file open, as one that compiles has its lock."""
+    for link in glob.iglob("/proc/[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # another user's, or gone by now
+            if os.readlink(link) == str(path):
+                return True
+    return False
 
 
 def check_output(config):
