@@ -127,7 +127,7 @@ def build_model(config, tokenizer):
     start = model.prepare_decoder_input_ids_from_labels(target)[0, 0].item()
     model.generation_config.decoder_start_token_id = start
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable()  # non-reentrant
     targets = "all-linear" if config.target_modules == ["all-linear"] else config.target_modules
     size = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
     return get_peft_model(model, LoraConfig(task_type=TaskType.SEQ_2_SEQ_LM, target_modules=targets, **size))

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,7 @@ def environment(tmp_path_factory):
         "PATH": os.pathsep.join(path),
         "HF_HOME": str(home / "huggingface"),
         "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",  # two processes run also where there is one GPU; tests/gpu says otherwise
         # a killed compilation of another run leaves a lock in the shared folder, on which every later run would wait
         "TORCH_EXTENSIONS_DIR": str(home / "torch_extensions"),
     }
@@ -57,18 +59,16 @@ def launch(environment):
         command += ["--main_process_port", 0, *flags]
         command += [] if processes is None else ["--num_processes", processes]
         command = [str(word) for word in (*command, script, *arguments)]
-        done = subprocess.run(
-            command,
-            cwd=cwd,
-            env=environment | extra,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=timeout,
-        )
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        process = subprocess.Popen(command, cwd=cwd, env=environment | extra, start_new_session=True, **streams)
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the launcher's processes, too
+            raise
         if code is not None:
-            assert done.returncode == code, f"exit code {done.returncode}\n{' '.join(command)}\n{done.stdout}"
-        return done
+            assert process.returncode == code, f"exit code {process.returncode}\n{' '.join(command)}\n{output}"
+        return subprocess.CompletedProcess(command, process.returncode, output)
 
     return run
 

@@ -11,11 +11,14 @@ import contextlib
 import csv
 import glob
 import json
+import math
 import os
 import re
+import ssl
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
 import torch
@@ -40,9 +43,8 @@ POSITIVE = (
 def refuse(message):
     """Print `error: message` from one process and end this one with exit code 1."""
     if int(os.environ.get("RANK", 0)) > 0:
-        time.sleep(
-            5
-        )  # the launcher ends this process once the first has refused; if that one did not, this one speaks
+        # the launcher ends this process once the first has refused; if that one did not, this one speaks
+        time.sleep(5)
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(1)
 
@@ -58,11 +60,14 @@ def or_refuse(culprit, function, *args, **kwargs):
 
 def read_settings(parser):
     """Parse the command line with an `HfArgumentParser` of one dataclass and return its instance."""
-    parser.error = lambda message: refuse(f"{message}; --help lists the flags")
+    parser.error = lambda message: refuse(f"{message}: --help lists the flags")
     parser.allow_abbrev = False
     if {"-h", "--help"} & set(sys.argv) and int(os.environ.get("RANK", 0)) > 0:
         raise SystemExit(0)
-    return parser.parse_args_into_dataclasses()[0]
+    config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        parser.error(f"{' '.join(unknown)} is no flag of this script")
+    return config
 
 
 def check_settings(config, strategies, auto_classes):
@@ -76,7 +81,8 @@ def check_settings(config, strategies, auto_classes):
     check_numbers(config)
     check_launch(config, strategies)
     check_output(config)
-    data_files(config.dataset_name)
+    for split, file in data_files(config.dataset_name).get("data_files", {}).items():
+        check_file(config, split, Path(file))
     check_model(config, *auto_classes)
 
 
@@ -84,14 +90,14 @@ def check_numbers(config):
     """Refuse values out of range, each by its flag."""
     values = vars(config)
     for name in POSITIVE:
-        if name in values and not values[name] > 0:
+        if name in values and not 0 < values[name] < math.inf:
             refuse(f"--{name} is {values[name]}: give a number above 0")
     for name in ("warmup_ratio", "lora_dropout"):
         if name in values and not 0 <= values[name] < 1:
             refuse(f"--{name} is {values[name]}: give a share from 0 to below 1")
-    for name in ("weight_decay", "max_grad_norm", "seed"):
-        if not values[name] >= 0:
-            refuse(f"--{name} is {values[name]}: give 0 or more")
+    for name, limit in (("weight_decay", math.inf), ("max_grad_norm", math.inf), ("seed", 2**32)):
+        if not 0 <= values[name] < limit:
+            refuse(f"--{name} is {values[name]}: give a number from 0 to below {limit}")
     if config.max_steps != -1 and config.max_steps < 1:
         refuse(f"--max_steps is {config.max_steps}: give the number of updates, or -1 to train for --num_train_epochs")
     if config.lr_scheduler_type not in SCHEDULES:
@@ -163,7 +169,7 @@ def check_launch(config, strategies):
             )
         if precision == "no" and config.dtype != "float32":
             refuse(f"--dtype {config.dtype} under DeepSpeed needs `accelerate launch --mixed_precision`: bf16 or fp16")
-        if settings["optimizer"] == "cpu":
+        if settings["optimizer"] != "none":
             check_extension_lock("cpu_adam")
     else:
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -179,7 +185,7 @@ def check_launch(config, strategies):
 def check_extension_lock(name):
     """Refuse when a killed compilation left its lock behind: torch would wait for it without end."""
     lock = Path(cpp_extension._get_build_directory(name, verbose=False)).resolve() / "lock"
-    if lock.exists() and not is_open(lock):
+    if lock.exists() and not is_open(lock) and lock.exists():  # again: its owner may have ended meanwhile
         refuse(f"{lock} was left by a compilation that was killed, and DeepSpeed would wait for it: delete that file")
 
 
@@ -205,7 +211,8 @@ def check_output(config):
     elif folder.exists():
         refuse(f"--output_dir {folder} is a file: choose another")
     parent = next(path for path in folder.absolute().parents if path.exists())
-    or_refuse(f"--output_dir {folder} cannot be written", lambda: tempfile.TemporaryDirectory(dir=parent).cleanup())
+    culprit = f"--output_dir {folder} cannot be made, choose another"
+    or_refuse(culprit, lambda: tempfile.TemporaryDirectory(dir=parent).cleanup())
 
 
 def data_files(dataset_name):
@@ -226,9 +233,10 @@ def data_files(dataset_name):
         files = {"train": path}
         if path.suffix not in FORMATS:
             refuse(f"--dataset_name {path} is no {', '.join(FORMATS)} file: convert it, or rename it")
-    elif dataset_name.count("/") > 1 or dataset_name.startswith((".", "/", "~")) or not dataset_name:
+    elif dataset_name.count("/") > 1 or dataset_name.startswith((".", "/", "~")):
         refuse(f"--dataset_name {dataset_name!r} is no file, no folder and no Hub id: check the path")
     else:
+        check_hub(f"--dataset_name {dataset_name}")
         return {"path": dataset_name}
     for file in files.values():
         if not file.is_file():
@@ -243,6 +251,55 @@ def data_files(dataset_name):
     return arguments
 
 
+def check_file(config, split, file):
+    """Refuse a file that is no UTF-8 text or no JSON, has no rows, or fails `check_split`. Reads all of it."""
+    broken = f"--dataset_name {file} cannot be read, mend it or convert it"
+    columns, labels = or_refuse(broken, read_column, file, config.label_column)
+    if not labels:
+        refuse(f"--dataset_name {file} has no rows: give a file with rows")
+    check_split(config, split, columns, {config.label_column: labels})
+
+
+def read_column(file, column):
+    """Return the names of all columns of a .csv, .json or .jsonl file, and the cells of one of them."""
+    columns, cells = {}, []
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        if file.suffix == ".csv":
+            csv.field_size_limit(sys.maxsize)
+            rows = csv.reader(lines)
+            header = next(rows)
+            columns = dict.fromkeys(header)
+            for number, row in enumerate(filter(None, rows), start=1):
+                if len(row) > len(header):  # pandas would stop, or take the first column for row numbers
+                    raise ValueError(f"row {number} has {len(row)} cells for {len(header)} columns, quotes may lack")
+                cells.append(dict(zip(header, row)).get(column))
+            return columns, cells
+        is_list = next(lines).lstrip().startswith("[")
+        lines.seek(0)
+        where = f"--dataset_name {file}: row {{}} is no JSON, mend it"
+        numbered = enumerate(filter(str.strip, lines), start=1)
+        rows = json.load(lines) if is_list else (or_refuse(where.format(n), json.loads, line) for n, line in numbered)
+        for row in rows:
+            columns |= dict.fromkeys(row)
+            cells.append(row.get(column))
+    return columns, cells
+
+
+def check_hub(culprit):
+    """Refuse a Hub id when the Hub cannot be reached: the libraries would try for half a minute, file by file."""
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+        return
+    try:
+        urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=3).close()
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, OSError) and not isinstance(reason, ssl.SSLError):  # else the Hub did answer
+            refuse(
+                f"{culprit} is not here, and the Hub cannot be reached ({reason}): check the path or the network, or "
+                "set HF_HUB_OFFLINE=1 to use what an earlier run has downloaded"
+            )
+
+
 def check_model(config, auto_config, auto_tokenizer, auto_model):
     """Refuse a folder or Hub id without a usable model of the script's kind, judged by its files and on no memory."""
     name = config.model_name_or_path
@@ -252,16 +309,18 @@ def check_model(config, auto_config, auto_tokenizer, auto_model):
         if not (folder / "config.json").is_file():
             refuse(f"{culprit} holds no config.json: give the folder of a model, as save_pretrained writes it")
         check_weight_files(folder, culprit)
-    elif folder.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")) or not name:
+    elif folder.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
         refuse(f"{culprit} is no folder and no Hub id: check the path")
-    model_config = or_refuse(culprit, auto_config.from_pretrained, name)
+    else:
+        check_hub(culprit)
+    model_config = or_refuse(f"{culprit} cannot be read, check the path", auto_config.from_pretrained, name)
     needs_encoder = "Seq2Seq" in auto_model.__name__
     if bool(model_config.is_encoder_decoder) != needs_encoder:
         kinds = ["a causal language model", "a sequence-to-sequence model"]
         refuse(
             f"{culprit} is {kinds[not needs_encoder]}, this script trains {kinds[needs_encoder]}: take the other one"
         )
-    tokenizer = or_refuse(f"{culprit} has no usable tokenizer", auto_tokenizer.from_pretrained, name)
+    tokenizer = or_refuse(f"{culprit} has no usable tokenizer, save one with it", auto_tokenizer.from_pretrained, name)
     if tokenizer.eos_token_id is None:
         refuse(f"{culprit} has a tokenizer without eos_token, so that no answer could end: set one and save it")
     positions = getattr(model_config, "max_position_embeddings", None)
@@ -270,9 +329,9 @@ def check_model(config, auto_config, auto_tokenizer, auto_model):
             f"--max_length {config.max_length} is beyond the model's {positions} positions: give {positions} or less"
         )
     with torch.device("meta"):  # shapes alone: no memory, no weights
-        skeleton = or_refuse(
-            culprit, auto_model.from_config, model_config, attn_implementation=config.attn_implementation
-        )
+        attention = config.attn_implementation
+        culprit_attention = f"{culprit} with --attn_implementation {attention}, try sdpa or eager"
+        skeleton = or_refuse(culprit_attention, auto_model.from_config, model_config, attn_implementation=attention)
     if len(tokenizer) > skeleton.get_input_embeddings().num_embeddings:
         refuse(f"{culprit} has more tokens than embeddings: its tokenizer belongs to another model")
     if hasattr(config, "target_modules") and config.target_modules != ["all-linear"]:
@@ -290,7 +349,12 @@ def check_weight_files(folder, culprit):
     for file in files:
         if not file.is_file():
             refuse(f"{culprit} holds no {file.name}: only safetensors is read, save the model again in that format")
-        with or_refuse(f"{culprit}: {file.name} is no whole safetensors file", safe_open, file, framework="pt"):
+        with or_refuse(
+            f"{culprit}: {file.name} is no whole safetensors file, save or download it anew",
+            safe_open,
+            file,
+            framework="pt",
+        ):
             pass
 
 
@@ -314,19 +378,20 @@ def check_columns(dataset, config):
     """Refuse data without training rows, without the two columns, or with rows that have no label."""
     if "train" not in dataset:
         refuse(f"--dataset_name {config.dataset_name} has no train split, only {', '.join(dataset)}")
-    for split in set(dataset) & {"train", "validation"}:
-        rows = dataset[split]
-        for flag in ("text_column", "label_column"):
-            if (column := getattr(config, flag)) not in rows.column_names:
-                refuse(
-                    f"--{flag} {column!r} is not in {split}: the columns are {', '.join(map(repr, rows.column_names))}"
-                )
-        for number, label in enumerate(rows[config.label_column], start=1):
-            if label is None or not str(label).strip():
-                refuse(
-                    f"row {number} of {split} has no label in column {config.label_column!r}: fill it or drop the row"
-                )
-    if len({str(label) for label in dataset["train"][config.label_column]}) < 2:
+    for split in [split for split in ("train", "validation") if split in dataset]:
+        check_split(config, split, dataset[split].column_names, dataset[split])
+
+
+def check_split(config, split, columns, rows):
+    """Refuse a split without the two columns, with rows that have no label, or with one label alone to learn."""
+    for flag in ("text_column", "label_column"):
+        if (column := getattr(config, flag)) not in columns:
+            refuse(f"--{flag} {column!r} is not in {split}: the columns are {', '.join(map(repr, columns))}")
+    labels = rows[config.label_column]
+    for number, label in enumerate(labels, start=1):
+        if label is None or not str(label).strip():
+            refuse(f"row {number} of {split} has no label in column {config.label_column!r}: fill it or drop the row")
+    if split == "train" and len(set(map(str, labels))) < 2:
         refuse(f"column {config.label_column!r} holds one value in all rows: there is nothing to learn")
 
 
@@ -335,8 +400,8 @@ def check_rows(dataset, config, num_processes):
     for split, least in (("train", num_processes), ("validation", 1)):
         if len(dataset[split]) < least:
             refuse(
-                f"--dataset_name {config.dataset_name} has {len(dataset[split])} {split} row(s), and every one of "
-                f"{num_processes} process(es) needs one: give more rows, or launch with fewer --num_processes"
+                f"--dataset_name {config.dataset_name} leaves {len(dataset[split])} row(s) for {split}, and "
+                f"{num_processes} process(es) need {least}: give more rows, or launch with fewer --num_processes"
             )
 
 

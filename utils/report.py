@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedType, gather_object
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 LIBRARIES = ("torch", "accelerate", "deepspeed", "peft", "transformers", "datasets")
 
@@ -133,7 +133,7 @@ def new_folder(config):
                 file.replace(target / file.relative_to(folder))
         else:
             folder.replace(target)
-    except Exception as error:
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         fail(f"nothing was saved in {target}: {error}")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -228,13 +228,13 @@ def print_results(config, metrics, predictions, labels):
 
 
 def push_to_hub(config, hub):
-    """Upload output_dir to config.hub_model_id, made private where it is new; return why that failed, or None."""
+    """Upload output_dir to config.hub_model_id, made private where it is new; fail with a sentence where that fails."""
     try:
         hub.create_repo(config.hub_model_id, private=True, exist_ok=True)
         print("pushed to", hub.upload_folder(repo_id=config.hub_model_id, folder_path=config.output_dir).repo_url)
     except Exception as error:  # no network, no token, no rights: the files stay where they are
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        return (
+        fail(
             f"not pushed to {config.hub_model_id}: {reason}. Nothing is lost: "
             f"`hf upload {config.hub_model_id} {config.output_dir}` does it later"
         )
@@ -247,13 +247,12 @@ def finish_run(accelerator, config, metrics, predictions, labels, hub):
         predictions, labels: texts, of all held-out rows.
         hub: a `huggingface_hub.HfApi`.
     """
-    error = None
-    if accelerator.is_main_process:
+    is_main_process = accelerator.is_main_process
+    if is_main_process:
         print_results(config, metrics, predictions, labels)
-        error = push_to_hub(config, hub) if config.hub_model_id else None
     accelerator.wait_for_everyone()
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.deepspeed_engine_wrapped.engine.destroy()  # left alive, it now and then aborts the process at exit
     accelerator.end_training()
-    if error:
-        fail(error)
+    if is_main_process and config.hub_model_id:  # alone: a long upload must not run into a collective's time limit
+        push_to_hub(config, hub)

@@ -1,0 +1,413 @@
+"""Bad settings and bad input end in one line, `error: ` with the culprit and the remedy, before a model is loaded.
+
+The tables call the scripts' own `main` in this process, in the environment that the launcher gives to its processes,
+up to where the model would be loaded. A sample goes through the launcher itself.
+"""
+
+import http.server
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import pytest
+import torch
+from accelerate.commands import launch as accelerate_launch
+from accelerate.utils import launch as launchers
+from conftest import ROOT, write_csv
+from models import make_data, make_model, make_rows
+from processes import running
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from utils import checks
+
+SCRIPTS = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
+
+
+class Accepted(Exception):
+    """Raised where the model would be loaded: every check has passed."""
+
+
+# What the cases name, relative to the working directory -------------------------------------------
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with models, data, launch configs and output folders, good ones and bad ones."""
+    place = tmp_path_factory.mktemp("place")
+    make_model(place / "llama", "llama")
+    make_model(place / "t5", "t5")
+    for name in ("no_config", "broken_config", "no_weights", "truncated", "no_tokenizer", "no_eos"):
+        shutil.copytree(place / "llama", place / name)
+    (place / "no_config/config.json").unlink()
+    (place / "broken_config/config.json").write_text("{")
+    (place / "no_weights/model.safetensors").rename(place / "no_weights/pytorch_model.bin")
+    whole = (place / "llama/model.safetensors").read_bytes()
+    (place / "truncated/model.safetensors").write_bytes(whole[:-100])
+    for name in ("no_tokenizer", "no_eos"):
+        (place / name / "tokenizer_config.json").unlink()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(place / "llama/tokenizer.json"))
+    tokenizer.save_pretrained(place / "no_eos")
+    (place / "no_tokenizer/tokenizer.json").unlink()
+    shutil.copytree(place / "llama", place / "shard_missing")
+    (place / "shard_missing/model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(place / "llama").save_pretrained(
+        place / "shard_missing", max_shard_size="50KB"
+    )
+    sorted((place / "shard_missing").glob("model-*.safetensors"))[1].unlink()
+
+    data = make_data(place / "data", train=20, validation=5)
+    rows = make_rows(20, seed=3)
+    text, label = rows[0]
+    write_csv(data / "good.csv", rows)
+    write_csv(data / "seldom.csv", [*rows, (text, "a label that occurs once")])
+    for count in (2, 77):
+        labels = [f"label of kind {number % count}" for number in range(2 * count)]
+        write_csv(data / f"{count}_labels.csv", [(f"text, {number} 🙂", label) for number, label in enumerate(labels)])
+    write_csv(data / "no_label.csv", [*rows[:6], (text, " "), *rows])
+    write_csv(data / "one_label.csv", [(text, label) for text, _ in rows])
+    write_csv(data / "two_rows.csv", rows[:2])
+    write_csv(data / "one_text.csv", [(text, label) for _, label in rows])
+    write_csv(data / "header.csv", [])
+    write_csv(data / "ragged.csv", [*rows, (text, label, "one cell too many"), *rows])
+    write_csv(data / "emoji.csv", [(text, "🙂🙁"[number % 2]) for number, (text, _) in enumerate(rows)])
+    write_csv(data / "spaces.csv", [(text, ("yes", "yes ")[number % 2]) for number, (text, _) in enumerate(rows)])
+    (data / "empty.csv").touch()
+    (data / "rows.parquet").touch()
+    (data / "latin1.csv").write_bytes("Tweet text,Label\ncafé,yes\nthé,no\n".encode("latin-1"))
+    lines = [json.dumps({"Tweet text": text, "Label": label}) for text, label in rows]
+    (data / "good.jsonl").write_text("\n".join(lines))
+    (data / "good.json").write_text(f"[{', '.join(lines)}]")
+    (data / "null.jsonl").write_text("\n".join([*lines[:3], '{"Tweet text": "text", "Label": null}', *lines]))
+    (data / "broken.json").write_text(f"[{', '.join(lines)},")
+    (data / "broken.jsonl").write_text("\n".join([*lines[:3], '{"Tweet text": "te', *lines]))
+    for folder, files in {"only_test": ["test.csv"], "mixed": ["train.csv", "validation.jsonl"]}.items():
+        (data / folder).mkdir()
+        for file in files:
+            shutil.copy(data / f"good{Path(file).suffix}", data / folder / file)
+
+    (place / "a_file").touch()
+    for folder in ("empty", "foreign", "earlier"):
+        (place / folder).mkdir()
+    (place / "foreign/thesis.txt").touch()
+    (place / "earlier/metrics.json").write_text('{"saved": {}}')
+
+    zero3 = (ROOT / "configs/zero3.yaml").read_text()
+    (place / "use_cpu.yaml").write_text(zero3.replace("use_cpu: false", "use_cpu: true"))
+    base = {"compute_environment": "LOCAL_MACHINE", "num_processes": 2, "use_cpu": False}
+    fsdp = {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}}
+    (place / "fsdp2.yaml").write_text(json.dumps(base | fsdp))
+    for name, zero in {"stage2": {"stage": 2}, "stage3": {"stage": 3}, "fp16": {"stage": 3}}.items():
+        deepspeed = {"zero_optimization": zero, "fp16": {"enabled": name == "fp16"}}
+        (place / f"{name}.json").write_text(json.dumps(deepspeed | {"train_micro_batch_size_per_gpu": "auto"}))
+        launch = {"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": f"{name}.json"}}
+        (place / f"{name}.yaml").write_text(json.dumps(base | launch))
+    return place
+
+
+# How a case runs ----------------------------------------------------------------------------------
+def launcher_variables(config, flags, monkeypatch):
+    """Return the variables that `accelerate launch` gives to the first of its processes."""
+    variables = {}
+
+    def several(args, prepare):
+        environment = prepare(args)
+        variables.update(environment if isinstance(environment, dict) else environment[1])
+        variables.update(dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(args.num_processes)), RANK="0")
+
+    def single(args):
+        variables.update(launchers.prepare_simple_launcher_cmd_env(args)[1])
+
+    prepare = {"deepspeed_launcher": launchers.prepare_deepspeed_cmd_env}
+    prepare["multi_gpu_launcher"] = launchers.prepare_multi_gpu_env
+    for name, function in prepare.items():
+        monkeypatch.setattr(accelerate_launch, name, partial(several, prepare=function))
+    monkeypatch.setattr(accelerate_launch, "simple_launcher", single)
+    words = ["--config_file", config, "--main_process_port", "0", *flags, "script.py"]
+    accelerate_launch.launch_command(accelerate_launch.launch_command_parser().parse_args(words))
+    return variables
+
+
+@pytest.fixture
+def run(place, monkeypatch):
+    """Run a script's main up to where it would load the model: run(script, config, arguments, flags of accelerate).
+
+    The config is a strategy or a .yaml; without one the script is started with python alone.
+    """
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "RANK", "WORLD_SIZE", "HF_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(place / "extensions"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", place / "cache")
+
+    def run(script, config, arguments, flags=()):
+        if config:
+            config = config if config.endswith(".yaml") else str(ROOT / "configs" / f"{config}.yaml")
+            for name, value in launcher_variables(config, flags, monkeypatch).items():
+                monkeypatch.setenv(name, value)
+        spec = importlib.util.spec_from_file_location(script, ROOT / "examples" / f"{script}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, script, module)
+        spec.loader.exec_module(module)
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        accelerator = SimpleNamespace(num_processes=processes, deepspeed_plugin=SimpleNamespace(deepspeed_config={}))
+        monkeypatch.setattr(module, "start_accelerator", lambda **kwargs: accelerator)
+        monkeypatch.setattr(module, "MemoryTracker", Mock(side_effect=Accepted))
+        monkeypatch.setattr(checks, "launch_config", lambda: Path(config).read_text() if config else "")
+        monkeypatch.setattr(sys, "argv", [f"examples/{script}.py", *map(str, arguments)])
+        module.main()
+
+    return run
+
+
+GOOD = "--model_name_or_path llama --dataset_name data/good.csv --output_dir new "
+
+
+def refusal(run, capfd, *case):
+    """Return the one line that a refused case prints."""
+    with pytest.raises(SystemExit) as exit:
+        run(*case)
+    output, errors = capfd.readouterr()
+    assert (exit.value.code, output) == (1, "")
+    assert errors.startswith("error: ") and errors.count("\n") == 1
+    return errors
+
+
+# What is refused ----------------------------------------------------------------------------------
+
+ARGUMENTS = [  # flags; what the line must say, culprit first
+    ("--learning_rat 0.1", "--learning_rat 0.1 is no flag", "--help"),
+    ("stray", "stray is no flag", "--help"),
+    ("--lora_r eight", "--lora_r", "invalid int value: 'eight'", "--help"),
+    ("--lora_r", "--lora_r", "expected one argument", "--help"),
+    ("--gradient_accumulation_steps 1.5", "--gradient_accumulation_steps", "invalid int value: '1.5'"),
+    ("--gradient_checkpointing maybe", "--gradient_checkpointing", "got maybe", "true/false"),
+    ("--per_device_train_batch_size 0", "--per_device_train_batch_size is 0", "above 0"),
+    ("--per_device_eval_batch_size -1", "--per_device_eval_batch_size is -1", "above 0"),
+    ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps is 0", "above 0"),
+    ("--max_length 0", "--max_length is 0", "above 0"),
+    ("--num_train_epochs -1", "--num_train_epochs is -1", "above 0"),
+    ("--num_train_epochs inf", "--num_train_epochs is inf", "above 0"),
+    ("--learning_rate 0", "--learning_rate is 0", "above 0"),
+    ("--learning_rate nan", "--learning_rate is nan", "above 0"),
+    ("--max_steps 0", "--max_steps is 0", "or -1"),
+    ("--warmup_ratio 1", "--warmup_ratio is 1", "below 1"),
+    ("--weight_decay -0.1", "--weight_decay is -0.1", "from 0"),
+    ("--max_grad_norm -1", "--max_grad_norm is -1", "from 0"),
+    ("--seed -1", "--seed is -1", "from 0"),
+    ("--seed 4294967296", "--seed is 4294967296", "below 4294967296"),
+    ("--lora_r 0", "--lora_r is 0", "above 0"),
+    ("--lora_alpha -8", "--lora_alpha is -8", "above 0"),
+    ("--lora_dropout 1.0", "--lora_dropout is 1.0", "below 1"),
+    ("--lr_scheduler_type cosin", "--lr_scheduler_type is 'cosin'", "cosine, linear"),
+    ("--dtype fp32", "--dtype is 'fp32'", "float32, bfloat16"),
+    ("--prompt_template 'Label :'", "--prompt_template is 'Label :'", "must hold {text} once"),
+    ("--text_column Label", "--text_column and --label_column are both 'Label'"),
+    ("--text_column tweet", "--text_column 'tweet'", "the columns are 'Tweet text', 'Label'"),
+    ("--label_column label", "--label_column 'label'", "the columns are 'Tweet text', 'Label'"),
+    ("--dataset_name data/nothing.csv", "data/nothing.csv is not there", "check the path"),
+    ("--dataset_name /data/nothing", "/data/nothing' is no file", "check the path"),
+    ("--dataset_name nobody/nothing", "--dataset_name", "nobody/nothing", "Offline"),
+    ("--dataset_name data/empty.csv", "data/empty.csv is empty", "give a file with rows"),
+    ("--dataset_name data/header.csv", "data/header.csv has no rows", "give a file with rows"),
+    ("--dataset_name data/no_label.csv", "row 7 of train has no label in column 'Label'", "fill it"),
+    ("--dataset_name data/null.jsonl", "row 4 of train has no label in column 'Label'", "fill it"),
+    ("--dataset_name data/one_label.csv", "column 'Label' holds one value", "nothing to learn"),
+    ("--dataset_name data/spaces.csv", "reads label 'yes", "as it does another", "rename it"),
+    ("--dataset_name data/two_rows.csv", "data/two_rows.csv leaves 1 row(s) for train", "give more rows"),
+    ("--dataset_name data/one_text.csv", "data/one_text.csv leaves 0 row(s) for train", "give more rows"),
+    ("--dataset_name data/broken.json", "data/broken.json cannot be read", "mend it"),
+    ("--dataset_name data/broken.jsonl", "data/broken.jsonl: row 4 is no JSON", "mend it"),
+    ("--dataset_name data/ragged.csv", "data/ragged.csv cannot be read", "row 21 has 3 cells for 2 columns", "quotes"),
+    ("--dataset_name data/latin1.csv", "data/latin1.csv cannot be read", "convert it", "utf-8"),
+    ("--dataset_name data/rows.parquet", "data/rows.parquet is no .csv, .json, .jsonl", "convert it"),
+    ("--dataset_name data/only_test", "data/only_test holds no train.csv", "name a file, or add one"),
+    ("--dataset_name data/mixed", "data/mixed mixes formats", "train.csv, validation.jsonl"),
+    ("--model_name_or_path data", "data holds no config.json", "give the folder of a model"),
+    ("--model_name_or_path a_file", "a_file is no folder", "check the path"),
+    ("--model_name_or_path ./nothing", "./nothing is no folder", "check the path"),
+    ("--model_name_or_path nobody/nothing", "nobody/nothing cannot be read", "check the path"),
+    ("--model_name_or_path broken_config", "broken_config cannot be read", "config.json' is not a valid JSON"),
+    ("--model_name_or_path no_config", "no_config holds no config.json", "give the folder of a model"),
+    ("--model_name_or_path no_weights", "no_weights holds no model.safetensors", "save the model again"),
+    ("--model_name_or_path truncated", "model.safetensors is no whole safetensors file", "save or download"),
+    ("--model_name_or_path shard_missing", "holds no model-00002-of-", "save the model again"),
+    ("--model_name_or_path no_tokenizer", "no_tokenizer has no usable tokenizer", "save one with it"),
+    ("--model_name_or_path no_eos", "no_eos has a tokenizer without eos_token", "set one"),
+    ("--model_name_or_path t5", "t5 is a sequence-to-sequence model", "this script trains a causal language model"),
+    ("--max_length 513", "--max_length 513", "512 positions", "give 512 or less"),
+    ("--max_length 9", "--max_length 9 has no room for text", "or more"),
+    ("--target_modules q_proj query", "--target_modules query matches no layer", "q_proj, up_proj"),
+    ("--target_modules input_layernorm", "--target_modules input_layernorm matches no layer with a weight matrix"),
+    ("--target_modules self_attn", "--target_modules self_attn matches no layer with a weight matrix", "q_proj"),
+    ("--attn_implementation flash", "--attn_implementation flash", "try sdpa or eager"),
+    ("--output_dir earlier", "--output_dir earlier exists", "add --overwrite_output_dir"),
+    ("--output_dir a_file", "--output_dir a_file is a file", "choose another"),
+    ("--output_dir a_file/under", "--output_dir a_file/under cannot be made", "choose another"),
+    ("--output_dir /proc/new", "--output_dir /proc/new cannot be made", "choose another"),
+    ("--output_dir foreign --overwrite_output_dir", "--output_dir foreign holds no metrics.json", "choose another"),
+]
+
+
+@pytest.mark.parametrize(
+    "words, fragments", [(case[0], case[1:]) for case in ARGUMENTS], ids=[c[0] for c in ARGUMENTS]
+)
+def test_bad_arguments_are_refused(run, capfd, words, fragments):
+    line = refusal(run, capfd, "causal_lm_lora", "ddp", shlex.split(GOOD + words))
+    assert [part for part in fragments if part not in line] == [], line
+
+
+def test_a_sequence_to_sequence_script_refuses_a_causal_model_and_labels_it_cannot_tell_apart(run, capfd):
+    line = refusal(run, capfd, "seq2seq_lora", "ddp", shlex.split(GOOD))
+    assert "llama is a causal language model, this script trains a sequence-to-sequence model" in line
+    words = "--model_name_or_path t5 --dataset_name data/emoji.csv"  # its tokenizer reads either emoji as unknown
+    line = refusal(run, capfd, "seq2seq_lora", "ddp", shlex.split(GOOD + words))
+    assert "the tokenizer reads label '" in line and "rename it" in line
+
+
+OFFLOAD = "causal_lm_lora_zero3_offload"
+LAUNCHES = [  # script, config, flags of accelerate, flags of the script; what the line must say
+    (OFFLOAD, "zero2", "", "", "runs with zero3, and was launched with zero2", "--config_file"),
+    (OFFLOAD, "ddp", "", "", "runs with zero3, and was launched with ddp", "--config_file"),
+    (OFFLOAD, "single", "", "", "runs with zero3, and was launched with single", "--config_file"),
+    (OFFLOAD, None, "", "", "runs with zero3, and was launched with single", "`accelerate launch --config_file"),
+    (OFFLOAD, "stage2.yaml", "", "", "runs with zero3, and was launched with zero2", "--config_file"),
+    ("causal_lm_full", "zero3", "", "", "runs with single, ddp, zero1, zero2, and was launched with zero3"),
+    ("causal_lm_lora", "fsdp2.yaml", "", "", "runs with single, ddp, zero1, zero2, and was launched with fsdp2"),
+    (OFFLOAD, "use_cpu.yaml", "", "", "use_cpu: true", "set it to false"),
+    ("causal_lm_lora", "ddp", "--mixed_precision fp16", "", "fp16 needs a GPU", "--mixed_precision bf16"),
+    (OFFLOAD, "zero3", "--mixed_precision fp16", "", "fp16 needs a GPU", "--mixed_precision bf16"),
+    (OFFLOAD, "fp16.yaml", "", "", "fp16 needs a GPU", "--mixed_precision bf16"),
+    ("causal_lm_full", "ddp", "", "--dtype bfloat16", "--dtype bfloat16", "launch with --mixed_precision"),
+    (OFFLOAD, "zero3", "", "--dtype bfloat16", "--dtype bfloat16 under DeepSpeed", "--mixed_precision`: bf16"),
+]
+
+
+@pytest.mark.parametrize("script, config, flags, words, fragments", [(*case[:4], case[4:]) for case in LAUNCHES])
+def test_launches_that_do_not_fit_are_refused(run, capfd, script, config, flags, words, fragments):
+    if "fp16" in f"{config} {flags}" and torch.cuda.is_available():
+        pytest.skip("fp16 is for a GPU")
+    line = refusal(run, capfd, script, config, shlex.split(GOOD + words), flags.split())
+    assert [part for part in fragments if part not in line] == [], line
+
+
+def test_a_lock_that_a_killed_compilation_left_is_refused_and_one_held_open_is_not(run, capfd, place):
+    lock = place / "extensions/cpu_adam/lock"
+    lock.parent.mkdir(parents=True)
+    with lock.open("w"), pytest.raises(Accepted):
+        run(OFFLOAD, "zero3_offload", shlex.split(GOOD))
+    line = refusal(run, capfd, OFFLOAD, "zero3_offload", shlex.split(GOOD))
+    assert str(lock) in line and "delete that file" in line
+    lock.unlink()
+
+
+@pytest.mark.parametrize("flag", ["--model_name_or_path", "--dataset_name"])
+def test_a_hub_that_does_not_answer_is_refused_at_once(run, capfd, monkeypatch, flag):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    line = refusal(run, capfd, "causal_lm_lora", "ddp", shlex.split(f"{GOOD} {flag} nobody/nothing"))
+    assert f"{flag} nobody/nothing is not here, and the Hub cannot be reached" in line and "HF_HUB_OFFLINE=1" in line
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])  # the server speaks no TLS: a certificate is not our concern
+def test_a_hub_that_answers_whatever_it_says_is_not_refused(monkeypatch, scheme):
+    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)  # 501 to all
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", f"{scheme}://127.0.0.1:{server.server_port}")
+    checks.check_hub("nobody/nothing")
+    server.shutdown()
+
+
+def test_the_first_process_speaks_and_the_others_leave_it_time(monkeypatch, capfd):
+    order = []
+    monkeypatch.setattr(checks.time, "sleep", lambda seconds: order.append(capfd.readouterr().err))
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        checks.refuse("what is wrong: what to do")
+    assert order == [""] and capfd.readouterr().err == "error: what is wrong: what to do\n"
+
+
+# What is accepted ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_defaults_of_every_script_are_accepted_with_its_own_config(run, monkeypatch, tmp_path, script):
+    config = re.search(r"--config_file configs/(\w+)\.yaml", (ROOT / "examples" / f"{script}.py").read_text())[1]
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(Accepted):
+        run(script, config, ["--output_dir", tmp_path / "new"])
+
+
+ACCEPTED = [
+    "--max_grad_norm 0",
+    "--warmup_ratio 0 --weight_decay 0 --max_steps 1",
+    "--output_dir earlier --overwrite_output_dir",
+    "--output_dir empty --overwrite_output_dir",
+    "--output_dir several/new/folders",
+    "--dataset_name data",
+    "--dataset_name data/good.json",
+    "--dataset_name data/good.jsonl",
+    "--dataset_name data/2_labels.csv",
+    "--dataset_name data/77_labels.csv",
+    "--dataset_name data/seldom.csv",
+    "--target_modules q_proj lm_head model.layers.1.mlp.up_proj",
+    "--dtype bfloat16",
+    "--attn_implementation eager",
+]
+
+
+@pytest.mark.parametrize("words", ACCEPTED)
+def test_good_arguments_are_accepted(run, words):
+    with pytest.raises(Accepted):
+        run("causal_lm_lora", "ddp", shlex.split(GOOD + words))
+
+
+@pytest.mark.parametrize(
+    "script, config, flags, words",
+    [
+        ("causal_lm_lora", None, "", ""),
+        ("causal_lm_lora", "single", "", ""),
+        ("causal_lm_lora", "zero1", "", ""),
+        ("causal_lm_lora", "zero2_offload", "", ""),
+        ("causal_lm_full", "ddp", "--mixed_precision bf16", ""),
+        ("causal_lm_full_zero3", "zero3", "--mixed_precision bf16", "--dtype bfloat16"),
+        ("causal_lm_full_zero3", "stage3.yaml", "", ""),
+    ],
+)
+def test_launches_that_fit_are_accepted(run, script, config, flags, words):
+    with pytest.raises(Accepted):
+        run(script, config, shlex.split(GOOD + words), flags.split())
+
+
+# The real launcher --------------------------------------------------------------------------------
+LAUNCHED = [  # script, config, flags; what the one line must say
+    (OFFLOAD, "zero3_offload", "--learning_rat 0.1", "--learning_rat 0.1 is no flag"),
+    (OFFLOAD, "zero3_offload", "--lora_r 0", "--lora_r is 0"),
+    (OFFLOAD, "zero3_offload", "--dataset_name data/nothing.csv", "data/nothing.csv is not there"),
+    (OFFLOAD, "zero3_offload", "--label_column label", "the columns are 'Tweet text', 'Label'"),
+    (OFFLOAD, "zero3_offload", "--model_name_or_path nobody/nothing", "the Hub cannot be reached"),
+    (OFFLOAD, "use_cpu.yaml", "", "use_cpu: true"),
+    (OFFLOAD, "ddp", "", "was launched with ddp"),
+    ("causal_lm_lora", "ddp", "--model_name_or_path data", "data holds no config.json"),
+]
+
+
+@pytest.mark.parametrize("script, config, words, fragment", LAUNCHED)
+def test_a_launch_of_two_processes_ends_with_one_line(launch, place, tmp_path, script, config, words, fragment):
+    arguments = [*shlex.split(GOOD + words), "--output_dir", tmp_path / "new"]
+    no_network = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    config = place / config if config.endswith(".yaml") else config
+    done = launch(script, config, *arguments, processes=2, code=None, cwd=place, timeout=120, **no_network)
+    assert done.returncode != 0
+    (line,) = re.findall("^error: .*", done.stdout, re.MULTILINE)
+    assert fragment in line
+    assert "Traceback" not in done.stdout.partition("torch/distributed/elastic")[0], done.stdout
+    assert running(tmp_path) == {}
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,67 @@
+"""A script, copied out with the files of utils/ that it imports, runs where nothing else of the repository is."""
+
+import ast
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, read_metrics
+from models import make_data, make_model
+
+SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
+LAUNCHED = {"causal_lm_lora": "ddp", "causal_lm_full_zero3": "zero3"}
+DECOY = "raise RuntimeError('the wrong utils')\n"
+
+
+def imported(path):
+    """The names of utils that a file imports by name; the package's own `__init__` comes with any of them."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    froms = [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0]
+    plain = [name.name for node in nodes if isinstance(node, ast.Import) for name in node.names]
+    return sorted({name.split(".")[1] for name in (*froms, *plain) if name.startswith("utils.")})
+
+
+@pytest.fixture
+def copy_out(tmp_path, environment):
+    """Return a function that copies a script out and gives its new path, its folder and the environment of its run."""
+
+    def copy(script):
+        place, decoy = tmp_path / "place", tmp_path / "decoy"
+        (place / "utils").mkdir(parents=True)
+        shutil.copy(script, place)
+        for name in ("__init__", *imported(script)):
+            shutil.copy(ROOT / "utils" / f"{name}.py", place / "utils")
+        (decoy / "utils").mkdir(parents=True)
+        for name in ("__init__", *imported(script)):
+            (decoy / "utils" / f"{name}.py").write_text(DECOY)
+        return place / script.name, place, {"PYTHONPATH": str(decoy)}
+
+    return copy
+
+
+def test_there_are_scripts_and_utils_files_import_none_of_ours():
+    assert len(SCRIPTS) >= 6
+    names = {name for script in SCRIPTS for name in imported(script)}
+    assert names and names <= {"memory", "launch", "checks", "report"}
+    assert not any(imported(ROOT / "utils" / f"{name}.py") for name in names)
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_copied_script_runs(copy_out, launch, tmp_path, name):
+    script, place, environment = copy_out(ROOT / "examples" / f"{name}.py")
+    config = shutil.copy(ROOT / "configs" / f"{LAUNCHED[name]}.yaml", place)
+    make_model(place / "model", "llama")
+    make_data(place / "data", train=24, validation=8)
+    flags = ("--model_name_or_path", "model", "--dataset_name", "data", "--output_dir", "run", "--max_steps", 2)
+    launch(script, config, *flags, "--warmup_ratio", 0, processes=2, cwd=place, **environment)
+    assert read_metrics(place / "run")["strategy"] == LAUNCHED[name]
+
+
+@pytest.mark.parametrize("script", [path for path in SCRIPTS if path.stem not in LAUNCHED], ids=lambda path: path.stem)
+def test_copied_script_starts(copy_out, environment, script):
+    copied, place, extra = copy_out(script)
+    command = [sys.executable, copied, "--help"]
+    done = subprocess.run(command, cwd=place, env=environment | extra, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--model_name_or_path" in done.stdout

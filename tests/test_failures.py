@@ -1,0 +1,146 @@
+"""Runs that fail end soon, with a code that is not 0, and leave no process and no half-written output behind."""
+
+import os
+import re
+import shutil
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from conftest import read_metrics
+from models import make_data, make_model
+from processes import plant, running
+
+MINUTE = 60  # in which a launch ends once a process of it has failed
+SECOND_UPDATE = "            updates.append("  # the line of the training loop before which a fault is planted
+OFFLOAD = "causal_lm_lora_zero3_offload"
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory):
+    """Flags of a small run of two updates, but for its output_dir."""
+    folder = tmp_path_factory.mktemp("failures")
+    model, data = make_model(folder / "model", "llama"), make_data(folder / "data", train=32, validation=4)
+    return ["--model_name_or_path", model, "--dataset_name", data, "--max_steps", 2, "--output_dir"]
+
+
+@pytest.fixture
+def output_dir(tmp_path):
+    """An output folder in an otherwise empty folder; afterwards no process of the launch is left."""
+    (tmp_path / "outputs").mkdir()
+    yield tmp_path / "outputs" / "new"
+    assert running(tmp_path) == {}
+
+
+def in_update(number, process, statement):
+    """Return the replacement that makes one process do something in the middle of the training."""
+    condition = f"accelerator.process_index in {process} and len(updates) == {number - 1}"
+    return SECOND_UPDATE, f"            if {condition}:\n                {statement}\n{SECOND_UPDATE}"
+
+
+RAISE = "raise RuntimeError('planted')"
+KILL = "__import__('os').kill(__import__('os').getpid(), 9)"
+
+
+@pytest.mark.parametrize(
+    "script, config, fault",
+    [
+        ("causal_lm_lora", "ddp", RAISE),
+        (OFFLOAD, "zero3", "__import__('os').kill(__import__('os').getpid(), 9)"),
+        pytest.param(
+            "causal_lm_lora", "ddp", "__import__('os').kill(__import__('os').getpid(), 9)", marks=pytest.mark.slow
+        ),
+        pytest.param(OFFLOAD, "zero3", "raise RuntimeError('planted')", marks=pytest.mark.slow),
+    ],
+)
+def test_one_process_that_fails_ends_the_launch(launch, arguments, tmp_path, output_dir, script, config, fault):
+    copy = plant(tmp_path, script, in_update(2, (1,), fault))
+    done = launch(copy, config, *arguments, output_dir, processes=2, code=None, timeout=2 * MINUTE)  # one to start
+    assert done.returncode != 0
+    assert "planted" in done.stdout or "Signal 9 (SIGKILL)" in done.stdout
+    assert list(output_dir.parent.iterdir()) == []
+
+
+def test_ctrl_c_ends_the_launch(launch, arguments, tmp_path, output_dir):
+    started = tmp_path / "started"
+    copy = plant(tmp_path, OFFLOAD, in_update(2, (0, 1), f"Path({str(started)!r}).touch()"))
+    with ThreadPoolExecutor() as pool:
+        flags = (*arguments, output_dir, "--max_steps", 10**6)
+        launched = pool.submit(launch, copy, "zero3", *flags, processes=2, code=None, timeout=4 * MINUTE)
+        while not started.exists() and not launched.done():
+            time.sleep(0.1)
+        for process, command in running(copy).items():
+            if "accelerate_cli" in command:  # a terminal's Ctrl+C reaches the launcher; its processes have no terminal
+                os.kill(process, signal.SIGINT)
+        done = launched.result(timeout=MINUTE)
+    assert done.returncode != 0
+    assert list(output_dir.parent.iterdir()) == []
+
+
+def test_a_save_without_gathering_fails_loudly(launch, arguments, tmp_path, output_dir):
+    copy = plant(tmp_path, OFFLOAD, ("    with GatheredParameters(list(trained.values())):", "    if True:"))
+    done = launch(copy, "zero3", *arguments, output_dir, processes=2, code=None)
+    assert done.returncode != 0
+    (line,) = re.findall("^error: .*", done.stdout, re.MULTILINE)
+    assert "lora_A" in line and "(0,)" in line and "gather" in line
+    assert list(output_dir.parent.iterdir()) == []
+
+
+def test_a_save_that_the_system_refuses_leaves_nothing(launch, arguments, tmp_path, output_dir):
+    # no file may grow beyond 10 kB: what a full disk does to the weights, without filling one
+    limit = "    import resource\n    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
+    save = "    unwrapped = accelerator.unwrap_model(model)\n"
+    copy = plant(tmp_path, "causal_lm_lora", (save, limit + save))
+    done = launch(copy, "ddp", *arguments, output_dir, processes=2, code=None)
+    assert done.returncode != 0
+    (line,) = re.findall("^error: .*", done.stdout, re.MULTILINE)
+    assert f"nothing was saved in {output_dir}" in line and "File too large" in line
+    assert list(output_dir.parent.iterdir()) == []
+
+
+ABORTS = ("terminate called", "Aborted", "SIGABRT", "Segmentation fault")
+
+
+@pytest.fixture(scope="module")
+def offloaded(launch, arguments, tmp_path_factory):
+    """Three runs in a row of two updates each, under ZeRO-3 with offload: (output, metrics) of each."""
+    folder = tmp_path_factory.mktemp("offloaded")
+    runs = [launch(OFFLOAD, "zero3_offload", *arguments, folder / str(number), processes=2) for number in range(3)]
+    return [(run.stdout, read_metrics(folder / str(number))) for number, run in enumerate(runs)]
+
+
+def test_repeated_runs_end_well_and_alike(offloaded):
+    for output, metrics in offloaded:
+        assert [word for word in ABORTS if word in output] == []
+        assert metrics["engine"]["optimizer"] == "DeepSpeedCPUAdam"
+        assert metrics["losses"] == offloaded[0][1]["losses"]
+
+
+@pytest.mark.slow
+def test_twenty_runs_end_well(launch, arguments, tmp_path):
+    for number in range(20):
+        done = launch(OFFLOAD, "zero3_offload", *arguments, tmp_path / str(number), processes=2)
+        assert [word for word in ABORTS if word in done.stdout] == []
+
+
+def test_without_a_compiler_torch_steps_and_the_losses_are_the_same(
+    launch, environment, offloaded, arguments, tmp_path, output_dir
+):
+    # a PATH with everything but compilers
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for folder in reversed(environment["PATH"].split(os.pathsep)):
+        for program in os.scandir(folder) if os.path.isdir(folder) else ():
+            if not re.search(r"(\+\+|gcc|clang|\bcc)(-[\d.]+)?$", program.name):
+                (programs / program.name).unlink(missing_ok=True)
+                (programs / program.name).symlink_to(program.path)
+    assert not any(shutil.which(name, path=str(programs)) for name in ("c++", "g++", "cc", "gcc", "clang"))
+    assert "CXX" not in environment
+    bare = {"PATH": str(programs), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    done = launch(OFFLOAD, "zero3_offload", *arguments, output_dir, processes=2, **bare)
+    (line,) = [line for line in done.stdout.splitlines() if "DeepSpeedCPUAdam" in line]
+    assert "cannot be built" in line and "install" in line and "g++" in line and "AdamW" in line
+    metrics = read_metrics(output_dir)
+    assert metrics["engine"]["optimizer"] == "AdamW"
+    assert metrics["losses"] == pytest.approx(offloaded[0][1]["losses"], rel=1e-5)

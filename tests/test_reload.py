@@ -1,0 +1,112 @@
+"""What a run saved loads in a fresh process that knows only peft and transformers, and answers as in the run."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, read_metrics
+from models import make_data, make_model, teach
+from safetensors import safe_open
+
+RUNS = [
+    ("causal_lm_lora", "ddp", "llama"),
+    ("causal_lm_lora_zero3_offload", "zero3_offload", "llama"),
+    ("seq2seq_lora_zero3_offload", "zero3_offload", "t5"),
+    ("causal_lm_full_zero3", "zero3", "llama"),
+]
+ROWS = 21
+# The two lines that a run prints, a tokenizer, and one row after the other: no padding, none of the project's code.
+RELOAD = """
+import csv
+import json
+import sys
+
+import torch
+{lines}
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+answers = []
+for row in csv.DictReader(open(sys.argv[2], newline="")):
+    inputs = tokenizer(f"Tweet text : {{row['Tweet text']}} Label :", return_tensors="pt", return_token_type_ids=False)
+    with torch.no_grad():
+        tokens = model.eval().generate(**inputs, max_new_tokens=20, do_sample=False, pad_token_id=0)[0]
+    start = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    answers.append([tokenizer.decode(tokens[start:], skip_special_tokens=True).strip(), row["Label"]])
+print(json.dumps({{"answers": answers, "ours": [name for name in sys.modules if name.split(".")[0] == "utils"]}}))
+"""
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases")
+    return {
+        "llama": teach(make_model(folder / "llama", "llama"), steps=60),
+        "t5": teach(make_model(folder / "t5", "t5"), steps=120),
+        "data": make_data(folder / "data", train=64, validation=ROWS, noise=0.2),
+    }
+
+
+@pytest.fixture(scope="module", params=RUNS, ids=[script for script, _, _ in RUNS])
+def run(request, launch, bases, tmp_path_factory):
+    """A run of each script: its base model, its folder and its output."""
+    script, config, base = request.param
+    folder = tmp_path_factory.mktemp(script) / "run"
+    flags = ("--model_name_or_path", bases[base], "--dataset_name", bases["data"], "--output_dir", folder)
+    rate = 1e-3 if "full" in script else 2e-2
+    done = launch(script, config, *flags, "--max_steps", 6, "--learning_rate", rate, processes=2)
+    return bases[base], folder, done.stdout
+
+
+def read(folder):
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}
+    return tensors
+
+
+def test_fresh_process_gives_the_same_answers(run, bases, environment, tmp_path):
+    _, folder, output = run
+    lines = output[output.index("\nfrom ") :].strip().splitlines()[:2]
+    assert str(folder) in lines[1]
+    script = tmp_path / "reload.py"
+    script.write_text(RELOAD.format(lines="\n".join(lines)))
+    command = [sys.executable, script, folder, bases["data"] / "validation.csv"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    answers = [answer for answer, _ in result["answers"]]
+    printed = re.findall(r"^  prediction '(.*)' *  label '(.*)'$", output, re.MULTILINE)
+    assert [tuple(pair) for pair in result["answers"][:10]] == printed and len(printed) == 10
+    score = sum(answer == label for answer, label in result["answers"]) / ROWS
+    assert score == pytest.approx(read_metrics(folder)["score"]["after"])
+    assert result["ours"] == []
+    assert len(set(answers)) > 1, "one answer to all rows proves little"
+
+
+def test_files_hold_full_shapes_and_what_was_learned(run):
+    base, folder, _ = run
+    saved, original = read(folder), read(base)
+    if "adapter_config.json" not in {file.name for file in folder.iterdir()}:
+        assert {name: tensor.shape for name, tensor in saved.items()} == {
+            name: tensor.shape for name, tensor in original.items()
+        }
+        assert any((saved[name] != original[name]).any() for name in saved)
+        return
+    rank = json.loads((folder / "adapter_config.json").read_text())["r"]
+    weights = {name.removesuffix(".weight"): tensor.shape for name, tensor in original.items()}
+    for name, tensor in saved.items():
+        layer, _, half = name.removeprefix("base_model.model.").removesuffix(".weight").partition(".lora_")
+        rows, columns = weights[layer]
+        assert tuple(tensor.shape) == ((rank, columns) if half == "A" else (rows, rank))
+        assert tensor.any()
+    assert read_metrics(folder)["trainable_parameters"] == sum(tensor.numel() for tensor in saved.values())
+
+
+def test_folder_stands_alone(run):
+    base, folder, _ = run
+    assert (folder / "tokenizer.json").read_text() == (base / "tokenizer.json").read_text()
+    assert str(ROOT) not in (folder / "README.md").read_text().replace(str(base), "").replace(str(folder), "")

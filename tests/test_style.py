@@ -1,0 +1,114 @@
+"""The form of the scripts: sizes, sections, and flags that all act and all explain themselves."""
+
+import ast
+import dataclasses
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from test_models import load
+
+SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
+NAMES = [script.stem for script in SCRIPTS]
+FLAGS = """model_name_or_path
+dtype attn_implementation dataset_name text_column label_column prompt_template max_length
+per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps learning_rate lr_scheduler_type
+warmup_ratio weight_decay max_grad_norm num_train_epochs max_steps gradient_checkpointing seed output_dir
+overwrite_output_dir hub_model_id""".split()
+LORA_FLAGS = ["lora_r", "lora_alpha", "lora_dropout", "target_modules"]
+
+
+def text(name):
+    return (ROOT / "examples" / f"{name}.py").read_text()
+
+
+def fields(name):
+    return {field.name: field for field in dataclasses.fields(load(name).Config)}
+
+
+def read_from_config(source):
+    """The fields that a file reads as `config.NAME`, or `config["NAME"]`."""
+    read = set()
+    for node in ast.walk(ast.parse(source)):
+        value = node.value if isinstance(node, ast.Attribute | ast.Subscript) else None
+        if isinstance(value, ast.Name) and value.id == "config":
+            read.add(node.attr if isinstance(node, ast.Attribute) else getattr(node.slice, "value", None))
+    return read
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)
+def test_ruff(command):
+    done = subprocess.run([sys.executable, "-m", "ruff", *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_there_are_scripts():
+    assert len(SCRIPTS) >= 6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_size(name):
+    assert 160 <= len(text(name).splitlines()) <= (250 if name.startswith("seq2seq") else 220)
+    assert max(map(len, text(name).splitlines())) <= 119
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_functions_and_imports(name):
+    tree = ast.parse(text(name))
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    assert [node.name for node in functions] == ["build_dataloaders", "build_model", "evaluate", "main"]
+    assert all(len(node.args.args) <= 4 and not node.args.kwonlyargs for node in functions)
+    assert [node.name for node in tree.body if isinstance(node, ast.ClassDef)] == ["Config"]
+    names = {
+        name.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom | ast.Import) for name in node.names
+    }
+    assert not any("Trainer" in name for name in names)
+    assert "Trainer" not in text(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_knob_is_read_where_it_acts(name):
+    sources = [text(name), *((ROOT / "utils" / f"{part}.py").read_text() for part in ("report", "launch", "memory"))]
+    acting = set().union(*map(read_from_config, sources))
+    if "data_files(config.dataset_name)" not in text(name):
+        acting.discard("dataset_name")
+    # read only by the function that the check shares with the save: whether an existing folder may be replaced
+    assert set(fields(name)) - acting == {"overwrite_output_dir"}
+    assert "config.overwrite_output_dir" in (ROOT / "utils" / "checks.py").read_text()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_flags_and_help(name):
+    assert set(fields(name)) == {*FLAGS, *(LORA_FLAGS if "lora" in name else [])}
+    module = load(name)
+    page = module.HfArgumentParser(module.Config).format_help()
+    entries = dict(re.findall(r"^  (--\w+)(.*?)(?=^  -|\Z)", page, re.MULTILINE | re.DOTALL))
+    for flag, field in fields(name).items():
+        entry = " ".join(entries[f"--{flag}"].split())
+        assert " ".join(field.metadata["help"].split()) in entry
+        assert "(default:" in entry
+    assert "--no_" not in page
+
+
+def test_flags_of_one_name_are_alike():
+    first = {}
+    for name in NAMES:
+        for flag, field in fields(name).items():
+            kept = first.setdefault(flag, (field.type, field.metadata["help"]))
+            if not (flag in ("prompt_template", "max_length") and name.startswith("seq2seq")):
+                assert (field.type, field.metadata["help"]) == kept, f"{name} {flag}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_run_line(name):
+    [command] = re.findall(r"^Run: +(.*)$", ast.get_docstring(ast.parse(text(name))), re.MULTILINE)
+    form = re.fullmatch(r"accelerate launch --config_file (configs/(\w+)\.yaml) (examples/\w+\.py)", command)
+    assert form and form[3] == f"examples/{name}.py"
+    assert (ROOT / form[1]).is_file()
+    [strategies] = re.findall(r"check_settings\(config, (\([^)]*\)),", text(name))
+    assert form[2].removesuffix("_offload") in ast.literal_eval(strategies)
+    for config in ("zero3_offload", "zero3"):
+        if name.endswith(f"_{config}"):
+            assert form[2] == config
