@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -60,11 +59,12 @@ def launch(environment):
         command += [] if processes is None else ["--num_processes", processes]
         command = [str(word) for word in (*command, script, *arguments)]
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        process = subprocess.Popen(command, cwd=cwd, env=environment | extra, start_new_session=True, **streams)
+        process = subprocess.Popen(command, cwd=cwd, env=environment | extra, **streams)
         try:
             output, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # the launcher's processes, too
+            process.terminate()  # the launcher then ends its processes, which SIGKILL would leave behind
+            process.communicate()
             raise
         if code is not None:
             assert process.returncode == code, f"exit code {process.returncode}\n{' '.join(command)}\n{output}"

@@ -228,7 +228,7 @@ def print_results(config, metrics, predictions, labels):
 
 
 def push_to_hub(config, hub):
-    """Upload output_dir to config.hub_model_id, made private where it is new; fail with a sentence where that fails."""
+    """Upload output_dir to config.hub_model_id, made private where it is new, or fail with a sentence."""
     try:
         hub.create_repo(config.hub_model_id, private=True, exist_ok=True)
         print("pushed to", hub.upload_folder(repo_id=config.hub_model_id, folder_path=config.output_dir).repo_url)
