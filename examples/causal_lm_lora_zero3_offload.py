@@ -68,7 +68,7 @@ class Config:  # what is trained; where it runs (processes, precision, sharding,
 # 2. Data ------------------------------------------------------------------------------------------
 def build_dataloaders(config, tokenizer, accelerator):
     """Return a loader of the training batches of all updates, and one of the held-out rows."""
-    dataset = or_refuse("--dataset_name", load_dataset, **data_files(config.dataset_name))
+    dataset = or_refuse(f"--dataset_name {config.dataset_name}", load_dataset, **data_files(config.dataset_name))
     check_columns(dataset, config)
     if "validation" not in dataset:
         train, valid = dataset["train"].train_test_split(test_size=0.2, seed=config.seed).values()

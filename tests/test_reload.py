@@ -55,7 +55,7 @@ def run(request, launch, bases, tmp_path_factory):
     script, config, base = request.param
     folder = tmp_path_factory.mktemp(script) / "run"
     flags = ("--model_name_or_path", bases[base], "--dataset_name", bases["data"], "--output_dir", folder)
-    rate = 1e-3 if "full" in script else 2e-2
+    rate = {"full": 1e-3, "causal": 2e-2, "seq2seq": 1e-2}["full" if "full" in script else script.split("_")[0]]
     done = launch(script, config, *flags, "--max_steps", 6, "--learning_rate", rate, processes=2)
     return bases[base], folder, done.stdout
 
