@@ -3,8 +3,8 @@
 Base:    causal_lm_full.py
 Changes: 4. Evaluation, 5. Setup
 Run:     accelerate launch --config_file configs/zero3.yaml examples/causal_lm_full_zero3.py
-Needs:   TODO
-Expect:  TODO
+Needs:   2 CPU processes with 666 MB each for the shipped model; on GPUs not measured
+Expect:  accuracy 0.00 -> 0.99 in 61 s, start included (2 busy cores of an AMD EPYC, 2026-11-21)
 """
 
 import math
@@ -51,7 +51,7 @@ class Config:  # what is trained; where it runs (processes, precision, sharding,
     warmup_ratio: float = HfArg(default=0.1, help="share of the updates, rounded down, in which the rate rises")
     weight_decay: float = HfArg(default=0.0, help="AdamW's, per update and unit of learning rate")
     max_grad_norm: float = HfArg(default=1.0, help="L2 norm to which a larger gradient is cut; 0 never cuts")
-    num_train_epochs: float = HfArg(default=10.0, help="passes over the training rows, rounded up to whole updates")
+    num_train_epochs: float = HfArg(default=6.0, help="passes over the training rows, rounded up to whole updates")
     max_steps: int = HfArg(default=-1, help="updates, in place of num_train_epochs; -1 leaves it to those")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, more time")
     seed: int = HfArg(default=42, help="of new weights, dropout, the order of the rows and their split")

@@ -3,8 +3,8 @@
 Base:    causal_lm_full.py
 Changes: 1. Settings, 3. Model, 7. Save
 Run:     accelerate launch --config_file configs/ddp.yaml examples/causal_lm_lora.py
-Needs:   TODO
-Expect:  TODO
+Needs:   2 CPU processes with 573 MB each for the shipped model; on GPUs not measured
+Expect:  accuracy 0.00 -> 0.98 in 25 s, start included (2 busy cores of an AMD EPYC, 2026-11-21)
 """
 
 import math
@@ -52,7 +52,7 @@ class Config:  # what is trained; where it runs (processes, precision, sharding,
     warmup_ratio: float = HfArg(default=0.1, help="share of the updates, rounded down, in which the rate rises")
     weight_decay: float = HfArg(default=0.0, help="AdamW's, per update and unit of learning rate")
     max_grad_norm: float = HfArg(default=1.0, help="L2 norm to which a larger gradient is cut; 0 never cuts")
-    num_train_epochs: float = HfArg(default=10.0, help="passes over the training rows, rounded up to whole updates")
+    num_train_epochs: float = HfArg(default=6.0, help="passes over the training rows, rounded up to whole updates")
     max_steps: int = HfArg(default=-1, help="updates, in place of num_train_epochs; -1 leaves it to those")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, more time")
     lora_r: int = HfArg(default=8, help="rank of the two matrices that are learned beside each target layer")
