@@ -57,11 +57,11 @@ def start_accelerator(**kwargs):
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
         raise RuntimeError(f"{launched} processes were launched, but accelerate runs {accelerator.num_processes}")
-    if offloads_optimizer(accelerator) and not cpu_adam_builds(accelerator):
+    if offloads_optimizer(accelerator) and (reason := cpu_adam_failure(accelerator)):
         accelerator.deepspeed_plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
         accelerator.print(
-            "DeepSpeedCPUAdam cannot be built here: install a C++ compiler and Python's headers (g++, python3-dev). "
-            "torch.optim.AdamW does its steps, with the same losses."
+            "DeepSpeedCPUAdam cannot be built here: install a C++ compiler and Python's headers (g++, python3-dev), with "
+            f"a GPU nvcc, too. torch.optim.AdamW does its steps, with the same losses. [{reason}]"
         )
     accelerator.print(describe(accelerator))
     return accelerator
@@ -73,8 +73,8 @@ def offloads_optimizer(accelerator):
     return plugin is not None and plugin.get_value("zero_optimization.offload_optimizer.device", "none") != "none"
 
 
-def cpu_adam_builds(accelerator):
-    """Compile or load DeepSpeed's CPU Adam and return whether that worked on every process (about 40 s, once)."""
+def cpu_adam_failure(accelerator):
+    """Compile (once, in a minute or so) or load DeepSpeed's CPU Adam; return why a process could not, or None."""
     from deepspeed.ops.op_builder import (
         CPUAdamBuilder,
     )
@@ -82,10 +82,10 @@ def cpu_adam_builds(accelerator):
     with accelerator.local_main_process_first():  # one compiles, the others load
         try:
             CPUAdamBuilder().load(verbose=False)
-            built = True
-        except Exception:  # whatever a compiler, a linker or their absence raises
-            built = False
-    return all(gather_object([built]))
+            reason = None
+        except Exception as error:  # whatever a compiler, a linker or their absence raises
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    return next(filter(None, gather_object([reason])), None)
 
 
 def describe(accelerator):
