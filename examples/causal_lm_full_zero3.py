@@ -46,7 +46,7 @@ class Config:  # what is trained; where it runs (processes, precision, sharding,
     per_device_train_batch_size: int = HfArg(default=8, help="rows in a micro-batch of one process")
     per_device_eval_batch_size: int = HfArg(default=32, help="rows that one process generates for at once")
     gradient_accumulation_steps: int = HfArg(default=1, help="micro-batches of one process in an update")
-    learning_rate: float = HfArg(default=1e-3, help="peak, after the warmup")
+    learning_rate: float = HfArg(default=1e-3, help="peak, after the warmup; larger models want a lower one")
     lr_scheduler_type: str = HfArg(default="cosine", help="after the warmup: cosine, linear or constant_with_warmup")
     warmup_ratio: float = HfArg(default=0.1, help="share of the updates, rounded down, in which the rate rises")
     weight_decay: float = HfArg(default=0.0, help="AdamW's, per update and unit of learning rate")
@@ -146,6 +146,9 @@ def main():
     accelerator.deepspeed_plugin.deepspeed_config.update(  # DeepSpeed accumulates and clips by its own config
         gradient_accumulation_steps=config.gradient_accumulation_steps, gradient_clipping=config.max_grad_norm
     )
+    # lets get_state_dict gather the weights for saving, whatever the launch config says
+    zero = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    zero["stage3_gather_16bit_weights_on_model_save"] = True
     disable_progress_bars()  # of datasets and of transformers: the one bar is that of the training
     disable_progress_bar()
     set_seed(config.seed)

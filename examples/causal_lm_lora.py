@@ -47,7 +47,7 @@ class Config:  # what is trained; where it runs (processes, precision, sharding,
     per_device_train_batch_size: int = HfArg(default=8, help="rows in a micro-batch of one process")
     per_device_eval_batch_size: int = HfArg(default=32, help="rows that one process generates for at once")
     gradient_accumulation_steps: int = HfArg(default=1, help="micro-batches of one process in an update")
-    learning_rate: float = HfArg(default=1e-3, help="peak, after the warmup")
+    learning_rate: float = HfArg(default=1e-3, help="peak, after the warmup; larger models want a lower one")
     lr_scheduler_type: str = HfArg(default="cosine", help="after the warmup: cosine, linear or constant_with_warmup")
     warmup_ratio: float = HfArg(default=0.1, help="share of the updates, rounded down, in which the rate rises")
     weight_decay: float = HfArg(default=0.0, help="AdamW's, per update and unit of learning rate")

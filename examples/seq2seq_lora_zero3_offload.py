@@ -47,7 +47,7 @@ class Config:  # what is trained; where it runs (processes, precision, sharding,
     per_device_train_batch_size: int = HfArg(default=8, help="rows in a micro-batch of one process")
     per_device_eval_batch_size: int = HfArg(default=32, help="rows that one process generates for at once")
     gradient_accumulation_steps: int = HfArg(default=1, help="micro-batches of one process in an update")
-    learning_rate: float = HfArg(default=1e-3, help="peak, after the warmup")
+    learning_rate: float = HfArg(default=1e-3, help="peak, after the warmup; larger models want a lower one")
     lr_scheduler_type: str = HfArg(default="cosine", help="after the warmup: cosine, linear or constant_with_warmup")
     warmup_ratio: float = HfArg(default=0.1, help="share of the updates, rounded down, in which the rate rises")
     weight_decay: float = HfArg(default=0.0, help="AdamW's, per update and unit of learning rate")
@@ -78,7 +78,8 @@ def build_dataloaders(config, tokenizer, accelerator):
     head, tail = config.prompt_template.split("{text}")
     labels = {str(label) for split in ("train", "validation") for label in dataset[split][config.label_column]}
     targets = {label: tokenizer(text_target=label).input_ids for label in labels}
-    answers, _ = check_targets(targets, tokenizer, [], tokenizer(head + tail).input_ids, config.max_length)
+    whole = tokenizer(head + tail).input_ids
+    answers, _ = check_targets(targets, tokenizer, [], whole, config.max_length, shared=False)
 
     def encode(row):
         label = str(row[config.label_column])

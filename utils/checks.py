@@ -204,10 +204,9 @@ def check_output(config):
     if folder.is_dir():
         if not config.overwrite_output_dir:
             refuse(f"--output_dir {folder} exists: choose another, or add --overwrite_output_dir")
-        if any(folder.iterdir()) and not (folder / "metrics.json").is_file():
-            refuse(
-                f"--output_dir {folder} holds no metrics.json of an earlier run: it is not overwritten, choose another"
-            )
+        if any(folder.iterdir()):
+            culprit = f"--output_dir {folder} holds no metrics.json of an earlier run, choose another"
+            or_refuse(culprit, lambda: list(json.loads((folder / "metrics.json").read_text())["saved"]))
     elif folder.exists():
         refuse(f"--output_dir {folder} is a file: choose another")
     parent = next(path for path in folder.absolute().parents if path.exists())
@@ -243,7 +242,7 @@ def data_files(dataset_name):
             refuse(f"--dataset_name {file} is not there: check the path")
         if file.stat().st_size == 0:
             refuse(f"--dataset_name {file} is empty: give a file with rows")
-    arguments = {"path": FORMATS[path.suffix or files["train"].suffix]}
+    arguments = {"path": FORMATS[files["train"].suffix]}
     arguments["data_files"] = {split: str(file) for split, file in files.items()}
     if arguments["path"] == "csv":  # every cell as it stands in the file: pandas would read 01 as 1 and NA as nothing
         with next(iter(files.values())).open(encoding="utf-8-sig", errors="replace", newline="") as file:
@@ -332,7 +331,7 @@ def check_model(config, auto_config, auto_tokenizer, auto_model):
         attention = config.attn_implementation
         culprit_attention = f"{culprit} with --attn_implementation {attention}, try sdpa or eager"
         skeleton = or_refuse(culprit_attention, auto_model.from_config, model_config, attn_implementation=attention)
-    if len(tokenizer) > skeleton.get_input_embeddings().num_embeddings:
+    if tokenizer.vocab_size > skeleton.get_input_embeddings().num_embeddings:
         refuse(f"{culprit} has more tokens than embeddings: its tokenizer belongs to another model")
     if hasattr(config, "target_modules") and config.target_modules != ["all-linear"]:
         check_target_modules(config.target_modules, skeleton)
@@ -405,13 +404,13 @@ def check_rows(dataset, config, num_processes):
             )
 
 
-def check_targets(targets, tokenizer, head, tail, max_length):
+def check_targets(targets, tokenizer, head, tail, max_length, shared=True):
     """Refuse labels that the tokenizer cannot tell apart, and prompts without room for text.
 
     Args:
         targets: label -> its token ids, without the end-of-sequence token.
         head, tail: token ids of the prompt before and after the row's text.
-        max_length: of prompt, label and end-of-sequence token together.
+        max_length: of prompt, label and end-of-sequence token together, or, where not `shared`, of the prompt alone.
 
     Returns:
         label -> the text that its ids decode to, which is what a right answer looks like; and how many tokens a prompt
@@ -422,7 +421,7 @@ def check_targets(targets, tokenizer, head, tail, max_length):
     for label, answer in answers.items():
         if not answer or seen.setdefault(answer, label) != label:
             refuse(f"the tokenizer reads label {label!r} back as {answer!r}, as it does another or nothing: rename it")
-    longest = max(map(len, targets.values())) + 1
+    longest = max(map(len, targets.values())) + 1 if shared else 0
     room = max_length - len(tail) - longest
     if room <= len(head):
         refuse(

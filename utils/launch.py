@@ -60,8 +60,8 @@ def start_accelerator(**kwargs):
     if offloads_optimizer(accelerator) and (reason := cpu_adam_failure(accelerator)):
         accelerator.deepspeed_plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
         accelerator.print(
-            "DeepSpeedCPUAdam cannot be built here: install a C++ compiler and Python's headers (g++, python3-dev), with "
-            f"a GPU nvcc, too. torch.optim.AdamW does its steps, with the same losses. [{reason}]"
+            "DeepSpeedCPUAdam cannot be built here: install a C++ compiler and Python's headers (g++, python3-dev). "
+            f"torch.optim.AdamW does its steps, with the same losses. [{reason}]"
         )
     accelerator.print(describe(accelerator))
     return accelerator

@@ -5,6 +5,7 @@ This file imports no other file of the project and can be copied along with a sc
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -57,7 +58,11 @@ def collect_metrics(accelerator, model, config, memory, score, updates, tokens, 
         "engine": engine,
         "trainable_parameters": sum(size for trained, size in sizes if trained),
         "total_parameters": sum(size for _, size in sizes),
-        **dict(zip(("losses", "learning_rates", "grad_norms"), map(list, zip(*updates)))),
+        # null for what is no number, as the gradient norm of an update that fp16 overflowed: JSON has no other word
+        **{
+            key: [value if math.isfinite(value) else None for value in values]
+            for key, values in zip(("losses", "learning_rates", "grad_norms"), zip(*updates))
+        },
         "score": {"metric": "accuracy", "before": score[0], "after": score[1]},
         "target_tokens": int(tokens[0]),
         "input_tokens": int(tokens[1]),
@@ -122,21 +127,30 @@ def new_folder(config):
     """
     target = Path(config.output_dir)
     folder = target.parent / f".{target.name}.{os.getpid()}"
+    complete = False
     try:
         folder.mkdir(parents=True)
         yield folder
+        complete = True
+        if target.exists() and not config.overwrite_output_dir:
+            spare = folder.replace(target.with_name(f"{target.name}.{os.getpid()}"))
+            fail(f"{target} was made by somebody else during the run, whose results are in {spare}")
         if target.exists():
             for name in (*earlier_files(target), "metrics.json"):
                 (target / name).unlink(missing_ok=True)
             for file in sorted(file for file in folder.rglob("*") if file.is_file()):
                 (target / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
                 file.replace(target / file.relative_to(folder))
+            shutil.rmtree(folder)
         else:
             folder.replace(target)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+        if complete:  # written and checked, but not to be moved: it stays where it is
+            fail(f"{target} could not be replaced, the run is in {folder}: {error}")
         fail(f"nothing was saved in {target}: {error}")
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not complete:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def earlier_files(target):
@@ -178,15 +192,17 @@ def check_model(folder, num_elements):
                 found += tensor.numel()
                 if not torch.isfinite(tensor).all():
                     fail(f"the written model has values in {key} that are no numbers: lower --learning_rate")
-    if found != num_elements:
+    if found < num_elements:  # buffers that are saved count on top
         fail(f"the written model holds {found} of {num_elements} elements: every process must gather before one saves")
 
 
 def write_metrics(folder, metrics):
     """Write README.md, the model card, and metrics.json with the size of every other file in it."""
     config, score = metrics["config"], metrics["score"]
+    name = config["model_name_or_path"]
+    base_model = "" if Path(name).is_dir() else f"base_model: {name}\n"  # the Hub refuses a card with a path
     (folder / "README.md").write_text(
-        f"---\nbase_model: {config['model_name_or_path']}\nlibrary_name: {library(folder)}\n---\n\n"
+        f"---\n{base_model}library_name: {library(folder)}\n---\n\n"
         f"Trained by `{Path(sys.argv[0]).name}` from `{config['model_name_or_path']}` on `{config['dataset_name']}`, "
         f"column `{config['label_column']}` from `{config['text_column']}`: {metrics['strategy']} on "
         f"{metrics['num_processes']} process(es), {len(metrics['losses'])} updates.\n\n"
