@@ -158,7 +158,9 @@ def run(place, monkeypatch):
         monkeypatch.setitem(sys.modules, script, module)
         spec.loader.exec_module(module)
         processes = int(os.environ.get("WORLD_SIZE", 1))
-        accelerator = SimpleNamespace(num_processes=processes, deepspeed_plugin=SimpleNamespace(deepspeed_config={}))
+        accelerator = SimpleNamespace(
+            num_processes=processes, deepspeed_plugin=SimpleNamespace(deepspeed_config={"zero_optimization": {}})
+        )
         monkeypatch.setattr(module, "start_accelerator", lambda **kwargs: accelerator)
         monkeypatch.setattr(module, "MemoryTracker", Mock(side_effect=Accepted))
         monkeypatch.setattr(checks, "launch_config", lambda: Path(config).read_text() if config else "")

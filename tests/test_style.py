@@ -74,9 +74,7 @@ def test_every_knob_is_read_where_it_acts(name):
     acting = set().union(*map(read_from_config, sources))
     if "data_files(config.dataset_name)" not in text(name):
         acting.discard("dataset_name")
-    # read only by the function that the check shares with the save: whether an existing folder may be replaced
-    assert set(fields(name)) - acting == {"overwrite_output_dir"}
-    assert "config.overwrite_output_dir" in (ROOT / "utils" / "checks.py").read_text()
+    assert set(fields(name)) - acting == set()
 
 
 @pytest.mark.parametrize("name", NAMES)
