@@ -133,7 +133,8 @@ def evaluate(accelerator, model, tokenizer, valid_loader):
         answers = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         # without the rows that the loader repeats to give every process equally many batches
         predictions += accelerator.gather_for_metrics([answer.strip() for answer in answers], use_gather_object=True)
-    return sum(map(str.__eq__, predictions, labels)) / len(labels), predictions, labels
+    correct = sum(one == other for one, other in zip(predictions, labels, strict=True))
+    return correct / len(labels), predictions, labels
 
 
 def main():
