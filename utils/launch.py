@@ -84,7 +84,7 @@ def cpu_adam_failure(accelerator):
             CPUAdamBuilder().load(verbose=False)
             reason = None
         except Exception as error:  # whatever a compiler, a linker or their absence raises
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:80]
     return next(filter(None, gather_object([reason])), None)
 
 
