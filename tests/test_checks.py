@@ -92,11 +92,14 @@ def place(tmp_path_factory):
         for file in files:
             shutil.copy(data / f"good{Path(file).suffix}", data / folder / file)
 
+    (place / "data.v2").mkdir()
+    shutil.copy(data / "good.jsonl", place / "data.v2" / "train.jsonl")
     (place / "a_file").touch()
-    for folder in ("empty", "foreign", "earlier"):
+    for folder in ("empty", "foreign", "earlier", "corrupt"):
         (place / folder).mkdir()
     (place / "foreign/thesis.txt").touch()
     (place / "earlier/metrics.json").write_text('{"saved": {}}')
+    (place / "corrupt/metrics.json").write_text('{"accuracy": 0.5}')  # of something else
 
     zero3 = (ROOT / "configs/zero3.yaml").read_text()
     (place / "use_cpu.yaml").write_text(zero3.replace("use_cpu: false", "use_cpu: true"))
@@ -255,6 +258,7 @@ ARGUMENTS = [  # flags; what the line must say, culprit first
     ("--output_dir a_file", "--output_dir a_file is a file", "choose another"),
     ("--output_dir a_file/under", "--output_dir a_file/under cannot be made", "choose another"),
     ("--output_dir /proc/new", "--output_dir /proc/new cannot be made", "choose another"),
+    ("--output_dir corrupt --overwrite_output_dir", "--output_dir corrupt holds no metrics.json", "choose another"),
     ("--output_dir foreign --overwrite_output_dir", "--output_dir foreign holds no metrics.json", "choose another"),
 ]
 
@@ -354,6 +358,7 @@ ACCEPTED = [
     "--output_dir empty --overwrite_output_dir",
     "--output_dir several/new/folders",
     "--dataset_name data",
+    "--dataset_name data.v2",
     "--dataset_name data/good.json",
     "--dataset_name data/good.jsonl",
     "--dataset_name data/2_labels.csv",

@@ -43,20 +43,29 @@ RAISE = "raise RuntimeError('planted')"
 KILL = "__import__('os').kill(__import__('os').getpid(), 9)"
 
 
+def launched_until(pool, launch, copy, config, flags, started):
+    """Start a launch in the background and return it once it has come to the planted line, which touches a file."""
+    launched = pool.submit(launch, copy, config, *flags, processes=2, code=None)
+    while not started.exists() and not launched.done():
+        time.sleep(0.1)
+    return launched
+
+
 @pytest.mark.parametrize(
     "script, config, fault",
     [
         ("causal_lm_lora", "ddp", RAISE),
-        (OFFLOAD, "zero3", "__import__('os').kill(__import__('os').getpid(), 9)"),
-        pytest.param(
-            "causal_lm_lora", "ddp", "__import__('os').kill(__import__('os').getpid(), 9)", marks=pytest.mark.slow
-        ),
-        pytest.param(OFFLOAD, "zero3", "raise RuntimeError('planted')", marks=pytest.mark.slow),
+        (OFFLOAD, "zero3", KILL),
+        pytest.param("causal_lm_lora", "ddp", KILL, marks=pytest.mark.slow),
+        pytest.param(OFFLOAD, "zero3", RAISE, marks=pytest.mark.slow),
     ],
 )
 def test_one_process_that_fails_ends_the_launch(launch, arguments, tmp_path, output_dir, script, config, fault):
-    copy = plant(tmp_path, script, in_update(2, (1,), fault))
-    done = launch(copy, config, *arguments, output_dir, processes=2, code=None, timeout=2 * MINUTE)  # one to start
+    started = tmp_path / "started"
+    copy = plant(tmp_path, script, in_update(2, (1,), f"Path({str(started)!r}).touch(); {fault}"))
+    with ThreadPoolExecutor() as pool:
+        launched = launched_until(pool, launch, copy, config, (*arguments, output_dir), started)
+        done = launched.result(timeout=MINUTE)
     assert done.returncode != 0
     assert "planted" in done.stdout or "Signal 9 (SIGKILL)" in done.stdout
     assert list(output_dir.parent.iterdir()) == []
@@ -67,9 +76,7 @@ def test_ctrl_c_ends_the_launch(launch, arguments, tmp_path, output_dir):
     copy = plant(tmp_path, OFFLOAD, in_update(2, (0, 1), f"Path({str(started)!r}).touch()"))
     with ThreadPoolExecutor() as pool:
         flags = (*arguments, output_dir, "--max_steps", 10**6)
-        launched = pool.submit(launch, copy, "zero3", *flags, processes=2, code=None, timeout=4 * MINUTE)
-        while not started.exists() and not launched.done():
-            time.sleep(0.1)
+        launched = launched_until(pool, launch, copy, "zero3", flags, started)
         for process, command in running(copy).items():
             if "accelerate_cli" in command:  # a terminal's Ctrl+C reaches the launcher; its processes have no terminal
                 os.kill(process, signal.SIGINT)

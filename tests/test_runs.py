@@ -218,3 +218,11 @@ def test_failed_push_says_so_and_loses_nothing(launch, small, tmp_path):
     metrics = read_metrics(tmp_path / "run")
     for name, size in metrics["saved"].items():
         assert (tmp_path / "run" / name).stat().st_size == size
+
+
+def test_the_full_model_is_saved_though_the_launch_config_forgets_it(launch, small, tmp_path):
+    config = tmp_path / "zero3.yaml"
+    lines = (ROOT / "configs" / "zero3.yaml").read_text().splitlines()
+    config.write_text("\n".join(line for line in lines if "zero3_save_16bit_model" not in line))
+    launch("causal_lm_full_zero3", config, *small, "--output_dir", tmp_path / "run", processes=2)
+    assert read_metrics(tmp_path / "run")["saved"]["model.safetensors"] > 0

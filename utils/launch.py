@@ -10,19 +10,11 @@ This file imports no other file of the project and can be copied along with a sc
 import os
 import sys
 import warnings
-from pathlib import (
-    Path,
-)
+from pathlib import Path
 
 import torch
-from accelerate import (
-    Accelerator,
-    PartialState,
-)
-from accelerate.utils import (
-    DistributedType,
-    gather_object,
-)
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, gather_object
 
 
 def start_accelerator(**kwargs):
@@ -75,9 +67,7 @@ def offloads_optimizer(accelerator):
 
 def cpu_adam_failure(accelerator):
     """Compile (once, in a minute or so) or load DeepSpeed's CPU Adam; return why a process could not, or None."""
-    from deepspeed.ops.op_builder import (
-        CPUAdamBuilder,
-    )
+    from deepspeed.ops.op_builder import CPUAdamBuilder
 
     with accelerator.local_main_process_first():  # one compiles, the others load
         try:

@@ -16,21 +16,12 @@ import os
 import resource
 import sys
 import threading
-from collections.abc import (
-    Callable,
-    Iterator,
-)
-from contextlib import (
-    contextmanager,
-)
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
-from accelerate import (
-    PartialState,
-)
-from accelerate.utils import (
-    gather_object,
-)
+from accelerate import PartialState
+from accelerate.utils import gather_object
 
 MB = 2**20
 
@@ -163,9 +154,7 @@ def draw_memory(memory: dict[str, list[dict[str, int]]], limit: int = 0):
 
     `limit`, in bytes, is drawn as a line in the panel of the GPU; 0 draws none. `memory` has at least one phase.
     """
-    from matplotlib.figure import (  # a Figure without pyplot chooses no backend and needs no closing
-        Figure,
-    )
+    from matplotlib.figure import Figure  # without pyplot: it chooses no backend and needs no closing
 
     processes = len(next(iter(memory.values())))
     used_gpu = any(entry["gpu_peak"] for entries in memory.values() for entry in entries)

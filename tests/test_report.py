@@ -1,0 +1,90 @@
+"""What a finished run must not lose, and what a written model is checked for."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from utils import report
+
+
+def settings(folder, overwrite=False):
+    return SimpleNamespace(output_dir=str(folder), overwrite_output_dir=overwrite)
+
+
+def test_a_folder_that_appears_during_the_run_is_not_overwritten_and_the_run_is_kept(tmp_path, capsys):
+    with pytest.raises(SystemExit), report.new_folder(settings(tmp_path / "run")) as folder:
+        (folder / "mine").write_text("of this run")
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "mine").write_text("of another")
+    [spare] = [path for path in tmp_path.iterdir() if path.name != "run"]
+    assert (tmp_path / "run" / "mine").read_text() == "of another"
+    assert (spare / "mine").read_text() == "of this run"
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and str(spare) in error
+
+
+def test_a_run_that_cannot_be_moved_into_place_is_kept(tmp_path, capsys):
+    (tmp_path / "run" / "weights").mkdir(parents=True)  # where a file of the run must go
+    with pytest.raises(SystemExit), report.new_folder(settings(tmp_path / "run", overwrite=True)) as folder:
+        (folder / "weights").write_text("of this run")
+    assert (folder / "weights").read_text() == "of this run"
+    assert str(folder) in capsys.readouterr().err
+
+
+def test_a_body_that_fails_leaves_nothing(tmp_path):
+    with pytest.raises(ZeroDivisionError), report.new_folder(settings(tmp_path / "run")) as folder:
+        (folder / "half").write_text("")
+        1 / 0  # noqa: B018
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "tensors, words",
+    [
+        ({"weight": torch.ones(3), "buffer": torch.ones(2)}, None),  # a saved buffer is no parameter
+        ({"weight": torch.ones(0)}, "holds 0 of 3 elements"),
+        ({"weight": torch.tensor([1.0, 2.0, float("nan")])}, "no numbers"),
+    ],
+)
+def test_a_written_model_is_opened_again(tmp_path, capsys, tensors, words):
+    save_file(tensors, tmp_path / "model.safetensors")
+    if words is None:
+        report.check_model(tmp_path, 3)
+    else:
+        with pytest.raises(SystemExit):
+            report.check_model(tmp_path, 3)
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("written, words", [(torch.ones(2, 3), None), (torch.zeros(2, 3), "at its start")])
+def test_only_lora_b_must_have_left_zero(tmp_path, capsys, part, written, words):
+    save_file({f"layer.{part}.weight": written}, tmp_path / "adapter_model.safetensors")
+    trained = {f"layer.{part}.default.weight": torch.nn.Parameter(torch.ones(2, 3))}
+    report.check_adapter(tmp_path, trained, [0.0])
+    if words is None or part == "lora_A":
+        report.check_adapter(tmp_path, trained, [0.0, 1e-3])
+    else:
+        with pytest.raises(SystemExit):
+            report.check_adapter(tmp_path, trained, [0.0, 1e-3])
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, in_card", [("someone/model", True), (".", False)])
+def test_the_card_names_a_base_of_the_hub_and_no_path(tmp_path, name, in_card):
+    (tmp_path / "adapter_config.json").write_text('{"task_type": "CAUSAL_LM"}')
+    config = {
+        "model_name_or_path": name,
+        "dataset_name": "d",
+        "label_column": "l",
+        "text_column": "t",
+        "output_dir": "o",
+    }
+    score = {"before": 0.0, "after": 1.0}
+    run = {"config": config, "score": score, "strategy": "ddp", "num_processes": 2, "losses": [None, 1.0]}
+    report.write_metrics(tmp_path, run)
+    assert ("base_model: " in (tmp_path / "README.md").read_text()) == in_card
+    assert json.loads((tmp_path / "metrics.json").read_text())["losses"] == [None, 1.0]
