@@ -3,8 +3,8 @@
 Base:    causal_lm_full.py
 Changes: 1. Settings, 3. Model, 7. Save
 Run:     accelerate launch --config_file configs/ddp.yaml examples/causal_lm_lora.py
-Needs:   2 CPU processes with 573 MB each for the shipped model; on GPUs not measured
-Expect:  accuracy 0.00 -> 0.98 in 25 s, start included (2 busy cores of an AMD EPYC, 2026-11-21)
+Needs:   2 CPU processes with 598 MB each for the shipped model; on GPUs not measured
+Expect:  accuracy 0.00 -> 0.98 in 21 s, start included (2 cores of an AMD EPYC, 2026-11-21)
 """
 
 import math

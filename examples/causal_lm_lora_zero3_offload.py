@@ -3,8 +3,8 @@
 Base:    causal_lm_lora.py
 Changes: 4. Evaluation, 5. Setup, 7. Save
 Run:     accelerate launch --config_file configs/zero3_offload.yaml examples/causal_lm_lora_zero3_offload.py
-Needs:   2 CPU processes with 700 MB each for the shipped model; on GPUs not measured
-Expect:  accuracy 0.00 -> 0.98 in 77 s, start included (2 busy cores of an AMD EPYC, 2026-11-21)
+Needs:   2 CPU processes with 727 MB each for the shipped model; on GPUs not measured
+Expect:  accuracy 0.00 -> 0.98 in 53 s, start included (2 cores of an AMD EPYC, 2026-11-21)
 """
 
 import math

@@ -3,8 +3,8 @@
 Base:    causal_lm_lora.py
 Changes: 1. Settings, 2. Data, 3. Model, 4. Evaluation, 5. Setup
 Run:     accelerate launch --config_file configs/ddp.yaml examples/seq2seq_lora.py
-Needs:   2 CPU processes with 559 MB each for the shipped model; on GPUs not measured
-Expect:  accuracy 0.00 -> 0.97 in 38 s, start included (2 busy cores of an AMD EPYC, 2026-11-21)
+Needs:   2 CPU processes with 589 MB each for the shipped model; on GPUs not measured
+Expect:  accuracy 0.00 -> 0.97 in 20 s, start included (2 cores of an AMD EPYC, 2026-11-21)
 """
 
 import math

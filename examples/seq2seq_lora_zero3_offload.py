@@ -3,8 +3,8 @@
 Base:    seq2seq_lora.py
 Changes: 4. Evaluation, 5. Setup, 7. Save
 Run:     accelerate launch --config_file configs/zero3_offload.yaml examples/seq2seq_lora_zero3_offload.py
-Needs:   2 CPU processes with 704 MB each for the shipped model; on GPUs not measured
-Expect:  accuracy 0.00 -> 0.96 in 103 s, start included (2 busy cores of an AMD EPYC, 2026-11-21)
+Needs:   2 CPU processes with 745 MB each for the shipped model; on GPUs not measured
+Expect:  accuracy 0.00 -> 0.96 in 64 s, start included (2 cores of an AMD EPYC, 2026-11-21)
 """
 
 import math
