@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import datasets
 import pytest
 import torch
 from accelerate.commands import launch as accelerate_launch
@@ -25,7 +26,7 @@ from accelerate.utils import launch as launchers
 from conftest import ROOT, write_csv
 from models import make_data, make_model, make_rows
 from processes import running
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from utils import checks
 
@@ -62,6 +63,15 @@ def place(tmp_path_factory):
     )
     sorted((place / "shard_missing").glob("model-*.safetensors"))[1].unlink()
 
+    for name in ("other_weights", "other_shapes", "added_pad"):
+        shutil.copytree(place / "llama", place / name)
+    shutil.copy(place / "t5/model.safetensors", place / "other_weights")
+    config = json.loads((place / "llama/config.json").read_text())
+    (place / "other_shapes/config.json").write_text(json.dumps(config | {"intermediate_size": 24}))
+    tokenizer = AutoTokenizer.from_pretrained(place / "llama")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(place / "added_pad")
+
     data = make_data(place / "data", train=20, validation=5)
     rows = make_rows(20, seed=3)
     text, label = rows[0]
@@ -85,9 +95,16 @@ def place(tmp_path_factory):
     (data / "good.jsonl").write_text("\n".join(lines))
     (data / "good.json").write_text(f"[{', '.join(lines)}]")
     (data / "null.jsonl").write_text("\n".join([*lines[:3], '{"Tweet text": "text", "Label": null}', *lines]))
+    for column in ("Tweet text", "Label"):
+        lists = [json.dumps(json.loads(line) | {column: [line[-9:], "and"]}) for line in lines]
+        (data / f"list_{column.split()[-1].lower()}.jsonl").write_text("\n".join(lists))
     (data / "broken.json").write_text(f"[{', '.join(lines)},")
     (data / "broken.jsonl").write_text("\n".join([*lines[:3], '{"Tweet text": "te', *lines]))
-    for folder, files in {"only_test": ["test.csv"], "mixed": ["train.csv", "validation.jsonl"]}.items():
+    for folder, files in {
+        "only_test": ["test.csv"],
+        "mixed": ["train.csv", "validation.jsonl"],
+        "twice": ["train.csv", "train.jsonl"],
+    }.items():
         (data / folder).mkdir()
         for file in files:
             shutil.copy(data / f"good{Path(file).suffix}", data / folder / file)
@@ -104,8 +121,21 @@ def place(tmp_path_factory):
     zero3 = (ROOT / "configs/zero3.yaml").read_text()
     (place / "use_cpu.yaml").write_text(zero3.replace("use_cpu: false", "use_cpu: true"))
     base = {"compute_environment": "LOCAL_MACHINE", "num_processes": 2, "use_cpu": False}
-    fsdp = {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}}
-    (place / "fsdp2.yaml").write_text(json.dumps(base | fsdp))
+    for name, old, new in (
+        ("orig_params", "fsdp_use_orig_params: false", "fsdp_use_orig_params: true"),
+        ("no_orig_params", "fsdp_use_orig_params: false", ""),
+        (
+            "wrap_class",
+            "TRANSFORMER_BASED_WRAP",
+            "TRANSFORMER_BASED_WRAP\n  fsdp_transformer_layer_cls_to_wrap: NoLayer",
+        ),
+    ):
+        text = (ROOT / "configs/fsdp1.yaml").read_text()
+        assert old in text
+        (place / f"{name}.yaml").write_text(re.sub(f"{old}.*", new, text))
+    (place / "no_wrap.yaml").write_text(
+        (ROOT / "configs/fsdp2.yaml").read_text().replace("TRANSFORMER_BASED_WRAP", "NO_WRAP")
+    )
     for name, zero in {"stage2": {"stage": 2}, "stage3": {"stage": 3}, "fp16": {"stage": 3}}.items():
         deepspeed = {"zero_optimization": zero, "fp16": {"enabled": name == "fp16"}}
         (place / f"{name}.json").write_text(json.dumps(deepspeed | {"train_micro_batch_size_per_gpu": "auto"}))
@@ -144,12 +174,14 @@ def run(place, monkeypatch):
     The config is a strategy or a .yaml; without one the script is started with python alone.
     """
     monkeypatch.chdir(place)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for library in ("huggingface_hub.constants", "datasets.config"):
+        monkeypatch.setattr(f"{library}.HF_HUB_OFFLINE", True)
     for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "RANK", "WORLD_SIZE", "HF_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(place / "extensions"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", place / "cache")
+    datasets.disable_progress_bars()  # as start_accelerator does
 
     def run(script, config, arguments, flags=()):
         if config:
@@ -247,13 +279,25 @@ ARGUMENTS = [  # flags; what the line must say, culprit first
     ("--model_name_or_path shard_missing", "holds no model-00002-of-", "save the model again"),
     ("--model_name_or_path no_tokenizer", "no_tokenizer has no usable tokenizer", "save one with it"),
     ("--model_name_or_path no_eos", "no_eos has a tokenizer without eos_token", "set one"),
-    ("--model_name_or_path t5", "t5 is a sequence-to-sequence model", "this script trains a causal language model"),
+    ("--model_name_or_path t5", "t5 is not a causal language model", "take another model or script"),
     ("--max_length 513", "--max_length 513", "512 positions", "give 512 or less"),
     ("--max_length 9", "--max_length 9 has no room for text", "or more"),
-    ("--target_modules q_proj query", "--target_modules query matches no layer", "q_proj, up_proj"),
-    ("--target_modules input_layernorm", "--target_modules input_layernorm matches no layer with a weight matrix"),
-    ("--target_modules self_attn", "--target_modules self_attn matches no layer with a weight matrix", "q_proj"),
-    ("--attn_implementation flash", "--attn_implementation flash", "try sdpa or eager"),
+    ("--target_modules q_proj query", "--target_modules query names no linear layer", "q_proj, up_proj"),
+    ("--target_modules input_layernorm", "--target_modules input_layernorm names no linear layer", "q_proj"),
+    ("--target_modules self_attn", "--target_modules self_attn names no linear layer", "q_proj"),
+    ("--attn_implementation flash", "--attn_implementation flash", "cannot be made"),
+    ("--target_modules embed_tokens", "--target_modules embed_tokens names no linear layer", "q_proj"),
+    ("--model_name_or_path other_weights", "no weight of a LlamaForCausalLM", "save them together"),
+    ("--model_name_or_path other_shapes", "model.safetensors holds", "and config.json says"),
+    ("--model_name_or_path added_pad", "its tokenizer uses token", "resize_token_embeddings"),
+    (f"--model_name_or_path {300 * 'm'}", "File name too long"),
+    (f"--dataset_name {300 * 'd'}", "File name too long"),
+    ("--dataset_name data/twice", "train.csv and train.jsonl", "keep one of them"),
+    ("--dataset_name data/list_text.jsonl", "--text_column 'Tweet text' holds List", "choose another column"),
+    ("--dataset_name data/list_label.jsonl", "row 1 of train has a list as its label", "give text"),
+    (f"--output_dir {300 * 'o'}", "File name too long"),
+    (f"--output_dir {252 * 'o'}", "File name too long", "choose another"),
+    ("--hub_model_id 'bad id/with space/x'", "--hub_model_id", "Repo id"),
     ("--output_dir earlier", "--output_dir earlier exists", "add --overwrite_output_dir"),
     ("--output_dir a_file", "--output_dir a_file is a file", "choose another"),
     ("--output_dir a_file/under", "--output_dir a_file/under cannot be made", "choose another"),
@@ -273,7 +317,7 @@ def test_bad_arguments_are_refused(run, capfd, words, fragments):
 
 def test_a_sequence_to_sequence_script_refuses_a_causal_model_and_labels_it_cannot_tell_apart(run, capfd):
     line = refusal(run, capfd, "seq2seq_lora", "ddp", shlex.split(GOOD))
-    assert "llama is a causal language model, this script trains a sequence-to-sequence model" in line
+    assert "llama is not a sequence-to-sequence model, which this script trains" in line
     words = "--model_name_or_path t5 --dataset_name data/emoji.csv"  # its tokenizer reads either emoji as unknown
     line = refusal(run, capfd, "seq2seq_lora", "ddp", shlex.split(GOOD + words))
     assert "the tokenizer reads label '" in line and "rename it" in line
@@ -287,7 +331,18 @@ LAUNCHES = [  # script, config, flags of accelerate, flags of the script; what t
     (OFFLOAD, None, "", "", "runs with zero3, and was launched with single", "`accelerate launch --config_file"),
     (OFFLOAD, "stage2.yaml", "", "", "runs with zero3, and was launched with zero2", "--config_file"),
     ("causal_lm_full", "zero3", "", "", "runs with single, ddp, zero1, zero2, and was launched with zero3"),
-    ("causal_lm_lora", "fsdp2.yaml", "", "", "runs with single, ddp, zero1, zero2, and was launched with fsdp2"),
+    ("causal_lm_lora", "fsdp2", "", "", "runs with single, ddp, zero1, zero2, and was launched with fsdp2"),
+    (OFFLOAD, "fsdp1", "", "", "runs with zero3, and was launched with fsdp1", "--config_file"),
+    ("causal_lm_lora_fsdp1", "zero3", "", "", "runs with fsdp1, and was launched with zero3", "--config_file"),
+    ("causal_lm_lora_fsdp1", "fsdp2", "", "", "runs with fsdp1, and was launched with fsdp2", "--config_file"),
+    ("causal_lm_lora_fsdp2", "fsdp1", "", "", "runs with fsdp2, and was launched with fsdp1", "--config_file"),
+    ("causal_lm_lora_fsdp1", "orig_params.yaml", "", "", "fsdp_use_orig_params is true", "set it to false"),
+    ("causal_lm_lora_fsdp1", "no_orig_params.yaml", "", "", "fsdp_use_orig_params is true", "set it to false"),
+    ("causal_lm_lora_fsdp1", "wrap_class.yaml", "", "", "llama has no NoLayer", "LlamaDecoderLayer"),
+    ("causal_lm_lora_fsdp2", "no_wrap.yaml", "", "", "gather the whole model at once", "TRANSFORMER_BASED_WRAP"),
+    ("causal_lm_lora_fsdp1", "fsdp1", "--num_processes 1", "", "one process shards nothing", "--num_processes"),
+    ("causal_lm_lora_fsdp2", "fsdp2", "--num_processes 1", "", "one process shards nothing", "--num_processes"),
+    ("causal_lm_lora_fsdp1", "fsdp1", "--mixed_precision fp16", "", "fp16 needs a GPU", "--mixed_precision bf16"),
     (OFFLOAD, "use_cpu.yaml", "", "", "use_cpu: true", "set it to false"),
     ("causal_lm_lora", "ddp", "--mixed_precision fp16", "", "fp16 needs a GPU", "--mixed_precision bf16"),
     (OFFLOAD, "zero3", "--mixed_precision fp16", "", "fp16 needs a GPU", "--mixed_precision bf16"),

@@ -8,10 +8,11 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, read_metrics, write_csv
 from models import CAUSAL, SEQ2SEQ, make_model, make_rows
 from single import run_single
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 LABELS = ["None", "NA", "01", "once only", 'quoted "so", twice', *(f"intent number {number}" for number in range(72))]
 TEXTS = [
@@ -102,6 +103,46 @@ def test_architecture_trains_sharded(launch, models, data, tmp_path, script, con
     launch(script, config, *flags(models[architecture], data["77.csv"], tmp_path / "run"), processes=2)
     metrics = read_metrics(tmp_path / "run")
     assert metrics["strategy"] == "zero3" and len(metrics["losses"]) == 2 and min(metrics["grad_norms"]) > 0
+
+
+TYPED = [  # labels that JSON or datasets give a type of their own, in columns named like the script's own
+    [0, 1],
+    [True, False],
+    ["2024-01-01 00:00:00", "2025-12-31 00:00:00"],  # datasets makes a time of it, and of a date alone
+]
+
+
+@pytest.mark.parametrize("labels", TYPED, ids=str)
+@pytest.mark.parametrize("script", ["causal_lm_lora", "seq2seq_lora"])
+def test_labels_stay_text_whatever_the_columns_are_called(models, tmp_path, script, labels):
+    rows = [
+        {"prompt": f"text {number}", "label": labels[number % 2], "target": [0.5], "input_ids": [True]}
+        for number in range(20)
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    module = load(script)
+    model = str(models["llama" if script == "causal_lm_lora" else "t5"])
+    columns = {"text_column": "prompt", "label_column": "label", "output_dir": str(tmp_path / "run")}
+    config = module.Config(model_name_or_path=model, dataset_name=str(tmp_path / "train.jsonl"), **columns)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    train, valid = module.build_dataloaders(config, tokenizer, SimpleNamespace(num_processes=1))
+    assert {type(label) for label in valid.dataset["label"]} == {str}
+    assert set(train.dataset["label"]) == {tokenizer.decode(tokenizer(str(label)).input_ids, True) for label in labels}
+    assert next(iter(train))["input_ids"].dtype == torch.long
+
+
+def test_a_target_ends_though_the_tokenizer_adds_no_end(models, tmp_path):
+    file = tmp_path / "tokenizer.json"
+    whole = json.loads((models["t5"] / "tokenizer.json").read_text())
+    file.write_text(json.dumps(whole | {"post_processor": None}))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token="</s>", pad_token="<pad>")
+    assert tokenizer.eos_token_id not in tokenizer("text").input_ids
+    module = load("seq2seq_lora")
+    write_csv(tmp_path / "rows.csv", make_rows(20, seed=3))
+    config = module.Config(dataset_name=str(tmp_path / "rows.csv"))
+    train, _ = module.build_dataloaders(config, tokenizer, SimpleNamespace(num_processes=1))
+    assert all(target[-1] == tokenizer.eos_token_id for target in train.dataset["target"])
 
 
 def load(script):

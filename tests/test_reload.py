@@ -15,6 +15,9 @@ RUNS = [
     ("causal_lm_lora_zero3_offload", "zero3_offload", "llama"),
     ("seq2seq_lora_zero3_offload", "zero3_offload", "t5"),
     ("causal_lm_full_zero3", "zero3", "llama"),
+    ("causal_lm_lora_fsdp1", "fsdp1", "llama"),
+    ("causal_lm_lora_fsdp2", "fsdp2_hybrid", "llama"),
+    ("seq2seq_lora_fsdp1", "fsdp1", "t5"),
 ]
 ROWS = 21
 # The two lines that a run prints, a tokenizer, and one row after the other: no padding, none of the project's code.
@@ -56,7 +59,9 @@ def run(request, launch, bases, tmp_path_factory):
     folder = tmp_path_factory.mktemp(script) / "run"
     flags = ("--model_name_or_path", bases[base], "--dataset_name", bases["data"], "--output_dir", folder)
     rate = {"full": 1e-3, "causal": 2e-2, "seq2seq": 1e-2}["full" if "full" in script else script.split("_")[0]]
-    done = launch(script, config, *flags, "--max_steps", 6, "--learning_rate", rate, processes=2)
+    done = launch(
+        script, config, *flags, "--max_steps", 6, "--learning_rate", rate, processes=4 if "hybrid" in config else 2
+    )
     return bases[base], folder, done.stdout
 
 

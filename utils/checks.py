@@ -22,11 +22,13 @@ import urllib.request
 from pathlib import Path
 
 import torch
+from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from torch.utils import cpp_extension
 
 FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json"}
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
+LINEAR = ("Linear", "Conv1D")
 DTYPES = ("float32", "bfloat16", "float16")
 POSITIVE = (
     "max_length",
@@ -175,11 +177,37 @@ def check_launch(config, strategies):
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if config.dtype != "float32" and not hasattr(config, "lora_r"):
             refuse(f"--dtype {config.dtype} would train in {config.dtype}: leave it, launch with --mixed_precision")
+    if precision not in ("no", "bf16", "fp16"):
+        refuse(f"mixed precision {precision} is not supported: launch with `--mixed_precision bf16`, fp16 or no")
     if precision == "fp16" and not torch.cuda.is_available():
         refuse("mixed precision fp16 needs a GPU: launch with `--mixed_precision bf16` or `--mixed_precision no`")
+    if strategy.startswith("fsdp"):
+        check_fsdp(strategy)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if torch.cuda.is_available() and processes > torch.cuda.device_count():
         refuse(f"{processes} processes for {torch.cuda.device_count()} GPU(s): launch with fewer `--num_processes`")
+
+
+def check_fsdp(strategy):
+    """Refuse settings of FSDP under which it would shard nothing, or nothing layer by layer."""
+    if int(os.environ["WORLD_SIZE"]) == 1:
+        refuse("FSDP on one process shards nothing: launch with more --num_processes, or a script for configs/single")
+    if strategy == "fsdp1" and os.environ.get("FSDP_USE_ORIG_PARAMS") == "true":
+        refuse("fsdp_use_orig_params is true, its default, with which frozen weights get gradients: set it to false")
+    if strategy == "fsdp2" and os.environ.get("FSDP_AUTO_WRAP_POLICY") != "TRANSFORMER_BASED_WRAP":
+        refuse("fsdp_auto_wrap_policy would gather the whole model at once: set it to TRANSFORMER_BASED_WRAP")
+
+
+def check_wrap_classes(culprit, skeleton):
+    """Refuse classes of layers that the model has not; where the config names none, transformers must know some."""
+    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
+    classes = {type(module).__name__ for module in skeleton.modules()}
+    missing = sorted(set(named.split(",")) - classes) if named else [] if skeleton._no_split_modules else ["a class"]
+    if missing:
+        layers = sorted(name for name in classes if name.endswith(("Layer", "Block")))
+        refuse(
+            f"{culprit} has no {missing[0]} for fsdp_transformer_layer_cls_to_wrap: name one of {', '.join(layers)}"
+        )
 
 
 def check_extension_lock(name):
@@ -200,8 +228,10 @@ def is_open(path):
 
 def check_output(config):
     """Refuse an output folder that exists, unless an earlier run wrote it and may be replaced, or cannot be made."""
+    if config.hub_model_id:
+        or_refuse("--hub_model_id", validate_repo_id, config.hub_model_id)
     folder = Path(config.output_dir)
-    if folder.is_dir():
+    if or_refuse(f"--output_dir {folder}", folder.is_dir):
         if not config.overwrite_output_dir:
             refuse(f"--output_dir {folder} exists: choose another, or add --overwrite_output_dir")
         if any(folder.iterdir()):
@@ -211,7 +241,8 @@ def check_output(config):
         refuse(f"--output_dir {folder} is a file: choose another")
     parent = next(path for path in folder.absolute().parents if path.exists())
     culprit = f"--output_dir {folder} cannot be made, choose another"
-    or_refuse(culprit, lambda: tempfile.TemporaryDirectory(dir=parent).cleanup())
+    name = f".{folder.name}."  # the run is written into a folder of such a name first
+    or_refuse(culprit, lambda: tempfile.TemporaryDirectory(prefix=name, dir=parent).cleanup())
 
 
 def data_files(dataset_name):
@@ -221,8 +252,11 @@ def data_files(dataset_name):
     empty ones, NA and 01 too.
     """
     path = Path(dataset_name)
-    if path.is_dir():
-        files = {file.stem: file for file in sorted(path.iterdir()) if file.suffix in FORMATS}
+    if or_refuse(f"--dataset_name {path}", path.is_dir):
+        found = [file for file in sorted(path.iterdir()) if file.suffix in FORMATS]
+        files = {file.stem: file for file in found}
+        if twice := [file.name for file in found if file.stem in ("train", "validation") and files[file.stem] != file]:
+            refuse(f"--dataset_name {path} holds {twice[0]} and {files[Path(twice[0]).stem].name}: keep one of them")
         if "train" not in files:
             refuse(f"--dataset_name {path} holds no train.csv, train.json or train.jsonl: name a file, or add one")
         files = {split: files[split] for split in ("train", "validation") if split in files}
@@ -304,7 +338,7 @@ def check_model(config, auto_config, auto_tokenizer, auto_model):
     name = config.model_name_or_path
     culprit = f"--model_name_or_path {name}"
     folder = Path(name)
-    if folder.is_dir():
+    if or_refuse(culprit, folder.is_dir):
         if not (folder / "config.json").is_file():
             refuse(f"{culprit} holds no config.json: give the folder of a model, as save_pretrained writes it")
         check_weight_files(folder, culprit)
@@ -316,9 +350,7 @@ def check_model(config, auto_config, auto_tokenizer, auto_model):
     needs_encoder = "Seq2Seq" in auto_model.__name__
     if bool(model_config.is_encoder_decoder) != needs_encoder:
         kinds = ["a causal language model", "a sequence-to-sequence model"]
-        refuse(
-            f"{culprit} is {kinds[not needs_encoder]}, this script trains {kinds[needs_encoder]}: take the other one"
-        )
+        refuse(f"{culprit} is not {kinds[needs_encoder]}, which this script trains: take another model or script")
     tokenizer = or_refuse(f"{culprit} has no usable tokenizer, save one with it", auto_tokenizer.from_pretrained, name)
     if tokenizer.eos_token_id is None:
         refuse(f"{culprit} has a tokenizer without eos_token, so that no answer could end: set one and save it")
@@ -329,16 +361,24 @@ def check_model(config, auto_config, auto_tokenizer, auto_model):
         )
     with torch.device("meta"):  # shapes alone: no memory, no weights
         attention = config.attn_implementation
-        culprit_attention = f"{culprit} with --attn_implementation {attention}, try sdpa or eager"
-        skeleton = or_refuse(culprit_attention, auto_model.from_config, model_config, attn_implementation=attention)
-    if tokenizer.vocab_size > skeleton.get_input_embeddings().num_embeddings:
-        refuse(f"{culprit} has more tokens than embeddings: its tokenizer belongs to another model")
+        described = f"{culprit} cannot be made by {auto_model.__name__} with --attn_implementation {attention}"
+        skeleton = or_refuse(described, auto_model.from_config, model_config, attn_implementation=attention)
+    tokens = (tokenizer.vocab_size - 1, tokenizer.eos_token_id, tokenizer.pad_token_id or 0)
+    if max(tokens) >= skeleton.get_input_embeddings().num_embeddings:
+        refuse(
+            f"{culprit} has {skeleton.get_input_embeddings().num_embeddings} embeddings, and its tokenizer uses token "
+            f"{max(tokens)}: save the model after resize_token_embeddings, or take its own tokenizer"
+        )
+    if folder.is_dir():
+        check_weight_names(folder, culprit, skeleton)
+    if launched_strategy().startswith("fsdp"):
+        check_wrap_classes(culprit, skeleton)
     if hasattr(config, "target_modules") and config.target_modules != ["all-linear"]:
         check_target_modules(config.target_modules, skeleton)
 
 
 def check_weight_files(folder, culprit):
-    """Refuse a model folder whose safetensors are missing, truncated or foreign, judged by their headers."""
+    """Refuse a model folder whose safetensors are missing or truncated, judged by their headers."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         weight_map = or_refuse(f"{culprit}: {index.name}", lambda: json.loads(index.read_text())["weight_map"])
@@ -357,20 +397,33 @@ def check_weight_files(folder, culprit):
             pass
 
 
+def check_weight_names(folder, culprit, skeleton):
+    """Refuse weights that are none of this model's, or of other shapes, judged by the headers of the safetensors."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    prefix = f"{skeleton.base_model_prefix}."
+    shapes |= {name.removeprefix(prefix): shape for name, shape in shapes.items()}  # as the bare base model is saved
+    found = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                shape = tuple(file.get_slice(name).get_shape())
+                if name in shapes and shape != shapes[name]:
+                    refuse(f"{culprit}: {path.name} holds {name} as {shape}, and config.json says {shapes[name]}")
+                found += name in shapes
+    if not found:
+        refuse(
+            f"{culprit} holds no weight of a {type(skeleton).__name__}, which config.json names: save them together"
+        )
+
+
 def check_target_modules(target_modules, skeleton):
-    """Refuse a LoRA target that names no module, or one that has no weight matrix to adapt."""
+    """Refuse a LoRA target that names no linear layer."""
     modules = dict(skeleton.named_modules())
     for target in target_modules:
         found = [module for name, module in modules.items() if name == target or name.endswith(f".{target}")]
-        if not any(
-            isinstance(getattr(module, "weight", None), torch.Tensor) and module.weight.ndim > 1 for module in found
-        ):
-            leaves = sorted(
-                {name.rpartition(".")[2] for name, m in modules.items() if type(m).__name__ in ("Linear", "Conv1D")}
-            )
-            refuse(
-                f"--target_modules {target} matches no layer with a weight matrix: the model has {', '.join(leaves)}"
-            )
+        if not found or not all(type(module).__name__ in LINEAR for module in found):
+            leaves = {name.rpartition(".")[2] for name, module in modules.items() if type(module).__name__ in LINEAR}
+            refuse(f"--target_modules {target} names no linear layer: the model has {', '.join(sorted(leaves))}")
 
 
 def check_columns(dataset, config):
@@ -379,6 +432,11 @@ def check_columns(dataset, config):
         refuse(f"--dataset_name {config.dataset_name} has no train split, only {', '.join(dataset)}")
     for split in [split for split in ("train", "validation") if split in dataset]:
         check_split(config, split, dataset[split].column_names, dataset[split])
+        feature = dataset[split].features[config.text_column]
+        if not hasattr(feature, "dtype"):
+            refuse(
+                f"--text_column {config.text_column!r} holds {feature} and no text in {split}: choose another column"
+            )
 
 
 def check_split(config, split, columns, rows):
@@ -389,7 +447,12 @@ def check_split(config, split, columns, rows):
     labels = rows[config.label_column]
     for number, label in enumerate(labels, start=1):
         if label is None or not str(label).strip():
-            refuse(f"row {number} of {split} has no label in column {config.label_column!r}: fill it or drop the row")
+            refuse(
+                f"row {number} of {split} has no label in column {config.label_column!r}: fill it, drop the row, or "
+                "close a quote that is open"
+            )
+        if isinstance(label, list | dict):
+            refuse(f"row {number} of {split} has a {type(label).__name__} as its label: give text or a number")
     if split == "train" and len(set(map(str, labels))) < 2:
         refuse(f"column {config.label_column!r} holds one value in all rows: there is nothing to learn")
 
@@ -408,7 +471,7 @@ def check_targets(targets, tokenizer, head, tail, max_length, shared=True):
     """Refuse labels that the tokenizer cannot tell apart, and prompts without room for text.
 
     Args:
-        targets: label -> its token ids, without the end-of-sequence token.
+        targets: label -> its token ids, where `shared` without the end-of-sequence token.
         head, tail: token ids of the prompt before and after the row's text.
         max_length: of prompt, label and end-of-sequence token together, or, where not `shared`, of the prompt alone.
 

@@ -13,8 +13,10 @@ import warnings
 from pathlib import Path
 
 import torch
+import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, gather_object
+from datasets import disable_progress_bars
 
 
 def start_accelerator(**kwargs):
@@ -29,10 +31,14 @@ def start_accelerator(**kwargs):
     # names that torch and transformers deprecate, called by deepspeed 0.19 in every collective and by peft 0.21
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    disable_progress_bars()  # of datasets and of transformers: the one bar is that of the training
+    transformers.utils.logging.disable_progress_bar()
     use_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    use_fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     if use_deepspeed:
         # DeepSpeed builds its extensions with ninja, which lies beside python in an environment that is not activated
         os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    turned_off = []
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said here, DeepSpeed need not warn that it found none
     if not torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
@@ -42,6 +48,9 @@ def start_accelerator(**kwargs):
             # an optional extension for CPU collectives that takes longer to compile than a small run takes in all
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             PartialState(backend="gloo")
+        elif use_fsdp:
+            turned_off = turn_off_gpu_settings()
+            PartialState(backend="gloo").distributed_type = DistributedType.MULTI_GPU  # what FSDP is made from
         else:
             PartialState(cpu=True, backend="gloo")
 
@@ -55,8 +64,18 @@ def start_accelerator(**kwargs):
             "DeepSpeedCPUAdam cannot be built here: install a C++ compiler and Python's headers (g++, python3-dev). "
             f"torch.optim.AdamW does its steps, with the same losses. [{reason}]"
         )
+    if turned_off:
+        accelerator.print(f"Turned off, for FSDP knows them only on GPUs: {', '.join(turned_off)}.")
     accelerator.print(describe(accelerator))
     return accelerator
+
+
+def turn_off_gpu_settings():
+    """Turn off what FSDP can do only beside a GPU, and raises for without one; return the settings that were on."""
+    settings = ("OFFLOAD_PARAMS", "CPU_RAM_EFFICIENT_LOADING", "SYNC_MODULE_STATES")
+    found = [name for name in settings if os.environ.get(f"FSDP_{name}") == "true"]
+    os.environ |= {f"FSDP_{name}": "false" for name in found}
+    return [f"fsdp_{name.lower()}" for name in found]
 
 
 def offloads_optimizer(accelerator):

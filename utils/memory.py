@@ -13,11 +13,14 @@ never sleeps and so takes the GIL from the training loop again and again; this o
 
 import gc
 import os
+import re
 import resource
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -39,12 +42,13 @@ class MemoryTracker:
         gpu_reserved_begin, gpu_reserved_end, gpu_reserved_peak  held by torch's caching allocator there
         cpu_begin, cpu_end, cpu_peak                             resident set size of this process, not of children
 
-    Where the process has no GPU the first six are 0.
+    Where the process has no GPU the first six are 0. `seconds` holds how long each phase took.
     """
 
     def __init__(self, interval: float = 0.02):
         self.interval = interval
         self.entries: dict[str, dict[str, int]] = {}
+        self.seconds: dict[str, float] = {}
         self.running: str | None = None
 
     @contextmanager
@@ -79,9 +83,11 @@ class MemoryTracker:
 
             thread = threading.Thread(target=sample, name="MemoryTracker", daemon=True)
             thread.start()
+            start = time.perf_counter()
             try:
                 yield
             finally:
+                self.seconds[name] = time.perf_counter() - start
                 stop.set()
                 thread.join()
                 cpu_peak = max(cpu_peak, resident())  # before the collection: what it frees still lived in the phase
@@ -142,6 +148,30 @@ def gpu_total() -> int:
     """Bytes of memory of the GPU of this process; 0 without one."""
     on_gpu = PartialState().device.type == "cuda"
     return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if on_gpu else 0
+
+
+def fits_whole(accelerator, model) -> bool:
+    """Return whether every process has memory for the whole of a sharded model, and say so where one has not.
+
+    Compares the bytes of the whole parameters with 80 % of what is free: on the process's GPU, or of the machine's
+    memory, shared among its processes. The rest is for what generation keeps. Collective.
+    """
+    needed = 0
+    for parameter in model.parameters():
+        whole = getattr(parameter, "ds_shape", getattr(parameter, "_unpadded_unsharded_size", parameter.shape))
+        needed += whole.numel() * parameter.element_size()
+    if accelerator.device.type == "cuda":
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    else:
+        available = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+        free = int(available[1]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free = min(gather_object([free]))
+    if needed > 0.8 * free:
+        accelerator.print(
+            f"The whole model has {needed:,} bytes, and a process has {free:,} free: the answers are generated from "
+            "a layer at a time, gathered anew for every token."
+        )
+    return needed <= 0.8 * free
 
 
 def plot_memory(memory: dict[str, list[dict[str, int]]], path: str | os.PathLike) -> None:

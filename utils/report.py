@@ -15,7 +15,10 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedType, gather_object
+from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
+from torch.distributed.fsdp import ShardingStrategy
+from torch.distributed.tensor import DTensor
 
 LIBRARIES = ("torch", "accelerate", "deepspeed", "peft", "transformers", "datasets")
 
@@ -27,48 +30,119 @@ def fail(message):
 
 
 def full_shape(parameter):
-    """Return the whole shape of a parameter, of which ZeRO-3 leaves a process only a slice."""
-    return tuple(parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape)
+    """Return the whole shape of a parameter, of which a sharding strategy leaves a process only a slice."""
+    if hasattr(parameter, "ds_shape"):  # ZeRO-3
+        return tuple(parameter.ds_shape)
+    if hasattr(parameter, "_unpadded_unsharded_size"):  # FSDP1 flattens the parameters of a unit into one
+        return tuple(parameter._unpadded_unsharded_size)
+    return tuple(parameter.shape)
 
 
-def collect_metrics(accelerator, model, config, memory, score, updates, tokens, seconds):
+def held_part(parameter):
+    """Return the tensor of a parameter that this process holds: all of it, or its shard with its padding."""
+    if hasattr(parameter, "ds_tensor"):  # ZeRO-3
+        return parameter.ds_tensor
+    if hasattr(parameter, "_local_shard"):  # FSDP1
+        return parameter._local_shard
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter.data  # FSDP2, or whole
+
+
+def count_bytes(tensors):
+    """Return dtype -> bytes of the tensors, of which each is a (dtype, number of elements)."""
+    sizes = {}
+    for dtype, numel in tensors:
+        name = str(dtype).removeprefix("torch.")
+        sizes[name] = sizes.get(name, 0) + numel * dtype.itemsize
+    return sizes
+
+
+def bytes_held(parameters):
+    """Return, per process, dtype -> bytes of the parameters that it holds, and dtype -> bytes of whole parameters."""
+    parts = list(map(held_part, parameters))
+    held = gather_object([count_bytes((part.dtype, part.numel()) for part in parts)])
+    return held, count_bytes((p.dtype, math.prod(full_shape(p))) for p in parameters)
+
+
+def count_elements(model, trained_alone=False):
+    """Return how many numbers a model has; of a 4-bit weight, which packs several into one element, all of them."""
+    count = sum(math.prod(full_shape(p)) for p in model.parameters() if p.requires_grad or not trained_alone)
+    if not trained_alone:
+        for module in model.modules():
+            if getattr(module, "quant_state", None) is not None:  # of a bitsandbytes.nn.Linear4bit
+                packed = math.ceil(module.quant_state.shape.numel() / 2) // module.quant_storage.itemsize
+                count += module.quant_state.shape.numel() - packed
+    return count
+
+
+def check_sharding(accelerator, model):
+    """Print how many bytes of parameters each process holds, and fail where a strategy that shards has not sharded.
+
+    Read from the live parameters, for libraries replicate some of them in silence. Collective.
+    """
+    parameters = list(accelerator.unwrap_model(model).parameters())
+    held, whole = bytes_held(parameters)
+    total, most = sum(whole.values()), max(sum(sizes.values()) for sizes in held)
+    sizes = [", ".join(f"{dtype} {size:,}" for dtype, size in sorted(one.items())) for one in (*held, whole)]
+    accelerator.print(f"bytes of parameters per process: {' | '.join(sizes[:-1])}; of the whole model: {sizes[-1]}")
+    if most * shards(accelerator) > 1.5 * total:
+        if accelerator.is_main_process:
+            fail(
+                f"a process holds {most:,} of {total:,} bytes of parameters, and {strategy(accelerator)} should spread"
+                f" them over {shards(accelerator)}: check the wrap policy, and bnb_4bit_quant_storage of 4-bit weights"
+            )
+        raise SystemExit(1)
+
+
+def shards(accelerator):
+    """Return over how many processes the strategy spreads the parameters; 1 where each holds all of them."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.fsdp_version == 2:
+            mesh = accelerator.torch_device_mesh
+            return accelerator.num_processes if mesh is None else accelerator.parallelism_config.dp_shard_size
+        if plugin.sharding_strategy in (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP):
+            return accelerator.num_processes
+    return accelerator.num_processes if strategy(accelerator) == "zero3" else 1
+
+
+def collect_metrics(accelerator, model, config, tracker, score, updates):
     """Return the content of metrics.json. Collective: every process must call it.
 
     Args:
         accelerator, model: as prepared; what is said of the strategy is read from them, not from the launch config.
         config: the script's Config.
-        memory: `MemoryTracker.gather()`.
+        tracker: a `MemoryTracker` that has measured the phase train.
         score: accuracy on the held-out rows before and after training, 0 to 1.
-        updates: for each, its loss (mean per target token), its learning rate and its gradient's norm before clipping.
-        tokens: how many were targets and how many were input, in all updates and processes, without padding.
-        seconds: that the training took.
+        updates: for each, its loss (mean per target token), its learning rate, its gradient's norm before clipping,
+            and how many tokens were targets and how many were input, in all processes and without padding.
     """
     parameters = list(accelerator.unwrap_model(model).parameters())
-    sizes = [(p.requires_grad, torch.Size(full_shape(p)).numel()) for p in parameters]
     engine = engine_facts(accelerator, parameters)
+    *curves, target_tokens, input_tokens = zip(*updates)
+    seconds = tracker.seconds["train"]
     return {
         "config": asdict(config),
         "versions": {library: version(library) for library in LIBRARIES},
         "strategy": strategy(accelerator),
-        "offload": engine["offload_optimizer"],
+        "offload": engine["offload_param"] if engine["offload_optimizer"] == "none" else engine["offload_optimizer"],
         "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
         "num_processes": accelerator.num_processes,
         "mixed_precision": mixed_precision(accelerator),
         "trained_dtype": str(trained_dtype(accelerator, parameters)).removeprefix("torch."),
         "engine": engine,
-        "trainable_parameters": sum(size for trained, size in sizes if trained),
-        "total_parameters": sum(size for _, size in sizes),
+        "trainable_parameters": count_elements(accelerator.unwrap_model(model), trained_alone=True),
+        "total_parameters": count_elements(accelerator.unwrap_model(model)),
         # null for what is no number, as the gradient norm of an update that fp16 overflowed: JSON has no other word
         **{
             key: [value if math.isfinite(value) else None for value in values]
-            for key, values in zip(("losses", "learning_rates", "grad_norms"), zip(*updates))
+            for key, values in zip(("losses", "learning_rates", "grad_norms"), curves)
         },
         "score": {"metric": "accuracy", "before": score[0], "after": score[1]},
-        "target_tokens": int(tokens[0]),
-        "input_tokens": int(tokens[1]),
+        "target_tokens": sum(target_tokens),
+        "input_tokens": sum(input_tokens),
         "train_seconds": seconds,
-        "tokens_per_second": int(tokens[1]) / seconds,
-        "memory": memory,
+        "tokens_per_second": sum(input_tokens) / seconds,
+        "memory": tracker.gather(),
     }
 
 
@@ -102,7 +176,8 @@ def engine_facts(accelerator, parameters):
     """Return what the live optimizer and engine say of themselves. Collective.
 
     Keys: optimizer (class name), adamw_mode, offload_optimizer and offload_param ("none", "cpu", "nvme"),
-    parameters_held (per process: how many elements of the parameters it holds, ZeRO-3's padding included).
+    parameters_held (per process: how many elements of the parameters it holds, padding included), bytes_held (per
+    process: dtype -> bytes), frozen_gradients (how many frozen parameters have storage for a gradient anywhere).
     """
     optimizer = accelerator._optimizers[0].optimizer
     facts = {"offload_optimizer": "none", "offload_param": "none"}
@@ -110,11 +185,15 @@ def engine_facts(accelerator, parameters):
         engine, optimizer = accelerator.deepspeed_engine_wrapped.engine, optimizer.optimizer
         for part, offload in (("optimizer", engine.zero_offload_optimizer()), ("param", engine.zero_offload_param())):
             facts[f"offload_{part}"] = "none" if offload is None else str(offload.device)
-    held = sum(p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.numel() for p in parameters)
+    elif accelerator.device.type != "cpu" and held_part(parameters[0]).device.type == "cpu":  # FSDP's
+        facts = {"offload_optimizer": "cpu", "offload_param": "cpu"}
+    gradients = sum(not p.requires_grad and p.grad is not None for p in parameters)
     return facts | {
         "optimizer": type(optimizer).__name__,
         "adamw_mode": optimizer.adam_w_mode if hasattr(optimizer, "adam_w_mode") else True,
-        "parameters_held": gather_object([held]),
+        "parameters_held": gather_object([sum(held_part(p).numel() for p in parameters)]),
+        "bytes_held": bytes_held(parameters)[0],
+        "frozen_gradients": sum(gather_object([gradients])),
     }
 
 
@@ -164,7 +243,7 @@ def check_adapter(folder, trained, learning_rates):
 
     Args:
         folder: where `save_pretrained` wrote adapter_model.safetensors.
-        trained: name -> parameter, of the model, for what was trained.
+        trained: name -> parameter, of the model before FSDP1 flattened it, for what was trained.
         learning_rates: those of all updates; where one is above 0 every lora_B must have left its start, which is 0.
     """
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
@@ -243,8 +322,9 @@ def print_results(config, metrics, predictions, labels):
     print(load_lines(folder, folder), flush=True)
 
 
-def push_to_hub(config, hub):
+def push_to_hub(config):
     """Upload output_dir to config.hub_model_id, made private where it is new, or fail with a sentence."""
+    hub = HfApi()
     try:
         hub.create_repo(config.hub_model_id, private=True, exist_ok=True)
         print("pushed to", hub.upload_folder(repo_id=config.hub_model_id, folder_path=config.output_dir).repo_url)
@@ -256,12 +336,11 @@ def push_to_hub(config, hub):
         )
 
 
-def finish_run(accelerator, config, metrics, predictions, labels, hub):
+def finish_run(accelerator, config, metrics, predictions, labels):
     """Print the results, push them where config.hub_model_id says so, end the process group. Every process calls it.
 
     Args:
         predictions, labels: texts, of all held-out rows.
-        hub: a `huggingface_hub.HfApi`.
     """
     is_main_process = accelerator.is_main_process
     if is_main_process:
@@ -271,4 +350,4 @@ def finish_run(accelerator, config, metrics, predictions, labels, hub):
         accelerator.deepspeed_engine_wrapped.engine.destroy()  # left alive, it now and then aborts the process at exit
     accelerator.end_training()
     if is_main_process and config.hub_model_id:  # alone: a long upload must not run into a collective's time limit
-        push_to_hub(config, hub)
+        push_to_hub(config)
