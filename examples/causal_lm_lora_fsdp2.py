@@ -129,16 +129,16 @@ def evaluate(accelerator, model, tokenizer, valid_loader):
     labels, predictions = valid_loader.dataset["label"], []
     max_new_tokens = max(map(len, valid_loader.dataset["target"]))
     units, whole = [unit for unit in model.modules() if isinstance(unit, FSDPModule)], model.gather_for_generation
-    layers = [unit for unit in units[1:] if list(unit.children())]  # neither root nor embedding, norm and head
-    for layer in layers:
-        layer.set_reshard_after_forward(not whole)
+    freed = [unit for unit in units[1:] if list(unit.children()) or unit is model.get_input_embeddings()]
+    for unit in freed:  # all but root, norm and head, which stay gathered anyhow
+        unit.set_reshard_after_forward(not whole)
     for batch in valid_loader:
         tokens = model.generate(**batch, max_new_tokens=max_new_tokens, synced_gpus=not whole)
         answers = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         # without the rows that the loader repeats to give every process equally many batches
         predictions += accelerator.gather_for_metrics(list(map(str.strip, answers)), use_gather_object=True)
-    for layer in layers:
-        layer.set_reshard_after_forward(True)
+    for unit in freed:
+        unit.set_reshard_after_forward(accelerator.state.fsdp_plugin.reshard_after_forward)
     for unit in units:
         unit.reshard()
     correct = sum(one == other for one, other in zip(predictions, labels, strict=True))
