@@ -33,6 +33,15 @@ from utils import checks
 SCRIPTS = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 
 
+BITSANDBYTES = {"quant_method": "bitsandbytes"}
+QUANTIZED = {  # folder -> quantization_config
+    "in_8bit": BITSANDBYTES | {"load_in_8bit": True},
+    "in_4bit": BITSANDBYTES | {"load_in_4bit": True},  # stored as uint8, as by default
+    "in_4bit_float": BITSANDBYTES | {"load_in_4bit": True, "bnb_4bit_quant_storage": "float32"},
+    "in_gptq": {"quant_method": "gptq", "bits": 4},
+}
+
+
 class Accepted(Exception):
     """Raised where the model would be loaded: every check has passed."""
 
@@ -68,6 +77,9 @@ def place(tmp_path_factory):
     shutil.copy(place / "t5/model.safetensors", place / "other_weights")
     config = json.loads((place / "llama/config.json").read_text())
     (place / "other_shapes/config.json").write_text(json.dumps(config | {"intermediate_size": 24}))
+    for name, quantization in QUANTIZED.items():  # what config.json says is all that a refusal needs
+        shutil.copytree(place / "llama", place / name)
+        (place / name / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
     tokenizer = AutoTokenizer.from_pretrained(place / "llama")
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(place / "added_pad")
@@ -324,6 +336,7 @@ def test_a_sequence_to_sequence_script_refuses_a_causal_model_and_labels_it_cann
 
 
 OFFLOAD = "causal_lm_lora_zero3_offload"
+MODEL, STORAGE = "--model_name_or_path", "--bnb_4bit_quant_storage"
 LAUNCHES = [  # script, config, flags of accelerate, flags of the script; what the line must say
     (OFFLOAD, "zero2", "", "", "runs with zero3, and was launched with zero2", "--config_file"),
     (OFFLOAD, "ddp", "", "", "runs with zero3, and was launched with ddp", "--config_file"),
@@ -343,6 +356,34 @@ LAUNCHES = [  # script, config, flags of accelerate, flags of the script; what t
     ("causal_lm_lora_fsdp1", "fsdp1", "--num_processes 1", "", "one process shards nothing", "--num_processes"),
     ("causal_lm_lora_fsdp2", "fsdp2", "--num_processes 1", "", "one process shards nothing", "--num_processes"),
     ("causal_lm_lora_fsdp1", "fsdp1", "--mixed_precision fp16", "", "fp16 needs a GPU", "--mixed_precision bf16"),
+    ("causal_lm_qlora", "zero3_qlora", "", "", "runs with single, ddp, zero1, zero2, and was launched with zero3"),
+    ("causal_lm_qlora_zero3", "zero2", "", "", "runs with zero3, and was launched with zero2", "--config_file"),
+    ("causal_lm_qlora_fsdp1", "fsdp2_qlora", "", "", "runs with fsdp1, and was launched with fsdp2", "--config_file"),
+    ("causal_lm_qlora_fsdp2", "fsdp2_qlora", "--num_processes 1", "", "one process shards nothing", "--num_processes"),
+    (
+        "causal_lm_qlora_fsdp1",
+        "fsdp1_qlora",
+        "",
+        f"{STORAGE} bfloat16",
+        STORAGE,
+        "--dtype float32",
+        "make them the same",
+    ),
+    ("causal_lm_qlora_fsdp1", "fsdp1_qlora", "", "--dtype bfloat16 " + STORAGE + " float32", "make them the same"),
+    ("causal_lm_qlora_fsdp2", "fsdp2_qlora", "", f"{STORAGE} uint8", STORAGE, "fsdp2 shards", "make them the same"),
+    ("causal_lm_qlora", "ddp", "", f"{STORAGE} int4", f"{STORAGE} is 'int4'", "choose one of uint8, float32"),
+    ("causal_lm_qlora", "zero2", "--mixed_precision bf16", "", "would cast and so destroy", "--dtype bfloat16"),
+    ("causal_lm_qlora_zero3", "zero3_qlora", "--mixed_precision bf16", "", "would cast", "--dtype bfloat16"),
+    ("causal_lm_qlora_fsdp1", "fsdp1_qlora", "--mixed_precision bf16", "", "would cast", "--dtype bfloat16"),
+    ("causal_lm_qlora_fsdp2", "fsdp2_qlora", "--mixed_precision bf16", "", "would cast", "--dtype bfloat16"),
+    (OFFLOAD, "zero3", "", f"{MODEL} in_8bit", "8-bit weights, which zero3 cannot", "causal_lm_qlora_zero3.py"),
+    ("causal_lm_lora_fsdp2", "fsdp2", "", f"{MODEL} in_8bit", "8-bit weights", "causal_lm_qlora_fsdp2.py"),
+    ("causal_lm_qlora", "ddp", "", f"{MODEL} in_8bit", "8-bit weights already", "causal_lm_lora.py"),
+    ("causal_lm_full", "ddp", "", f"{MODEL} in_8bit", "quantized weights, which cannot be trained", "with LoRA"),
+    (OFFLOAD, "zero3", "", f"{MODEL} in_4bit", "4-bit weights", "take causal_lm_qlora_zero3.py"),
+    ("causal_lm_lora_fsdp1", "fsdp1", "", f"{MODEL} in_4bit_float", "4-bit weights", "take causal_lm_qlora_fsdp1.py"),
+    ("causal_lm_qlora_fsdp1", "fsdp1_qlora", "", f"{MODEL} in_4bit", "in_4bit: its", "is uint8", "make them the same"),
+    ("causal_lm_lora", "ddp", "", f"{MODEL} in_gptq", "quantized by gptq", "take the original"),
     (OFFLOAD, "use_cpu.yaml", "", "", "use_cpu: true", "set it to false"),
     ("causal_lm_lora", "ddp", "--mixed_precision fp16", "", "fp16 needs a GPU", "--mixed_precision bf16"),
     (OFFLOAD, "zero3", "--mixed_precision fp16", "", "fp16 needs a GPU", "--mixed_precision bf16"),
@@ -358,6 +399,29 @@ def test_launches_that_do_not_fit_are_refused(run, capfd, script, config, flags,
         pytest.skip("fp16 is for a GPU")
     line = refusal(run, capfd, script, config, shlex.split(GOOD + words), flags.split())
     assert [part for part in fragments if part not in line] == [], line
+
+
+@pytest.mark.parametrize(
+    "script, config, model",
+    [
+        ("causal_lm_lora", "ddp", "in_8bit"),
+        ("causal_lm_lora", "zero2", "in_4bit"),
+        ("causal_lm_qlora_zero3", "zero3_qlora", "in_4bit"),
+        ("causal_lm_qlora_fsdp2", "fsdp2_qlora", "in_4bit_float"),
+    ],
+)
+def test_quantized_checkpoints_are_accepted_where_they_can_be_trained_beside(run, script, config, model):
+    with pytest.raises(Accepted):
+        run(script, config, shlex.split(f"{GOOD} {MODEL} {model}"))
+
+
+def test_without_bitsandbytes_a_script_that_needs_it_says_so(run, capfd, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    line = refusal(run, capfd, "causal_lm_qlora", "ddp", shlex.split(GOOD))
+    assert "bitsandbytes, which is not installed: pip install bitsandbytes" in line
+    with pytest.raises(Accepted):
+        run("causal_lm_lora", "ddp", shlex.split(GOOD))
 
 
 def test_a_lock_that_a_killed_compilation_left_is_refused_and_one_held_open_is_not(run, capfd, place):

@@ -12,7 +12,7 @@ UPDATES, WARMUP, RATE = 8, 2, 1e-2
 SETTINGS = ("--max_steps", UPDATES, "--learning_rate", RATE, "--warmup_ratio", WARMUP / UPDATES)
 SETTINGS += ("--weight_decay", 0.1)
 # between the norms of the updates, so that some are cut and others are not
-CLIP = {"causal_lm_lora": 0.2, "seq2seq_lora": 0.3, "causal_lm_full": 0.4}
+CLIP = {"causal_lm_lora": 0.2, "seq2seq_lora": 0.3, "causal_lm_full": 0.4, "causal_lm_qlora": 0.2}
 ALONE = ("--per_device_eval_batch_size", 1)  # answers of unlike lengths: one process is done before the other
 WHOLE = ("--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2)
 HALF = ("--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, *ALONE)  # of two processes each
@@ -33,6 +33,10 @@ PARITY = [
     ("seq2seq_lora", "ddp", "seq2seq_lora"),
     ("seq2seq_lora_zero3_offload", "zero3_offload", "seq2seq_lora"),
     ("causal_lm_full_zero3", "zero3", "causal_lm_full"),
+    ("causal_lm_qlora", "zero2", "causal_lm_qlora"),
+    ("causal_lm_qlora_zero3", "zero3_qlora", "causal_lm_qlora"),
+    ("causal_lm_qlora_fsdp1", "fsdp1_qlora", "causal_lm_qlora"),
+    ("causal_lm_qlora_fsdp2", "fsdp2_qlora", "causal_lm_qlora"),
 ]
 SCORES = [
     ("causal_lm_lora", "ddp", "causal_lm_lora", 2),
@@ -133,10 +137,16 @@ def test_parity(launch, arguments, single, tmp_path, script, config, reference):
     clip = ("--max_grad_norm", CLIP[reference], "--output_dir", tmp_path / "run")
     done = launch(script, config, *arguments(script), *SETTINGS, *HALF, *clip, processes=2)
     run = Run(tmp_path / "run", done.stdout)
-    assert (run.metrics["strategy"], run.metrics["num_processes"]) == (config.removesuffix("_offload"), 2)
-    on_cpu = config.endswith("_offload") and config.startswith("zero")  # FSDP's is turned off, aloud, without a GPU
-    assert run.metrics["offload"] == ("cpu" if on_cpu else "none")
-    assert ("Turned off" in done.stdout and "fsdp_offload_params" in done.stdout) == (config == "fsdp1_offload")
+    assert (run.metrics["strategy"], run.metrics["num_processes"]) == (config.split("_")[0], 2)
+    text = (ROOT / "configs" / f"{config}.yaml").read_text()
+    assert run.metrics["offload"] == ("cpu" if "_device: cpu" in text else "none")
+    turned_off = "Turned off" in done.stdout and "fsdp_offload_params" in done.stdout  # as FSDP's is without a GPU
+    assert turned_off == ("fsdp_offload_params: true" in text)
+    held = [sum(sizes.values()) for sizes in run.metrics["engine"]["bytes_held"]]
+    whole = sum(single[reference].metrics["engine"]["bytes_held"][0].values())
+    shards = 2 if config.startswith(("zero3", "fsdp")) else 1
+    assert held == pytest.approx([whole / shards] * 2, rel=0.1)
+    assert run.metrics["engine"]["frozen_gradients"] == 0
     assert_same(run, single[reference], 1e-3)
 
 

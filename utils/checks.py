@@ -10,6 +10,7 @@ handed in by the script.
 import contextlib
 import csv
 import glob
+import importlib.util
 import json
 import math
 import os
@@ -30,6 +31,7 @@ FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json"}
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 LINEAR = ("Linear", "Conv1D")
 DTYPES = ("float32", "bfloat16", "float16")
+HALF = {"bf16": "bfloat16", "fp16": "float16"}
 POSITIVE = (
     "max_length",
     "per_device_train_batch_size",
@@ -143,6 +145,13 @@ def deepspeed_settings():
     return settings
 
 
+def launched_precision():
+    """Return the mixed precision that was launched: "no", "bf16", "fp16", or what else the config says."""
+    if launched_strategy().startswith("zero"):
+        return deepspeed_settings()["precision"]
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
 def launch_config():
     """Return the text of the YAML that `accelerate launch`, this process's parent, was given; "" where unknown."""
     parent = Path(f"/proc/{os.getppid()}/cmdline")
@@ -155,7 +164,7 @@ def launch_config():
 
 def check_launch(config, strategies):
     """Refuse a launch config that does not fit the script or the machine."""
-    strategy = launched_strategy()
+    strategy, precision = launched_strategy(), launched_precision()
     command = f"accelerate launch --config_file configs/NAME.yaml {sys.argv[0]}"
     if strategy not in strategies:
         refuse(
@@ -163,20 +172,16 @@ def check_launch(config, strategies):
             f"with `{command}`, where NAME is or begins with one of those"
         )
     if strategy.startswith("zero"):
-        settings = deepspeed_settings()
-        precision = settings["precision"]
         if re.search(r"^use_cpu:\s*['\"]?true", launch_config(), re.IGNORECASE | re.MULTILINE):
             refuse(
                 "the launch config says use_cpu: true, which accelerate does not heed with DeepSpeed: set it to false"
             )
         if precision == "no" and config.dtype != "float32":
             refuse(f"--dtype {config.dtype} under DeepSpeed needs `accelerate launch --mixed_precision`: bf16 or fp16")
-        if settings["optimizer"] != "none":
+        if deepspeed_settings()["optimizer"] != "none":
             check_extension_lock("cpu_adam")
-    else:
-        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if config.dtype != "float32" and not hasattr(config, "lora_r"):
-            refuse(f"--dtype {config.dtype} would train in {config.dtype}: leave it, launch with --mixed_precision")
+    elif config.dtype != "float32" and not hasattr(config, "lora_r"):
+        refuse(f"--dtype {config.dtype} would train in {config.dtype}: leave it, launch with --mixed_precision")
     if precision not in ("no", "bf16", "fp16"):
         refuse(f"mixed precision {precision} is not supported: launch with `--mixed_precision bf16`, fp16 or no")
     if precision == "fp16" and not torch.cuda.is_available():
@@ -196,6 +201,53 @@ def check_fsdp(strategy):
         refuse("fsdp_use_orig_params is true, its default, with which frozen weights get gradients: set it to false")
     if strategy == "fsdp2" and os.environ.get("FSDP_AUTO_WRAP_POLICY") != "TRANSFORMER_BASED_WRAP":
         refuse("fsdp_auto_wrap_policy would gather the whole model at once: set it to TRANSFORMER_BASED_WRAP")
+
+
+def check_quantization(config, culprit, saved):
+    """Refuse quantized weights that cannot be trained beside, or that the strategy would cast, replicate or lose.
+
+    Args:
+        config: the script's Config; one with bnb_4bit_quant_storage quantizes what the checkpoint holds.
+        culprit: how to name the model.
+        saved: the checkpoint's own `quantization_config`; empty where its weights are not quantized.
+    """
+    strategy, precision = launched_strategy(), launched_precision()
+    quantizes = hasattr(config, "bnb_4bit_quant_storage")
+    if saved and saved.get("quant_method") != "bitsandbytes":
+        refuse(f"{culprit} is quantized by {saved.get('quant_method')}, not bitsandbytes: take the original model")
+    if saved and not hasattr(config, "lora_r"):
+        refuse(f"{culprit} holds quantized weights, which cannot be trained: take the original, or a script with LoRA")
+    if not (saved or quantizes):
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        refuse("4-bit and 8-bit weights need bitsandbytes, which is not installed: pip install bitsandbytes")
+    sharded = strategy in ("zero3", "fsdp1", "fsdp2")
+    if saved.get("load_in_8bit"):
+        if sharded:
+            refuse(
+                f"{culprit} holds 8-bit weights, which {strategy} cannot shard: train the original with "
+                f"causal_lm_qlora_{strategy}.py, or launch with configs/ddp.yaml"
+            )
+        if quantizes:
+            refuse(f"{culprit} holds 8-bit weights already: take the original, or causal_lm_lora.py")
+        return
+    if sharded and not quantizes:
+        refuse(f"{culprit} holds 4-bit weights, which this script cannot shard: take causal_lm_qlora_{strategy}.py")
+    if saved:
+        storage, source = saved.get("bnb_4bit_quant_storage", "uint8"), f"{culprit}: its bnb_4bit_quant_storage"
+    else:
+        storage, source = config.bnb_4bit_quant_storage or config.dtype, "--bnb_4bit_quant_storage"
+    if storage not in (*DTYPES, "uint8"):
+        refuse(f"{source} is {storage!r}: choose one of uint8, {', '.join(DTYPES)}")
+    if strategy.startswith("fsdp") and storage != config.dtype:
+        refuse(
+            f"{source} is {storage}, and --dtype {config.dtype}: {strategy} shards both alike, so make them the same"
+        )
+    if strategy not in ("single", "ddp") and precision in HALF and storage not in ("uint8", HALF[precision]):
+        refuse(
+            f"{source} is {storage}, which {strategy} in mixed precision {precision} would cast and so destroy: give "
+            f"--dtype {HALF[precision]}"
+        )
 
 
 def check_wrap_classes(culprit, skeleton):
@@ -347,6 +399,7 @@ def check_model(config, auto_config, auto_tokenizer, auto_model):
     else:
         check_hub(culprit)
     model_config = or_refuse(f"{culprit} cannot be read, check the path", auto_config.from_pretrained, name)
+    check_quantization(config, culprit, getattr(model_config, "quantization_config", None) or {})
     needs_encoder = "Seq2Seq" in auto_model.__name__
     if bool(model_config.is_encoder_decoder) != needs_encoder:
         kinds = ["a causal language model", "a sequence-to-sequence model"]
@@ -369,7 +422,7 @@ def check_model(config, auto_config, auto_tokenizer, auto_model):
             f"{culprit} has {skeleton.get_input_embeddings().num_embeddings} embeddings, and its tokenizer uses token "
             f"{max(tokens)}: save the model after resize_token_embeddings, or take its own tokenizer"
         )
-    if folder.is_dir():
+    if folder.is_dir() and not hasattr(model_config, "quantization_config"):
         check_weight_names(folder, culprit, skeleton)
     if launched_strategy().startswith("fsdp"):
         check_wrap_classes(culprit, skeleton)
