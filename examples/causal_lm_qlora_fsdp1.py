@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate.utils import GradientAccumulationPlugin, extract_model_from_parallel, set_seed
+from accelerate.utils import GradientAccumulationPlugin, set_seed
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, TaskType, get_peft_model
 from peft.utils.other import fsdp_auto_wrap_policy
+from safetensors.torch import save_file
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.utils.data import DataLoader, RandomSampler
 from tqdm import tqdm
@@ -29,7 +30,8 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # holds utils/; on
 from utils.checks import check_columns, check_rows, check_settings, check_targets, data_files, or_refuse, read_settings
 from utils.launch import start_accelerator
 from utils.memory import MemoryTracker, fits_whole, plot_memory
-from utils.report import check_adapter, check_sharding, collect_metrics, finish_run, new_folder, write_metrics
+from utils.report import check_adapter, check_sharding, collect_metrics, finish_run
+from utils.report import name_in_file, new_folder, write_metrics
 
 
 # 1. Settings --------------------------------------------------------------------------------------
@@ -60,6 +62,7 @@ class Config:  # what is trained; where it runs (processes, precision, sharding,
     lora_alpha: int = HfArg(default=32, help="their product is scaled by lora_alpha / lora_r")
     lora_dropout: float = HfArg(default=0.0, help="share of its input that a LoRA layer does not see, 0 to below 1")
     target_modules: list[str] = HfArg(default_factory=lambda: ["all-linear"], help="names of layers, or all-linear")
+    modules_to_save: list[str] = HfArg(default_factory=list, help="layers to train whole: lm_head, embed_tokens, ...")
     seed: int = HfArg(default=42, help="of new weights, dropout, the order of the rows and their split")
     output_dir: str = HfArg(default=f"outputs/{Path(__file__).stem}", help="new folder for all that the run leaves")
     overwrite_output_dir: bool = HfArg(default=False, help="replace what an earlier run left in output_dir")
@@ -125,8 +128,9 @@ def build_model(config, tokenizer):
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()  # non-reentrant
     targets = "all-linear" if config.target_modules == ["all-linear"] else config.target_modules
-    size = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
-    return get_peft_model(model, LoraConfig(task_type=TaskType.CAUSAL_LM, target_modules=targets, **size))
+    lora = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+    lora |= {"target_modules": targets, "modules_to_save": config.modules_to_save or None}
+    return get_peft_model(model, LoraConfig(task_type=TaskType.CAUSAL_LM, **lora))
 
 
 # 4. Evaluation ------------------------------------------------------------------------------------
@@ -208,12 +212,12 @@ def main():
         if isinstance(unit, FSDP) and all(weight.requires_grad for weight in unit.parameters()):  # no part of the base
             with FSDP.summon_full_params(unit, writeback=False):
                 whole = unit.module.named_parameters(path.replace("_fsdp_wrapped_module.", ""))
-                state_dict |= {name: weight.detach().cpu().clone() for name, weight in whole}
+                state_dict |= {name_in_file(name): weight.detach().cpu().clone() for name, weight in whole}
     metrics = collect_metrics(accelerator, model, config, tracker, (before, after), updates)
     if accelerator.is_main_process:
         with new_folder(config) as folder:
-            unwrapped = extract_model_from_parallel(model, recursive=True)  # PEFT sees no LoRA in FSDP's wrappers
-            unwrapped.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)  # the adapter alone
+            save_file(state_dict, folder / "adapter_model.safetensors")  # PEFT sees nothing in FSDP's units
+            model.module.peft_config["default"].save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             check_adapter(folder, shapes, metrics["learning_rates"])
             plot_memory(metrics["memory"], folder / "memory.png")

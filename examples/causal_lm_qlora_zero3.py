@@ -60,6 +60,7 @@ class Config:  # what is trained; where it runs (processes, precision, sharding,
     lora_alpha: int = HfArg(default=32, help="their product is scaled by lora_alpha / lora_r")
     lora_dropout: float = HfArg(default=0.0, help="share of its input that a LoRA layer does not see, 0 to below 1")
     target_modules: list[str] = HfArg(default_factory=lambda: ["all-linear"], help="names of layers, or all-linear")
+    modules_to_save: list[str] = HfArg(default_factory=list, help="layers to train whole: lm_head, embed_tokens, ...")
     seed: int = HfArg(default=42, help="of new weights, dropout, the order of the rows and their split")
     output_dir: str = HfArg(default=f"outputs/{Path(__file__).stem}", help="new folder for all that the run leaves")
     overwrite_output_dir: bool = HfArg(default=False, help="replace what an earlier run left in output_dir")
@@ -125,8 +126,9 @@ def build_model(config, tokenizer):
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()  # non-reentrant
     targets = "all-linear" if config.target_modules == ["all-linear"] else config.target_modules
-    size = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
-    return get_peft_model(model, LoraConfig(task_type=TaskType.CAUSAL_LM, target_modules=targets, **size))
+    lora = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+    lora |= {"target_modules": targets, "modules_to_save": config.modules_to_save or None}
+    return get_peft_model(model, LoraConfig(task_type=TaskType.CAUSAL_LM, **lora))
 
 
 # 4. Evaluation ------------------------------------------------------------------------------------

@@ -428,6 +428,8 @@ def check_model(config, auto_config, auto_tokenizer, auto_model):
         check_wrap_classes(culprit, skeleton)
     if hasattr(config, "target_modules") and config.target_modules != ["all-linear"]:
         check_target_modules(config.target_modules, skeleton)
+    if getattr(config, "modules_to_save", None):
+        check_modules_to_save(config, skeleton)
 
 
 def check_weight_files(folder, culprit):
@@ -477,6 +479,19 @@ def check_target_modules(target_modules, skeleton):
         if not found or not all(type(module).__name__ in LINEAR for module in found):
             leaves = {name.rpartition(".")[2] for name, module in modules.items() if type(module).__name__ in LINEAR}
             refuse(f"--target_modules {target} names no linear layer: the model has {', '.join(sorted(leaves))}")
+
+
+def check_modules_to_save(config, skeleton):
+    """Refuse a layer to train whole that the model has not, that has no weight of its own, or that LoRA targets."""
+    modules = dict(skeleton.named_modules(remove_duplicate=False))
+    for wanted in config.modules_to_save:
+        found = [module for name, module in modules.items() if name == wanted or name.endswith(f".{wanted}")]
+        if not found or any(next(module.parameters(recurse=False), None) is None for module in found):
+            heads = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
+            names = {name.rpartition(".")[2] for name, module in modules.items() if module in heads}
+            refuse(f"--modules_to_save {wanted} names no layer with weights: the model has {', '.join(sorted(names))}")
+        if wanted in config.target_modules:
+            refuse(f"{wanted} is in --modules_to_save and in --target_modules: name it in one of them")
 
 
 def check_columns(dataset, config):

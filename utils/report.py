@@ -238,6 +238,11 @@ def earlier_files(target):
     return json.loads(metrics.read_text())["saved"] if metrics.is_file() else ()
 
 
+def name_in_file(name):
+    """Return the key that PEFT's files have for a trained parameter: its name without that of the adapter."""
+    return name.replace(".modules_to_save.default", "").replace(".default", "")
+
+
 def check_adapter(folder, trained, learning_rates):
     """Open the written adapter again and fail unless it holds all that was trained.
 
@@ -249,7 +254,7 @@ def check_adapter(folder, trained, learning_rates):
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         keys = set(file.keys())
         for name, parameter in trained.items():
-            key = name.replace(".default", "")  # PEFT leaves the adapter's name out of the file
+            key = name_in_file(name)
             if key not in keys:
                 fail(f"the written adapter lacks {key}: every process must gather it before one saves")
             tensor = file.get_tensor(key)
