@@ -1,7 +1,7 @@
 """Fine-tune a causal language model with QLoRA: LoRA on a base of 4-bit weights.
 
 Base:    causal_lm_lora.py
-Changes: 1. Settings, 3. Model
+Changes: 1. Settings, 3. Model, 5. Setup
 Run:     accelerate launch --config_file configs/ddp.yaml examples/causal_lm_qlora.py
 Needs:   2 CPU processes with 0 MB each for the shipped model; on GPUs not measured
 Expect:  accuracy 0.00 -> 0.00 in 0 s, start included (2 cores of an AMD EPYC, 2026-11-21)
@@ -25,9 +25,10 @@ from transformers.optimization import get_scheduler
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # holds utils/; one beside the script comes first
 from utils.checks import check_columns, check_rows, check_settings, check_targets, data_files, or_refuse, read_settings
-from utils.launch import start_accelerator
+from utils.launch import adamw, start_accelerator
 from utils.memory import MemoryTracker, plot_memory
-from utils.report import check_adapter, check_sharding, collect_metrics, finish_run, new_folder, write_metrics
+from utils.report import check_adapter, check_sharding, collect_metrics, finish_run
+from utils.report import new_folder, save_optimizer_once, write_metrics
 
 
 # 1. Settings --------------------------------------------------------------------------------------
@@ -48,6 +49,7 @@ class Config:  # what is trained; where it runs (processes, precision, sharding,
     learning_rate: float = HfArg(default=1e-3, help="peak, after the warmup; larger models want a lower one")
     lr_scheduler_type: str = HfArg(default="cosine", help="after the warmup: cosine, linear or constant_with_warmup")
     warmup_ratio: float = HfArg(default=0.1, help="share of the updates, rounded down, in which the rate rises")
+    optim: str = HfArg(default="adamw_torch", help="adamw_torch, adamw_8bit, paged_adamw_32bit or paged_adamw_8bit")
     weight_decay: float = HfArg(default=0.0, help="AdamW's, per update and unit of learning rate")
     max_grad_norm: float = HfArg(default=1.0, help="L2 norm to which a larger gradient is cut; 0 never cuts")
     num_train_epochs: float = HfArg(default=6.0, help="passes over the training rows, rounded up to whole updates")
@@ -161,10 +163,11 @@ def main():
     with tracker.phase("load"):
         model = build_model(config, tokenizer)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+        optimizer = adamw(config.optim)(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
         valid_loader = accelerator.prepare_data_loader(valid_loader)  # apart: DeepSpeed takes its batch size from one
         check_sharding(accelerator, model)
+        save_optimizer_once(accelerator, model, optimizer)
     max_steps = len(train_loader) // config.gradient_accumulation_steps
     scheduler = get_scheduler(config.lr_scheduler_type, optimizer, int(config.warmup_ratio * max_steps), max_steps)
 

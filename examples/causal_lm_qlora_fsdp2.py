@@ -27,9 +27,10 @@ from transformers.optimization import get_scheduler
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # holds utils/; one beside the script comes first
 from utils.checks import check_columns, check_rows, check_settings, check_targets, data_files, or_refuse, read_settings
-from utils.launch import start_accelerator
+from utils.launch import adamw, start_accelerator
 from utils.memory import MemoryTracker, fits_whole, plot_memory
-from utils.report import check_adapter, check_sharding, collect_metrics, finish_run, new_folder, write_metrics
+from utils.report import check_adapter, check_sharding, collect_metrics, finish_run
+from utils.report import new_folder, save_optimizer_once, write_metrics
 
 
 # 1. Settings --------------------------------------------------------------------------------------
@@ -50,6 +51,7 @@ class Config:  # what is trained; where it runs (processes, precision, sharding,
     learning_rate: float = HfArg(default=1e-3, help="peak, after the warmup; larger models want a lower one")
     lr_scheduler_type: str = HfArg(default="cosine", help="after the warmup: cosine, linear or constant_with_warmup")
     warmup_ratio: float = HfArg(default=0.1, help="share of the updates, rounded down, in which the rate rises")
+    optim: str = HfArg(default="adamw_torch", help="adamw_torch, adamw_8bit, paged_adamw_32bit or paged_adamw_8bit")
     weight_decay: float = HfArg(default=0.0, help="AdamW's, per update and unit of learning rate")
     max_grad_norm: float = HfArg(default=1.0, help="L2 norm to which a larger gradient is cut; 0 never cuts")
     num_train_epochs: float = HfArg(default=6.0, help="passes over the training rows, rounded up to whole updates")
@@ -170,11 +172,12 @@ def main():
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for wrapper in [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]:
             wrapper.original_module = torch.nn.Identity()  # unused, and where tied in two units, which FSDP2 refuses
-        optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+        optimizer = adamw(config.optim)(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         loaders = (train_loader, valid_loader)
         model, optimizer, train_loader, valid_loader = accelerator.prepare(model, optimizer, *loaders)
         register_fsdp_forward_method(model, "generate")  # gathers what lies in no layer, as forward does
         check_sharding(accelerator, model)
+        save_optimizer_once(accelerator, model, optimizer)
         model.gather_for_generation = not config.layerwise_generation and fits_whole(accelerator, model)
     max_steps = len(train_loader) // config.gradient_accumulation_steps
     scheduler = get_scheduler(config.lr_scheduler_type, optimizer, int(config.warmup_ratio * max_steps), max_steps)

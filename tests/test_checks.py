@@ -24,6 +24,7 @@ import torch
 from accelerate.commands import launch as accelerate_launch
 from accelerate.utils import launch as launchers
 from conftest import ROOT, write_csv
+from guides import GUIDES
 from models import make_data, make_model, make_rows
 from processes import running
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -372,6 +373,10 @@ LAUNCHES = [  # script, config, flags of accelerate, flags of the script; what t
     ("causal_lm_qlora_fsdp1", "fsdp1_qlora", "", "--dtype bfloat16 " + STORAGE + " float32", "make them the same"),
     ("causal_lm_qlora_fsdp2", "fsdp2_qlora", "", f"{STORAGE} uint8", STORAGE, "fsdp2 shards", "make them the same"),
     ("causal_lm_qlora", "ddp", "", f"{STORAGE} int4", f"{STORAGE} is 'int4'", "choose one of uint8, float32"),
+    ("causal_lm_qlora", "ddp", "", "--optim adamw", "--optim is 'adamw'", "choose one of adamw_torch, adamw_8bit"),
+    ("causal_lm_qlora", "zero2_offload", "", "--optim adamw_8bit", "cannot be offloaded", "give --optim adamw_torch"),
+    ("causal_lm_qlora_fsdp1", "fsdp1_qlora", "", "--optim paged_adamw_8bit", "only one slice", "give adamw_torch"),
+    ("causal_lm_qlora_fsdp2", "fsdp2_qlora", "", "--optim adamw_8bit", "DTensors of fsdp2", "give adamw_torch"),
     ("causal_lm_qlora", "zero2", "--mixed_precision bf16", "", "would cast and so destroy", "--dtype bfloat16"),
     ("causal_lm_qlora_zero3", "zero3_qlora", "--mixed_precision bf16", "", "would cast", "--dtype bfloat16"),
     ("causal_lm_qlora_fsdp1", "fsdp1_qlora", "--mixed_precision bf16", "", "would cast", "--dtype bfloat16"),
@@ -468,6 +473,15 @@ def test_defaults_of_every_script_are_accepted_with_its_own_config(run, monkeypa
     monkeypatch.chdir(ROOT)
     with pytest.raises(Accepted):
         run(script, config, ["--output_dir", tmp_path / "new"])
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_launch_configs_of_the_guides_are_accepted(run, place, guide):
+    script, flags, config = GUIDES[guide]
+    (place / f"{guide}.yaml").write_text(json.dumps(config))
+    model = ["--model_name_or_path", "t5"] if script.startswith("seq2seq") else []
+    with pytest.raises(Accepted):
+        run(script, f"{guide}.yaml", [*shlex.split(GOOD), *flags, *model])
 
 
 ACCEPTED = [

@@ -31,6 +31,7 @@ FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json"}
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 LINEAR = ("Linear", "Conv1D")
 DTYPES = ("float32", "bfloat16", "float16")
+OPTIMIZERS = ("adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
 HALF = {"bf16": "bfloat16", "fp16": "float16"}
 POSITIVE = (
     "max_length",
@@ -108,6 +109,8 @@ def check_numbers(config):
         refuse(f"--lr_scheduler_type is {config.lr_scheduler_type!r}: choose one of {', '.join(SCHEDULES)}")
     if config.dtype not in DTYPES:
         refuse(f"--dtype is {config.dtype!r}: choose one of {', '.join(DTYPES)}")
+    if getattr(config, "optim", "adamw_torch") not in OPTIMIZERS:
+        refuse(f"--optim is {config.optim!r}: choose one of {', '.join(OPTIMIZERS)}")
     if config.prompt_template.count("{text}") != 1:
         refuse(f"--prompt_template is {config.prompt_template!r}: it must hold {{text}} once")
     if config.text_column == config.label_column:
@@ -188,6 +191,8 @@ def check_launch(config, strategies):
         refuse("mixed precision fp16 needs a GPU: launch with `--mixed_precision bf16` or `--mixed_precision no`")
     if strategy.startswith("fsdp"):
         check_fsdp(strategy)
+    if getattr(config, "optim", "adamw_torch") != "adamw_torch":
+        check_optimizer(config.optim, strategy)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if torch.cuda.is_available() and processes > torch.cuda.device_count():
         refuse(f"{processes} processes for {torch.cuda.device_count()} GPU(s): launch with fewer `--num_processes`")
@@ -201,6 +206,18 @@ def check_fsdp(strategy):
         refuse("fsdp_use_orig_params is true, its default, with which frozen weights get gradients: set it to false")
     if strategy == "fsdp2" and os.environ.get("FSDP_AUTO_WRAP_POLICY") != "TRANSFORMER_BASED_WRAP":
         refuse("fsdp_auto_wrap_policy would gather the whole model at once: set it to TRANSFORMER_BASED_WRAP")
+
+
+def check_optimizer(optim, strategy):
+    """Refuse an optimizer of bitsandbytes where it cannot step, or where no checkpoint could hold its state."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        refuse(f"--optim {optim} needs bitsandbytes, which is not installed: pip install bitsandbytes")
+    if strategy.startswith("zero") and deepspeed_settings()["optimizer"] != "none":
+        refuse(f"--optim {optim} cannot be offloaded, DeepSpeed's CPU Adam steps there: give --optim adamw_torch")
+    if strategy == "fsdp1":
+        refuse(f"--optim {optim} under fsdp1 has a state of which only one slice would be saved: give adamw_torch")
+    if strategy == "fsdp2":
+        refuse(f"--optim {optim} cannot step the DTensors of fsdp2: give adamw_torch, or use zero2 or zero3")
 
 
 def check_quantization(config, culprit, saved):

@@ -74,6 +74,20 @@ def start_accelerator(**kwargs):
     return accelerator
 
 
+def adamw(name):
+    """Return the class of an AdamW, by the name that transformers gives it; those in few bits are bitsandbytes'.
+
+    Its arguments are those of torch.optim.AdamW: parameters, lr, weight_decay. Paged states move to the CPU while the
+    GPU is full; without a GPU they are not paged.
+    """
+    if name == "adamw_torch":
+        return torch.optim.AdamW
+    import bitsandbytes
+
+    classes = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw_32bit": "PagedAdamW32bit"}
+    return getattr(bitsandbytes.optim, classes[name])
+
+
 def turn_off_gpu_settings():
     """Turn off what FSDP can do only beside a GPU, and raises for without one; return the settings that were on."""
     settings = ("OFFLOAD_PARAMS", "CPU_RAM_EFFICIENT_LOADING", "SYNC_MODULE_STATES")

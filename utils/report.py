@@ -4,6 +4,7 @@ This file imports no other file of the project and can be copied along with a sc
 """
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -17,6 +18,8 @@ import torch
 from accelerate.utils import DistributedType, gather_object
 from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import ShardingStrategy
 from torch.distributed.tensor import DTensor
 
@@ -91,6 +94,48 @@ def check_sharding(accelerator, model):
                 f" them over {shards(accelerator)}: check the wrap policy, and bnb_4bit_quant_storage of 4-bit weights"
             )
         raise SystemExit(1)
+
+
+def save_optimizer_once(accelerator, model, optimizer):
+    """Have the optimizer's state saved, to memory, right after its first step, and fail where that cannot be done.
+
+    States in few bits and paged ones are not tensors as the strategies know them; it is better to see that in the
+    first minute than at the first checkpoint. The adapter is small, and so is the state of its optimizer.
+    """
+    inner = optimizer.optimizer
+    while hasattr(inner, "optimizer"):  # DeepSpeed's, around the one that steps
+        inner = inner.optimizer
+
+    def save(*_):
+        hook.remove()
+        try:
+            state, buffer = optimizer_state(accelerator, model, optimizer), io.BytesIO()
+            torch.save(state, buffer)
+            buffer.seek(0)
+            if accelerator.distributed_type != DistributedType.DEEPSPEED:  # which pickles objects of its own
+                torch.load(buffer, weights_only=True)
+        except Exception as error:  # whatever a strategy raises about a state that it does not know
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            fail(
+                f"the state of {type(inner).__name__} cannot be saved under {strategy(accelerator)}, so that no "
+                f"checkpoint could be: give --optim adamw_torch [{reason}]"
+            )
+
+    hook = inner.register_step_post_hook(save)
+
+
+def optimizer_state(accelerator, model, optimizer):
+    """Return what a checkpoint of the optimizer holds under the strategy. Collective."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return accelerator.deepspeed_engine_wrapped.engine.optimizer.state_dict()
+    if strategy(accelerator) == "fsdp1":
+        state = FSDP.optim_state_dict(model, optimizer.optimizer)
+        if any(isinstance(value, dict) for entry in state["state"].values() for value in entry.values()):
+            raise ValueError("FSDP gathers no tensors that lie in a dict, each process would save its slice alone")
+        return state
+    if strategy(accelerator) == "fsdp2":
+        return get_optimizer_state_dict(model, optimizer.optimizer)
+    return optimizer.state_dict()
 
 
 def shards(accelerator):

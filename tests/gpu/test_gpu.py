@@ -1,11 +1,17 @@
 """The strategies on real GPUs: parity, bf16, memory, the CPU optimizer, and what is refused."""
 
+import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_metrics
+from conftest import ROOT, read_metrics
+from guides import GUIDES
 from models import make_data, make_model, teach
+from processes import plant
+from safetensors.torch import load_file
+from test_saving import FILL, SAVE
 
 pytestmark = pytest.mark.gpu
 
@@ -50,7 +56,7 @@ def metrics_of(launch, tmp_path):
     """Launch a script on the GPUs and return its metrics.json."""
 
     def run(script, config, *arguments, processes=1, flags=()):
-        folder = tmp_path / f"{script}_{config}_{len(list(tmp_path.iterdir()))}"
+        folder = tmp_path / f"{script}_{Path(config).stem}_{len(list(tmp_path.iterdir()))}"
         launch(script, config, *arguments, "--output_dir", folder, processes=processes, flags=flags, **VISIBLE)
         metrics = read_metrics(folder)
         assert metrics["num_processes"] == processes and metrics["device"] != "cpu"
@@ -126,6 +132,77 @@ def test_memory_falls_from_ddp_to_zero3(metrics_of, large):
     offload = metrics_of("causal_lm_full_zero3", "zero3_offload", *large, processes=2)
     assert gpu_peak(zero3) < 0.75 * gpu_peak(ddp)
     assert gpu_peak(offload) < 0.75 * gpu_peak(zero3)
+
+
+FSDP = [
+    ("causal_lm_lora_fsdp1", "fsdp1"),
+    ("causal_lm_lora_fsdp1", "fsdp1_offload"),
+    ("causal_lm_lora_fsdp2", "fsdp2"),
+    ("causal_lm_lora_fsdp2", "fsdp2_offload"),
+    ("causal_lm_qlora_fsdp1", "fsdp1_qlora"),
+    ("causal_lm_qlora_fsdp2", "fsdp2_qlora"),
+]
+
+
+@two_gpus
+@pytest.mark.parametrize(("script", "config"), FSDP)
+def test_fsdp_on_two_gpus(metrics_of, small, script, config):
+    reference = script.rpartition("_")[0]
+    single = metrics_of(reference, "single", *small, *batch(4, 2))
+    metrics = metrics_of(script, config, *small, *batch(2, 2), processes=2)
+    assert_same(metrics, single, 1e-3)
+    assert metrics["score"] == single["score"]
+    assert metrics["offload"] == ("none" if config in ("fsdp1", "fsdp2") else "cpu")
+    half = sum(single["engine"]["bytes_held"][0].values()) / 2
+    assert [sum(held.values()) for held in metrics["engine"]["bytes_held"]] == pytest.approx([half] * 2, rel=0.1)
+
+
+@two_gpus
+@pytest.mark.parametrize(("script", "config"), FSDP)
+def test_fsdp_in_bf16_on_two_gpus(metrics_of, small, script, config):
+    dtype = ("--dtype", "bfloat16")
+    single = metrics_of(script.rpartition("_")[0], "single", *small, *dtype, *batch(4, 2), flags=BF16)
+    metrics = metrics_of(script, config, *small, *dtype, *batch(2, 2), processes=2, flags=BF16)
+    assert metrics["losses"] == pytest.approx(single["losses"], rel=0.05)
+    assert metrics["learning_rates"] == single["learning_rates"]
+
+
+def test_qlora_under_zero3_on_one_gpu(metrics_of, small):
+    single = metrics_of("causal_lm_qlora", "single", *small, *batch(4, 2))
+    metrics = metrics_of("causal_lm_qlora_zero3", "zero3_qlora", *small, *batch(4, 2))
+    assert_same(metrics, single, 1e-3)
+    assert metrics["score"] == single["score"]
+
+
+@two_gpus
+def test_offload_frees_the_gpus_under_qlora_and_fsdp1(metrics_of, large, tmp_path):
+    text = (ROOT / "configs/fsdp1_qlora.yaml").read_text()
+    assert "fsdp_offload_params: true" in text
+    kept = tmp_path / "kept.yaml"
+    kept.write_text(text.replace("fsdp_offload_params: true", "fsdp_offload_params: false"))
+    script, flags = "causal_lm_qlora_fsdp1", (*large, "--dtype", "bfloat16")
+    without = metrics_of(script, kept, *flags, processes=2, flags=BF16)
+    offload = metrics_of(script, ROOT / "configs/fsdp1_qlora.yaml", *flags, processes=2, flags=BF16)
+    print("GPU bytes of a process in training, without and with offload:", gpu_peak(without), gpu_peak(offload))
+    assert gpu_peak(offload) < gpu_peak(without)
+
+
+@two_gpus
+@pytest.mark.parametrize(("script", "config"), FSDP)
+def test_the_slice_of_every_gpu_is_saved(launch, small, tmp_path, script, config):
+    copy = plant(tmp_path, script, (SAVE, SAVE + FILL))
+    launch(copy, config, *small, "--output_dir", tmp_path / "run", processes=2, **VISIBLE)
+    for name, tensor in load_file(tmp_path / "run" / "adapter_model.safetensors").items():
+        assert [(tensor == process).sum().item() for process in (1, 2)] == [tensor.numel() / 2] * 2, name
+
+
+@two_gpus
+@pytest.mark.parametrize("guide", [guide for guide in GUIDES if not guide.startswith("seq2seq")])
+def test_launch_configs_of_the_guides_run_as_they_are(launch, small, tmp_path, guide):
+    script, flags, config = GUIDES[guide]
+    file = tmp_path / "guide.yaml"
+    file.write_text(json.dumps(config))
+    launch(script, file, *small, *flags, "--output_dir", tmp_path / "run", processes=2, **VISIBLE)
 
 
 def test_more_processes_than_gpus_are_refused(launch, small, tmp_path):
