@@ -381,7 +381,7 @@ LAUNCHES = [  # script, config, flags of accelerate, flags of the script; what t
     ("causal_lm_qlora_zero3", "zero3_qlora", "--mixed_precision bf16", "", "would cast", "--dtype bfloat16"),
     ("causal_lm_qlora_fsdp1", "fsdp1_qlora", "--mixed_precision bf16", "", "would cast", "--dtype bfloat16"),
     ("causal_lm_qlora_fsdp2", "fsdp2_qlora", "--mixed_precision bf16", "", "would cast", "--dtype bfloat16"),
-    (OFFLOAD, "zero3", "", f"{MODEL} in_8bit", "8-bit weights, which zero3 cannot", "causal_lm_qlora_zero3.py"),
+    (OFFLOAD, "zero3", "", f"{MODEL} in_8bit", "8-bit weights", "whatever zero3", "causal_lm_qlora_zero3.py"),
     ("causal_lm_lora_fsdp2", "fsdp2", "", f"{MODEL} in_8bit", "8-bit weights", "causal_lm_qlora_fsdp2.py"),
     ("causal_lm_qlora", "ddp", "", f"{MODEL} in_8bit", "8-bit weights already", "causal_lm_lora.py"),
     ("causal_lm_full", "ddp", "", f"{MODEL} in_8bit", "quantized weights, which cannot be trained", "with LoRA"),

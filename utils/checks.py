@@ -242,8 +242,8 @@ def check_quantization(config, culprit, saved):
     if saved.get("load_in_8bit"):
         if sharded:
             refuse(
-                f"{culprit} holds 8-bit weights, which {strategy} cannot shard: train the original with "
-                f"causal_lm_qlora_{strategy}.py, or launch with configs/ddp.yaml"
+                f"{culprit} holds 8-bit weights, of which bitsandbytes keeps all in every process, whatever {strategy} "
+                f"shards: train the original with causal_lm_qlora_{strategy}.py, or launch with configs/ddp.yaml"
             )
         if quantizes:
             refuse(f"{culprit} holds 8-bit weights already: take the original, or causal_lm_lora.py")
