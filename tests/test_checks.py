@@ -389,6 +389,7 @@ LAUNCHES = [  # script, config, flags of accelerate, flags of the script; what t
     ("causal_lm_lora_fsdp1", "fsdp1", "", f"{MODEL} in_4bit_float", "4-bit weights", "take causal_lm_qlora_fsdp1.py"),
     ("causal_lm_qlora_fsdp1", "fsdp1_qlora", "", f"{MODEL} in_4bit", "in_4bit: its", "is uint8", "make them the same"),
     ("causal_lm_lora", "ddp", "", f"{MODEL} in_gptq", "quantized by gptq", "take the original"),
+    ("causal_lm_lora", "ddp", "--dynamo_backend inductor", "", "--dynamo_backend INDUCTOR", "drop it"),
     (OFFLOAD, "use_cpu.yaml", "", "", "use_cpu: true", "set it to false"),
     ("causal_lm_lora", "ddp", "--mixed_precision fp16", "", "fp16 needs a GPU", "--mixed_precision bf16"),
     (OFFLOAD, "zero3", "--mixed_precision fp16", "", "fp16 needs a GPU", "--mixed_precision bf16"),

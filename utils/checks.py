@@ -185,6 +185,9 @@ def check_launch(config, strategies):
             check_extension_lock("cpu_adam")
     elif config.dtype != "float32" and not hasattr(config, "lora_r"):
         refuse(f"--dtype {config.dtype} would train in {config.dtype}: leave it, launch with --mixed_precision")
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() != "no":
+        refuse(f"--dynamo_backend {backend} compiles the model, whose answers and saving are not proven here: drop it")
     if precision not in ("no", "bf16", "fp16"):
         refuse(f"mixed precision {precision} is not supported: launch with `--mixed_precision bf16`, fp16 or no")
     if precision == "fp16" and not torch.cuda.is_available():
@@ -242,8 +245,8 @@ def check_quantization(config, culprit, saved):
     if saved.get("load_in_8bit"):
         if sharded:
             refuse(
-                f"{culprit} holds 8-bit weights, of which bitsandbytes keeps all in every process, whatever {strategy} "
-                f"shards: train the original with causal_lm_qlora_{strategy}.py, or launch with configs/ddp.yaml"
+                f"{culprit} holds 8-bit weights, which bitsandbytes keeps whole in every process, whatever {strategy} "
+                f"does: train the original with causal_lm_qlora_{strategy}.py, or launch with configs/ddp.yaml"
             )
         if quantizes:
             refuse(f"{culprit} holds 8-bit weights already: take the original, or causal_lm_lora.py")
