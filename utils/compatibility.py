@@ -1,0 +1,499 @@
+"""Measure what works with what: every method of PEFT, base and optimizer (a row) under every strategy (a column).
+
+    python -m utils.compatibility                      measure the cells that are not measured yet with these versions
+    python -m utils.compatibility --only lora/zero3    measure these anew; also patterns, as 'lora/*' or '*/fsdp?'
+    python -m utils.compatibility --write              and write docs/compatibility.md and docs/compatibility.json
+
+A cell trains a small random Llama for a few updates in as many real processes as its launch config says, saves, and opens
+what was saved in a process of its own. Cells are kept one by one in --folder, so that a run that was stopped goes on where it was;
+those of docs/compatibility.json count as measured where the versions are the same.
+
+What a process of a cell does is in compatibility_cell.py. This file needs no library but Python's own.
+"""
+
+import argparse
+import datetime
+import json
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "compatibility.json"
+PAGE = ROOT / "docs" / "compatibility.md"
+LIBRARIES = ("torch", "accelerate", "deepspeed", "transformers", "peft", "bitsandbytes")
+TIME_LIMIT = 240  # seconds for a step of a cell, with room for compiling DeepSpeed's CPU Adam; then it hangs
+TOLERANCE = 1e-3  # of losses and gradient norms, relative to those of one process
+LOGITS_TOLERANCE = 1e-4  # of the reloaded and of the merged model
+LEAST_FALL = 0.01  # of the loss from the first update to the last, relative
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is trained, on what base, with which optimizer."""
+
+    title: str
+    config: str = "LoraConfig"  # of peft
+    options: dict = field(default_factory=dict)
+    learning_rate: float = 1e-2
+    merges: bool = True  # whether peft can merge the adapter into the base
+    base: str = "float32"  # or "8-bit", "4-bit"
+    optimizer: str = "torch.optim.AdamW"
+    optimizer_options: dict = field(default_factory=dict)
+    new_tokens: int = 0  # rows that the embedding gets before the adapter
+    flags: tuple = ()  # of `accelerate launch`
+    settings: dict = field(default_factory=dict)  # column -> flags without which it does not start
+
+
+LINEAR = {"target_modules": "all-linear"}
+LORA = LINEAR | {"r": 8, "lora_alpha": 32, "lora_dropout": 0.0}
+VIRTUAL = {"num_virtual_tokens": 8}
+ROWS = {
+    "lora": Row("LoRA on all linear layers", options=LORA),
+    "rslora": Row("LoRA scaled by the root of its rank, `use_rslora`", options=LORA | {"use_rslora": True}),
+    "dora": Row("weight-decomposed LoRA, `use_dora`", options=LORA | {"use_dora": True}),
+    "pissa": Row(
+        "LoRA from the principal components, `init_lora_weights='pissa'`",
+        options=LORA | {"init_lora_weights": "pissa"},
+    ),
+    "modules_to_save": Row(
+        "LoRA and a head trained whole, `lm_head`", options=LORA | {"modules_to_save": ["lm_head"]}
+    ),
+    "new_tokens": Row(
+        "LoRA, 8 new tokens, embedding and head trained whole",
+        options=LORA | {"modules_to_save": ["embed_tokens", "lm_head"]},
+        new_tokens=8,
+    ),
+    "trainable_tokens": Row(
+        "LoRA and a few rows of the embedding, `trainable_token_indices`",
+        options=LORA | {"trainable_token_indices": {"embed_tokens": [3, 4, 5, 6]}},
+    ),
+    "ia3": Row(
+        "IA3: learned scales",
+        "IA3Config",
+        {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+        learning_rate=1e-1,
+    ),
+    "prompt_tuning": Row("prompt tuning", "PromptTuningConfig", VIRTUAL, learning_rate=1e-1, merges=False),
+    "prefix_tuning": Row("prefix tuning", "PrefixTuningConfig", VIRTUAL, learning_rate=1e-1, merges=False),
+    "p_tuning": Row(
+        "p-tuning: a prompt made by an MLP",
+        "PromptEncoderConfig",
+        VIRTUAL | {"encoder_hidden_size": 64},
+        merges=False,
+    ),
+    "vera": Row("VeRA: scales beside shared random matrices", "VeraConfig", LINEAR | {"r": 16}, learning_rate=1e-1),
+    "loha": Row("LoHa: a Hadamard product of two LoRAs", "LoHaConfig", LINEAR | {"r": 4, "alpha": 8}),
+    "oft": Row("OFT: orthogonal rotations", "OFTConfig", LINEAR | {"oft_block_size": 8, "r": 0}),
+    "base_8bit": Row("LoRA on an 8-bit base", options=LORA, base="8-bit"),
+    "base_4bit": Row("LoRA on a 4-bit base: nf4, double quantization, float32 storage", options=LORA, base="4-bit"),
+    "adamw_8bit": Row(
+        "LoRA, bitsandbytes' `AdamW8bit`",
+        options=LORA,
+        optimizer="bitsandbytes.optim.AdamW8bit",
+        optimizer_options={"min_8bit_size": 256},  # its default would keep the small matrices of this model in 32 bits
+    ),
+    "adamw_paged": Row(
+        "LoRA, bitsandbytes' `PagedAdamW32bit`", options=LORA, optimizer="bitsandbytes.optim.PagedAdamW32bit"
+    ),
+    "torch_compile": Row(
+        "LoRA, compiled: `accelerate launch --dynamo_backend inductor`",
+        options=LORA,
+        flags=("--dynamo_backend", "inductor"),
+    ),
+}
+# column -> its launch config, flags of `accelerate launch`
+COLUMNS = {
+    "single": ("single", ()),
+    "ddp": ("ddp", ()),
+    "zero1": ("zero1", ()),
+    "zero1_offload": ("zero1", ("--offload_optimizer_device", "cpu")),
+    "zero2": ("zero2", ()),
+    "zero2_offload": ("zero2_offload", ()),
+    "zero3": ("zero3", ()),
+    "zero3_offload": ("zero3_offload", ()),
+    "fsdp1": ("fsdp1", ()),
+    "fsdp2": ("fsdp2", ()),
+}
+CELLS = [f"{row}/{column}" for row in ROWS for column in COLUMNS]
+SHARDED = ("zero3", "zero3_offload", "fsdp1", "fsdp2")  # columns in which a process holds a part of every parameter
+# what a cell is asked, in this order, and what the table says where the answer is no
+CHECKS = {
+    "starts": "does not start",
+    "optimizer": "another optimizer",
+    "learns": "does not learn",
+    "losses": "other losses",
+    "shards": "not sharded",
+    "reloads": "does not reload",
+    "merges": "merges inexactly",
+    "state": "state not saved",
+}
+
+
+# Measure ------------------------------------------------------------------------------------------
+def run_process(step, job):
+    """Run in a fresh process, forked from one that has imported the libraries."""
+    os.setsid()  # so that what it starts, as compilers, ends with it
+    multiprocessing.set_start_method("fork", force=True)  # as in a process of `accelerate launch`
+    from utils import compatibility_cell
+
+    compatibility_cell.main(step, job)
+
+
+def start_server():
+    """Return the context whose processes are forked from one that has paid for the imports, once."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; as `accelerate launch` sets it for two processes
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to look for a GPU must not touch it before the fork
+    if not count_gpus():
+        os.environ["DS_ACCELERATOR"] = "cpu"  # said here, DeepSpeed need not warn that it found none
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["utils.compatibility_cell"])
+    return context
+
+
+def run_step(context, step, jobs, folder, limit=TIME_LIMIT):
+    """Run one process per job to its end, or end all of them where one failed or time is up; return the error, or {}.
+
+    A process says what it failed at in folder/error-RANK.json, {"check": ..., "message": ..., "time": ...}.
+    """
+    processes = [context.Process(target=run_process, args=(step, job)) for job in jobs]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + limit
+    while any(process.is_alive() for process in processes) and time.monotonic() < end:
+        if any(process.exitcode for process in processes):
+            end = min(end, time.monotonic() + 2)  # the others may have an error of their own to tell
+        time.sleep(0.02)
+    failed = [process.exitcode for process in processes if process.exitcode]
+    hangs = any(process.is_alive() for process in processes) and not failed
+    for process in processes:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            process.kill()
+        process.join()
+    errors = [json.loads(file.read_text()) for file in sorted(folder.glob("error-*.json"))]
+    if errors:
+        return min(errors, key=lambda error: error["time"])
+    if hangs or failed:
+        at = folder / "check.txt"
+        message = f"hangs: no end after {limit} s" if hangs else f"a process ended with exit code {failed[0]}"
+        return {"check": at.read_text() if at.is_file() else "starts", "message": message}
+    return {}
+
+
+def measure(context, cell, model_folder, log):
+    """Run a cell and return what was found: numbers, and the error of the check that failed, if one did."""
+    row, column = cell.split("/")
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="compatibility-") as name:
+        folder = Path(name)
+        config, flags = COLUMNS[column]
+        flags = [*flags, *ROWS[row].flags, *ROWS[row].settings.get(column, ())]
+        job = {
+            "row": asdict(ROWS[row]),
+            "launch": ["--config_file", str(ROOT / "configs" / f"{config}.yaml"), *flags],
+            "port": free_port(),
+            "folder": str(folder),
+            "model": str(model_folder),
+            "log": str(log),
+        }
+        world = 1 if column == "single" else 2
+        error = run_step(context, "train", [job | {"rank": rank, "world": world} for rank in range(world)], folder)
+        if (folder / "saved").is_file():
+            error = run_step(context, "reload", [job | {"rank": 0, "world": 1}], folder) or error
+        found = [json.loads(file.read_text()) for file in sorted(folder.glob("found-*.json"))]
+    facts = {key: value for one in found for key, value in one.items()}
+    facts["seconds"] = round(time.monotonic() - started, 1)
+    return facts | ({"error": {"check": error["check"], "message": plain(error["message"])}} if error else {})
+
+
+def plain(message):
+    """Return the first line of an error without what differs from run to run: folders, addresses, ports."""
+    line = next(iter(message.strip().splitlines()), "")
+    line = re.sub(r"(?<![\w.:/])/(?:[^\s/'\"]+/)+", "", line)
+    line = re.sub(r"0x[0-9a-f]{6,}", "0x...", line)
+    return re.sub(r"\d+\.\d+\.\d+\.\d+(\]?:\d+)?", "ADDRESS", line).replace("|", "/")[:240]
+
+
+def count_gpus():
+    """Return how many NVIDIA GPUs the system knows, without a library that would start them."""
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def free_port():
+    """Return a port that nobody listens on."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+# Judge --------------------------------------------------------------------------------------------
+def judge(cell, facts, reference):
+    """Return check -> "" where it holds, or why not; without those that were not reached or do not apply.
+
+    Args:
+        facts: of the cell, as `measure` returns them.
+        reference: facts of the same row in one process; None where they are missing.
+    """
+    row, column = ROWS[cell.split("/")[0]], cell.split("/")[1]
+    answers = {}
+    if "bytes" in facts:
+        answers["starts"] = ""
+        asked = row.optimizer.rpartition(".")[2]
+        if row.optimizer != Row.optimizer:
+            answers["optimizer"] = "" if facts["optimizer"] == asked else f"{asked} became {facts['optimizer']}"
+        if column in SHARDED:
+            share = max(facts["bytes"]) / facts["whole"]
+            answers["shards"] = (
+                "" if share <= 1.1 / len(facts["bytes"]) else f"a process holds {share:.0%} of the bytes"
+            )
+    if "losses" in facts:
+        first, last = facts["losses"][0], facts["losses"][-1]
+        falls = last < (1 - LEAST_FALL) * first
+        answers["learns"] = "" if falls else f"the loss goes from {first:.4f} to {last:.4f}"
+        if column != "single" and reference is not None and "losses" in reference:
+            answers["losses"] = compare_curves(facts, reference)
+    if "reload" in facts:
+        answers["reloads"] = compare_reload(facts["reload"])
+    if "merge" in facts:
+        within = facts["merge"] <= LOGITS_TOLERANCE
+        answers["merges"] = "" if within else f"merged logits differ by up to {facts['merge']:.2g}"
+    if "state" in facts:
+        answers["state"] = plain(facts["state"])
+    if "error" in facts:
+        answers[facts["error"]["check"]] = facts["error"]["message"]
+    return {check: answers[check] for check in CHECKS if check in answers}
+
+
+def compare_curves(facts, reference):
+    """Return "" where losses and gradient norms are those of one process, else the largest relative difference."""
+    for name, word in (("losses", "loss"), ("grad_norms", "gradient norm")):
+        difference = max(abs(a - b) / abs(b) if a == a else float("inf") for a, b in zip(facts[name], reference[name]))
+        if difference > TOLERANCE:
+            return f"{word} differs by up to {difference:.2g} of the single process's"
+    return ""
+
+
+def compare_reload(found):
+    """Return "" where the reloaded adapter is the trained one."""
+    if found["missing"]:
+        return f"the saved adapter lacks {len(found['missing'])} trained tensors, as {found['missing'][0]}"
+    if found["unequal"]:
+        return f"{len(found['unequal'])} of {found['tensors']} reloaded tensors differ, as {found['unequal'][0]}"
+    if not found["logits"] <= LOGITS_TOLERANCE:
+        return f"reloaded logits differ by up to {found['logits']:.2g}"
+    return ""
+
+
+def status(answers):
+    """Return the words of the table for a cell: "yes", or what does not work."""
+    if not answers:
+        return "not measured"
+    return ", ".join(CHECKS[check] for check, reason in answers.items() if reason) or "yes"
+
+
+# Keep ---------------------------------------------------------------------------------------------
+def versions():
+    """Return library -> installed version."""
+    return {library: version(library) for library in LIBRARIES}
+
+
+def cell_file(folder, cell):
+    return Path(folder) / f"{cell}.json"
+
+
+def read_cells(folder, results=RESULTS):
+    """Return cell -> facts of what was measured with these versions: in the folder, else in the committed file."""
+    cells, now = {}, versions()
+    if Path(results).is_file():
+        committed = json.loads(Path(results).read_text())
+        if committed["versions"] == now:
+            cells |= committed["cells"]
+    for cell in CELLS:
+        if (file := cell_file(folder, cell)).is_file():
+            kept = json.loads(file.read_text())
+            if kept.pop("versions") == now:
+                cells[cell] = kept
+    return {cell: cells[cell] for cell in CELLS if cell in cells}
+
+
+def select(patterns, cells):
+    """Return the cells to measure, rows in order and of each the single process first: its losses are the reference.
+
+    Args:
+        patterns: those of --only, to be measured anew; without any, all that are missing are measured.
+        cells: those measured already.
+    """
+    if not patterns:
+        return [cell for cell in CELLS if cell not in cells]
+    for pattern in patterns:
+        if not any(fnmatch(cell, pattern) for cell in CELLS):
+            raise SystemExit(f"error: --only {pattern} names no cell: it is ROW/COLUMN, as lora/zero3 or 'lora/*'")
+    wanted = {cell for cell in CELLS if any(fnmatch(cell, pattern) for pattern in patterns)}
+    references = {f"{cell.split('/')[0]}/single" for cell in wanted} - set(cells)
+    return [cell for cell in CELLS if cell in wanted | references]
+
+
+def measure_all(todo, folder, cells):
+    """Measure the cells and keep each as soon as it is there; `cells` is updated."""
+    context = start_server()
+    with tempfile.TemporaryDirectory(prefix="compatibility-") as name:
+        log = Path(folder) / "model.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        job = {"rank": 0, "folder": name, "model": f"{name}/model", "log": str(log)}
+        if error := run_step(context, "make_model", [job], Path(name)):
+            raise SystemExit(f"error: the model could not be made: {error['message']}; see {log}")
+        for number, cell in enumerate(todo, 1):
+            file = cell_file(folder, cell)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            facts = measure(context, cell, f"{name}/model", file.with_suffix(".log"))
+            file.write_text(json.dumps(facts | {"versions": versions()}, indent=1) + "\n")
+            cells[cell] = facts
+            answers = judge(cell, facts, cells.get(f"{cell.split('/')[0]}/single"))
+            reason = next((reason for reason in answers.values() if reason), "")
+            print(f"{number}/{len(todo)} {cell}: {status(answers)} ({facts['seconds']} s) {reason}", flush=True)
+
+
+# Render -------------------------------------------------------------------------------------------
+def hardware():
+    """Return one phrase that says where the cells ran."""
+    models = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    names = ", ".join(sorted({re.sub(r"\s+(\d+-Core )?Processor$", "", model) for model in models}))
+    gpus = f"{count_gpus()} GPU(s)" if count_gpus() else "no GPU"
+    return f"{len(os.sched_getaffinity(0))} cores of an {names}, {gpus}"
+
+
+def table(corner, entry):
+    """Return a markdown table of all rows and columns, of which `entry(cell)` is the text."""
+    lines = [f"| {corner} | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
+    for row in ROWS:
+        lines.append(f"| {row} | {' | '.join(entry(f'{row}/{column}') for column in COLUMNS)} |")
+    return "\n".join(lines)
+
+
+def render(results):
+    """Return the page of the results, which are the content of docs/compatibility.json."""
+    cells, notes = results["cells"], []
+    judged = {cell: judge(cell, cells[cell], cells.get(f"{cell.split('/')[0]}/single")) for cell in cells}
+
+    def note(text):
+        if text not in notes:
+            notes.append(text)
+        return f"[{notes.index(text) + 1}](#n{notes.index(text) + 1})"
+
+    def entry(cell):
+        answers = judged.get(cell, {})
+        row, column = cell.split("/")
+        marks = [note(f"{CHECKS[check]}: `{why.replace('`', chr(39))}`") for check, why in answers.items() if why]
+        if column in ROWS[row].settings:
+            marks.append(
+                note(f"measured with `{' '.join(ROWS[row].settings[column])}`, without which it does not start")
+            )
+        return " ".join([f"**{status(answers)}**" if marks and status(answers) != "yes" else status(answers), *marks])
+
+    def bytes_entry(cell):
+        facts = cells.get(cell, {})
+        return f"{max(facts['bytes']):,}" if "bytes" in facts else ""
+
+    main = table("", entry)
+    good = sum(status(answers) == "yes" for answers in judged.values())
+    return PAGE_TEMPLATE.format(
+        table=main,
+        notes="\n".join(f'{number}. <a id="n{number}"></a>{text}' for number, text in enumerate(notes, 1)),
+        rows="\n".join(f"- `{name}`: {row.title}" for name, row in ROWS.items()),
+        bytes=table("", bytes_entry),
+        whole=max((facts["whole"] for facts in cells.values() if "whole" in facts), default=0),
+        summary=f"{good} of {len(CELLS)} cells say yes, {len(judged) - good} do not, {len(CELLS) - len(judged)} are not measured",
+        versions=", ".join(f"{library} {number}" for library, number in results["versions"].items()),
+        hardware=results["hardware"],
+        date=results["date"],
+        tolerance=TOLERANCE,
+        logits=LOGITS_TOLERANCE,
+    )
+
+
+PAGE_TEMPLATE = """# What works with what
+
+Measured, not collected: each cell of the table trained a small random Llama (2 layers, float32) with that method under that
+strategy, in two processes over gloo (`single`: one), with ragged batches and two micro-batches per update, and saved it. {summary}.
+
+{table}
+
+**yes** means all of these, in this order:
+
+1. it starts: the model loads, the adapter is made, `accelerator.prepare` takes them, with the launch config of this repository;
+   and the optimizer is the one that was asked for;
+2. it learns: the loss falls over the updates;
+3. losses and gradient norms of every update are those of the single process, within {tolerance:g} relative;
+4. under zero3 and fsdp each process holds its share of the parameters' bytes, within 10 %;
+5. the saved adapter, loaded by plain `peft` in a process of its own, holds the trained tensors bit for bit, and gives the logits
+   of the model that was trained, within {logits:g};
+6. merged into the base it gives the same logits; not asked of prompt, prefix and p-tuning, which cannot be merged;
+7. of the rows with bitsandbytes' optimizers: `accelerator.save_state` writes the optimizer's state.
+
+Else the cell names what fails, and the number leads to the error. What comes after a failure that ends the run was not
+asked. FSDP1 runs with `fsdp_use_orig_params: false`, as in this repository's configs, where no note says otherwise.
+
+## Rows
+
+{rows}
+
+Columns are the launch configs in `configs/`; `zero1_offload` is `zero1` with `--offload_optimizer_device cpu`.
+
+## What failed, and why
+
+{notes}
+
+## Bytes of parameters per process
+
+The most that any process holds after `prepare`, of at most {whole:,} for a whole model. ZeRO-3 keeps small parameters whole
+while it trains (`stage3_param_persistence_threshold`); counted are the shares.
+
+{bytes}
+
+## Measure it again
+
+```bash
+.venv/bin/python -m utils.compatibility --write
+```
+
+measures what is missing for the installed versions, a few seconds per cell, and writes this page and
+`docs/compatibility.json`. `--only 'lora/*'` measures a row anew, `--only '*/fsdp2'` a column. A test measures a sample at every run
+and compares it with that file.
+
+Versions: {versions}. Hardware: {hardware}. Date: {date}.
+"""
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=[], metavar="ROW/COLUMN", help="measure these anew")
+    parser.add_argument("--folder", default=ROOT / "outputs" / "compatibility", help="where single cells are kept")
+    parser.add_argument("--write", action="store_true", help="write docs/compatibility.md and .json at the end")
+    options = parser.parse_args(arguments)
+    cells = read_cells(options.folder)
+    if todo := select(options.only, cells):
+        measure_all(todo, options.folder, cells)
+    if options.write:
+        cells = {cell: cells[cell] for cell in CELLS if cell in cells}
+        date = datetime.date.today().isoformat()
+        results = {"versions": versions(), "hardware": hardware(), "date": date, "cells": cells}
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        PAGE.write_text(render(results))
+        print(f"wrote {PAGE.relative_to(ROOT)} and {RESULTS.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()
