@@ -4,9 +4,9 @@
     python -m utils.compatibility --only lora/zero3    measure these anew; also patterns, as 'lora/*' or '*/fsdp?'
     python -m utils.compatibility --write              and write docs/compatibility.md and docs/compatibility.json
 
-A cell trains a small random Llama for a few updates in as many real processes as its launch config says, saves, and opens
-what was saved in a process of its own. Cells are kept one by one in --folder, so that a run that was stopped goes on where it was;
-those of docs/compatibility.json count as measured where the versions are the same.
+A cell trains a small random Llama for a few updates in as many real processes as its launch config says, saves, and
+opens what was saved in a process of its own. Cells are kept one by one in --folder, so that a run that was stopped goes
+on where it was; those of docs/compatibility.json count as measured where the versions are the same.
 
 What a process of a cell does is in compatibility_cell.py. This file needs no library but Python's own.
 """
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "compatibility.json"
 PAGE = ROOT / "docs" / "compatibility.md"
 LIBRARIES = ("torch", "accelerate", "deepspeed", "transformers", "peft", "bitsandbytes")
-TIME_LIMIT = 240  # seconds for a step of a cell, with room for compiling DeepSpeed's CPU Adam; then it hangs
+TIME_LIMIT = 300  # seconds for a step of a cell, with room for compiling DeepSpeed's CPU Adam; then it hangs
 TOLERANCE = 1e-3  # of losses and gradient norms, relative to those of one process
 LOGITS_TOLERANCE = 1e-4  # of the reloaded and of the merged model
 LEAST_FALL = 0.01  # of the loss from the first update to the last, relative
@@ -51,12 +51,14 @@ class Row:
     optimizer_options: dict = field(default_factory=dict)
     new_tokens: int = 0  # rows that the embedding gets before the adapter
     flags: tuple = ()  # of `accelerate launch`
-    settings: dict = field(default_factory=dict)  # column -> flags without which it does not start
+    settings: dict = field(default_factory=dict)  # column -> flags with which it is measured again, where it failed
 
 
 LINEAR = {"target_modules": "all-linear"}
 LORA = LINEAR | {"r": 8, "lora_alpha": 32, "lora_dropout": 0.0}
 VIRTUAL = {"num_virtual_tokens": 8}
+VERA = LINEAR | {"r": 16, "save_projection": False}  # the random matrices are drawn anew from their key
+ORIGINAL = {"fsdp1": ("--fsdp_use_orig_params", "true")}  # frozen and trained weights in one unit of FSDP1
 ROWS = {
     "lora": Row("LoRA on all linear layers", options=LORA),
     "rslora": Row("LoRA scaled by the root of its rank, `use_rslora`", options=LORA | {"use_rslora": True}),
@@ -66,22 +68,25 @@ ROWS = {
         options=LORA | {"init_lora_weights": "pissa"},
     ),
     "modules_to_save": Row(
-        "LoRA and a head trained whole, `lm_head`", options=LORA | {"modules_to_save": ["lm_head"]}
+        "LoRA and a head trained whole, `lm_head`", options=LORA | {"modules_to_save": ["lm_head"]}, settings=ORIGINAL
     ),
     "new_tokens": Row(
         "LoRA, 8 new tokens, embedding and head trained whole",
         options=LORA | {"modules_to_save": ["embed_tokens", "lm_head"]},
         new_tokens=8,
+        settings=ORIGINAL,
     ),
     "trainable_tokens": Row(
         "LoRA and a few rows of the embedding, `trainable_token_indices`",
         options=LORA | {"trainable_token_indices": {"embed_tokens": [3, 4, 5, 6]}},
+        settings=ORIGINAL,
     ),
     "ia3": Row(
         "IA3: learned scales",
         "IA3Config",
         {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
         learning_rate=1e-1,
+        settings=ORIGINAL,
     ),
     "prompt_tuning": Row("prompt tuning", "PromptTuningConfig", VIRTUAL, learning_rate=1e-1, merges=False),
     "prefix_tuning": Row("prefix tuning", "PrefixTuningConfig", VIRTUAL, learning_rate=1e-1, merges=False),
@@ -91,8 +96,12 @@ ROWS = {
         VIRTUAL | {"encoder_hidden_size": 64},
         merges=False,
     ),
-    "vera": Row("VeRA: scales beside shared random matrices", "VeraConfig", LINEAR | {"r": 16}, learning_rate=1e-1),
-    "loha": Row("LoHa: a Hadamard product of two LoRAs", "LoHaConfig", LINEAR | {"r": 4, "alpha": 8}),
+    "vera": Row(
+        "VeRA: scales beside shared random matrices", "VeraConfig", VERA, learning_rate=1e-1, settings=ORIGINAL
+    ),
+    "loha": Row(
+        "LoHa: a Hadamard product of two LoRAs", "LoHaConfig", LINEAR | {"r": 4, "alpha": 8}, settings=ORIGINAL
+    ),
     "oft": Row("OFT: orthogonal rotations", "OFTConfig", LINEAR | {"oft_block_size": 8, "r": 0}),
     "base_8bit": Row("LoRA on an 8-bit base", options=LORA, base="8-bit"),
     "base_4bit": Row("LoRA on a 4-bit base: nf4, double quantization, float32 storage", options=LORA, base="4-bit"),
@@ -108,7 +117,7 @@ ROWS = {
     "torch_compile": Row(
         "LoRA, compiled: `accelerate launch --dynamo_backend inductor`",
         options=LORA,
-        flags=("--dynamo_backend", "inductor"),
+        flags=("--dynamo_backend", "inductor", "--dynamo_use_dynamic"),  # batches of any length: one compilation
     ),
 }
 # column -> its launch config, flags of `accelerate launch`
@@ -130,7 +139,8 @@ SHARDED = ("zero3", "zero3_offload", "fsdp1", "fsdp2")  # columns in which a pro
 CHECKS = {
     "starts": "does not start",
     "optimizer": "another optimizer",
-    "learns": "does not learn",
+    "compiles": "not compiled",
+    "learns": "does not train",
     "losses": "other losses",
     "shards": "not sharded",
     "reloads": "does not reload",
@@ -184,7 +194,8 @@ def run_step(context, step, jobs, folder, limit=TIME_LIMIT):
         process.join()
     errors = [json.loads(file.read_text()) for file in sorted(folder.glob("error-*.json"))]
     if errors:
-        return min(errors, key=lambda error: error["time"])
+        # what failed first is the cause; that the other process went away is an effect, whoever writes it down first
+        return min(errors, key=lambda error: ("by peer" in error["message"], error["time"]))
     if hangs or failed:
         at = folder / "check.txt"
         message = f"hangs: no end after {limit} s" if hangs else f"a process ended with exit code {failed[0]}"
@@ -193,29 +204,51 @@ def run_step(context, step, jobs, folder, limit=TIME_LIMIT):
 
 
 def measure(context, cell, model_folder, log):
-    """Run a cell and return what was found: numbers, and the error of the check that failed, if one did."""
+    """Run a cell and return its facts; where it has settings that may help, "without" says why it was run again."""
+    row, column = cell.split("/")
+    facts = run_cell(context, cell, (), model_folder, log)
+    if (flags := ROWS[row].settings.get(column)) and "error" in facts:
+        error = facts["error"]
+        without = f"{CHECKS[error['check']]}: {error['message']}"
+        facts = run_cell(context, cell, flags, model_folder, log) | {"without": without}
+    return facts
+
+
+def run_cell(context, cell, flags, model_folder, log):
+    """Run the processes of a cell and return what they found: numbers, and what the check failed at, if one did."""
     row, column = cell.split("/")
     started = time.monotonic()
+    config, own = COLUMNS[column]
+    world = 1 if column == "single" else 2
     with tempfile.TemporaryDirectory(prefix="compatibility-") as name:
         folder = Path(name)
-        config, flags = COLUMNS[column]
-        flags = [*flags, *ROWS[row].flags, *ROWS[row].settings.get(column, ())]
         job = {
             "row": asdict(ROWS[row]),
-            "launch": ["--config_file", str(ROOT / "configs" / f"{config}.yaml"), *flags],
-            "port": free_port(),
-            "folder": str(folder),
+            "launch": ["--config_file", str(ROOT / "configs" / f"{config}.yaml"), *own, *ROWS[row].flags, *flags],
+            "folder": name,
             "model": str(model_folder),
             "log": str(log),
         }
-        world = 1 if column == "single" else 2
-        error = run_step(context, "train", [job | {"rank": rank, "world": world} for rank in range(world)], folder)
+
+        def run(step, world=1):
+            port = free_port()
+            jobs = [job | {"rank": rank, "world": world, "port": port} for rank in range(world)]
+            return run_step(context, step, jobs, folder)
+
+        error = run("train", world)
         if (folder / "saved").is_file():
-            error = run_step(context, "reload", [job | {"rank": 0, "world": 1}], folder) or error
+            error = run("reload") or error
+        if not error and own_optimizer(ROWS[row]):
+            error = run("state", world)
         found = [json.loads(file.read_text()) for file in sorted(folder.glob("found-*.json"))]
     facts = {key: value for one in found for key, value in one.items()}
     facts["seconds"] = round(time.monotonic() - started, 1)
     return facts | ({"error": {"check": error["check"], "message": plain(error["message"])}} if error else {})
+
+
+def own_optimizer(row):
+    """Return whether the row asks for another optimizer than the scripts'."""
+    return row.optimizer != Row.optimizer
 
 
 def plain(message):
@@ -223,7 +256,8 @@ def plain(message):
     line = next(iter(message.strip().splitlines()), "")
     line = re.sub(r"(?<![\w.:/])/(?:[^\s/'\"]+/)+", "", line)
     line = re.sub(r"0x[0-9a-f]{6,}", "0x...", line)
-    return re.sub(r"\d+\.\d+\.\d+\.\d+(\]?:\d+)?", "ADDRESS", line).replace("|", "/")[:240]
+    line = re.sub(r"\d+\.\d+\.\d+\.\d+(\]?:\d+)?", "ADDRESS", line).replace("|", "/")
+    return line if len(line) <= 240 else f"{line[:240]}..."
 
 
 def count_gpus():
@@ -251,8 +285,10 @@ def judge(cell, facts, reference):
     if "bytes" in facts:
         answers["starts"] = ""
         asked = row.optimizer.rpartition(".")[2]
-        if row.optimizer != Row.optimizer:
+        if own_optimizer(row):
             answers["optimizer"] = "" if facts["optimizer"] == asked else f"{asked} became {facts['optimizer']}"
+        if "--dynamo_backend" in row.flags and "graphs" in facts:
+            answers["compiles"] = "" if facts["graphs"] else "torch.compile was asked for, and compiled no graph"
         if column in SHARDED:
             share = max(facts["bytes"]) / facts["whole"]
             answers["shards"] = (
@@ -270,7 +306,7 @@ def judge(cell, facts, reference):
         within = facts["merge"] <= LOGITS_TOLERANCE
         answers["merges"] = "" if within else f"merged logits differ by up to {facts['merge']:.2g}"
     if "state" in facts:
-        answers["state"] = plain(facts["state"])
+        answers["state"] = ""
     if "error" in facts:
         answers[facts["error"]["check"]] = facts["error"]["message"]
     return {check: answers[check] for check in CHECKS if check in answers}
@@ -296,11 +332,12 @@ def compare_reload(found):
     return ""
 
 
-def status(answers):
-    """Return the words of the table for a cell: "yes", or what does not work."""
+def status(answers, facts):
+    """Return the words of the table for a cell: "yes", or what does not work, or that a setting was needed."""
     if not answers:
         return "not measured"
-    return ", ".join(CHECKS[check] for check, reason in answers.items() if reason) or "yes"
+    words = ", ".join(CHECKS[check] for check, reason in answers.items() if reason) or "yes"
+    return f"{words}, with a setting" if "without" in facts else words
 
 
 # Keep ---------------------------------------------------------------------------------------------
@@ -362,7 +399,7 @@ def measure_all(todo, folder, cells):
             cells[cell] = facts
             answers = judge(cell, facts, cells.get(f"{cell.split('/')[0]}/single"))
             reason = next((reason for reason in answers.values() if reason), "")
-            print(f"{number}/{len(todo)} {cell}: {status(answers)} ({facts['seconds']} s) {reason}", flush=True)
+            print(f"{number}/{len(todo)} {cell}: {status(answers, facts)} ({facts['seconds']} s) {reason}", flush=True)
 
 
 # Render -------------------------------------------------------------------------------------------
@@ -393,28 +430,28 @@ def render(results):
         return f"[{notes.index(text) + 1}](#n{notes.index(text) + 1})"
 
     def entry(cell):
+        facts, (row, column) = cells.get(cell, {}), cell.split("/")
         answers = judged.get(cell, {})
-        row, column = cell.split("/")
         marks = [note(f"{CHECKS[check]}: `{why.replace('`', chr(39))}`") for check, why in answers.items() if why]
-        if column in ROWS[row].settings:
-            marks.append(
-                note(f"measured with `{' '.join(ROWS[row].settings[column])}`, without which it does not start")
-            )
-        return " ".join([f"**{status(answers)}**" if marks and status(answers) != "yes" else status(answers), *marks])
+        if "without" in facts:
+            flags = " ".join(ROWS[row].settings[column])
+            marks.append(note(f"with `{flags}`; without it `{facts['without'].replace('`', chr(39))}`"))
+        words = status(answers, facts)
+        return " ".join([words if words.startswith(("yes", "not measured")) else f"**{words}**", *marks])
 
     def bytes_entry(cell):
         facts = cells.get(cell, {})
         return f"{max(facts['bytes']):,}" if "bytes" in facts else ""
 
     main = table("", entry)
-    good = sum(status(answers) == "yes" for answers in judged.values())
+    good = sum(not any(answers.values()) for answers in judged.values())
     return PAGE_TEMPLATE.format(
         table=main,
         notes="\n".join(f'{number}. <a id="n{number}"></a>{text}' for number, text in enumerate(notes, 1)),
         rows="\n".join(f"- `{name}`: {row.title}" for name, row in ROWS.items()),
         bytes=table("", bytes_entry),
         whole=max((facts["whole"] for facts in cells.values() if "whole" in facts), default=0),
-        summary=f"{good} of {len(CELLS)} cells say yes, {len(judged) - good} do not, {len(CELLS) - len(judged)} are not measured",
+        summary=f"{good} cells say yes, {len(judged) - good} do not, {len(CELLS) - len(judged)} are not measured",
         versions=", ".join(f"{library} {number}" for library, number in results["versions"].items()),
         hardware=results["hardware"],
         date=results["date"],
@@ -425,40 +462,42 @@ def render(results):
 
 PAGE_TEMPLATE = """# What works with what
 
-Measured, not collected: each cell of the table trained a small random Llama (2 layers, float32) with that method under that
-strategy, in two processes over gloo (`single`: one), with ragged batches and two micro-batches per update, and saved it. {summary}.
+Measured: each cell of the table trained a small random Llama (2 layers, float32) with the method of its row under the
+strategy of its column, in two processes over gloo (`single`: in one), with ragged batches and two micro-batches per
+update, saved it and loaded it again. {summary}.
 
 {table}
 
 **yes** means all of these, in this order:
 
-1. it starts: the model loads, the adapter is made, `accelerator.prepare` takes them, with the launch config of this repository;
-   and the optimizer is the one that was asked for;
-2. it learns: the loss falls over the updates;
+1. it starts: the model loads, the adapter is made, `accelerator.prepare` takes them under this repository's launch
+   config, and the optimizer is the one that was asked for;
+2. it trains: the loss falls;
 3. losses and gradient norms of every update are those of the single process, within {tolerance:g} relative;
 4. under zero3 and fsdp each process holds its share of the parameters' bytes, within 10 %;
-5. the saved adapter, loaded by plain `peft` in a process of its own, holds the trained tensors bit for bit, and gives the logits
-   of the model that was trained, within {logits:g};
+5. the saved adapter, loaded by plain `peft` in a process of its own, holds the trained tensors bit for bit (a prompt: what
+   its encoder made) and gives the logits of the model that was trained, within {logits:g};
 6. merged into the base it gives the same logits; not asked of prompt, prefix and p-tuning, which cannot be merged;
-7. of the rows with bitsandbytes' optimizers: `accelerator.save_state` writes the optimizer's state.
+7. with an optimizer of bitsandbytes: `accelerator.save_state` writes its state.
 
-Else the cell names what fails, and the number leads to the error. What comes after a failure that ends the run was not
-asked. FSDP1 runs with `fsdp_use_orig_params: false`, as in this repository's configs, where no note says otherwise.
+Else the cell names what does not work, and the number leads to the reason. What comes after an error that ended the run
+was not asked.
+
+{notes}
 
 ## Rows
 
 {rows}
 
-Columns are the launch configs in `configs/`; `zero1_offload` is `zero1` with `--offload_optimizer_device cpu`.
-
-## What failed, and why
-
-{notes}
+Columns are launch configs in `configs/`; `zero1_offload` is `zero1` with `--offload_optimizer_device cpu`. With
+`adamw_8bit` "other losses" under a strategy that shards the optimizer's states is no fault: they are rounded in blocks,
+and the blocks are others.
 
 ## Bytes of parameters per process
 
-The most that any process holds after `prepare`, of at most {whole:,} for a whole model. ZeRO-3 keeps small parameters whole
-while it trains (`stage3_param_persistence_threshold`); counted are the shares.
+The most that a process holds after `prepare`; nothing where it did not start. The 4-bit and 8-bit weights are counted as
+stored. ZeRO-3 also keeps small parameters whole while it trains (`stage3_param_persistence_threshold`); counted are the
+shares.
 
 {bytes}
 
@@ -469,7 +508,7 @@ while it trains (`stage3_param_persistence_threshold`); counted are the shares.
 ```
 
 measures what is missing for the installed versions, a few seconds per cell, and writes this page and
-`docs/compatibility.json`. `--only 'lora/*'` measures a row anew, `--only '*/fsdp2'` a column. A test measures a sample at every run
+`docs/compatibility.json`. `--only 'lora/*'` measures a row anew, `--only '*/fsdp2'` a column. A test measures a sample anew
 and compares it with that file.
 
 Versions: {versions}. Hardware: {hardware}. Date: {date}.

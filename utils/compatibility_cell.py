@@ -1,6 +1,6 @@
 """What one process of a cell of the compatibility table does: train and save, or reload and merge.
 
-The loop, the gathering and the saving are those of the scripts in examples/, in small. `compatibility.py` starts the processes.
+The loop, the gathering and the saving are those of the scripts in examples/, in small. `compatibility.py` starts it.
 """
 
 import json
@@ -62,7 +62,7 @@ def main(step, job):
 
     code = 0
     try:
-        {"make_model": make_model, "train": train, "reload": reload}[step](job, found, enter)
+        {"make_model": make_model, "train": train, "reload": reload, "state": save_state}[step](job, found, enter)
     except BaseException as error:  # whatever a library raises is what is being measured
         traceback.print_exc()
         code = 1
@@ -157,8 +157,8 @@ def build_optimizer(row, parameters):
     return optimizer(parameters, lr=row.learning_rate, weight_decay=0.0, **row.optimizer_options)
 
 
-def train(job, found, enter):
-    """Train, as the scripts do, and save what was trained, with its logits and its tensors for the comparison."""
+def update(job, found, enter):
+    """Train as the scripts do; return the accelerator, the prepared model and the names of what is trained."""
     row = SimpleNamespace(**job["row"])
     set_environment(job)
     torch.set_num_threads(1)
@@ -204,12 +204,17 @@ def train(job, found, enter):
         norms.append(float(norm))
     found["losses"], found["grad_norms"] = losses, norms
 
+    found["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return accelerator, model, names
+
+
+def train(job, found, enter):
+    """Train, and save what was trained, with its logits and its tensors for the comparison."""
+    accelerator, model, names = update(job, found, enter)
     enter("reloads")
     model.eval()
     with torch.no_grad():
         logits = model(input_ids=probe_batch().to(accelerator.device)).logits.cpu()
-    if row.optimizer.startswith("bitsandbytes"):
-        found["state"] = save_state(accelerator, Path(job["folder"]) / "state")
     state_dict = gather(accelerator, model, names)
     save(accelerator, model, state_dict, Path(job["folder"]) / "adapter")
     if accelerator.is_main_process:
@@ -292,15 +297,14 @@ def save(accelerator, model, state_dict, folder):
         unwrapped.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False, is_main_process=main)
 
 
-def save_state(accelerator, folder):
-    """Return "" where accelerate writes a checkpoint with the optimizer's state, else the error."""
+def save_state(job, found, enter):
+    """Train again, and let accelerate write a checkpoint with the optimizer's state."""
+    accelerator, _, _ = update(job, {}, enter)
+    enter("state")
     options = {"exclude_frozen_parameters": True} if accelerator.deepspeed_plugin is not None else {}
-    try:
-        accelerator.save_state(folder, **options)
-        return ""
-    except Exception as error:
-        traceback.print_exc()
-        return f"{type(error).__name__}: {error}"
+    accelerator.save_state(Path(job["folder"]) / "state", **options)
+    accelerator.wait_for_everyone()
+    found["state"] = True
 
 
 def reload(job, found, enter):
