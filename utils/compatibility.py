@@ -49,18 +49,24 @@ class Row:
     base: str = "float32"  # or "8-bit", "4-bit"
     optimizer: str = "torch.optim.AdamW"
     optimizer_options: dict = field(default_factory=dict)
+    checkpoint: bool = False  # whether accelerate.save_state is tried, too
     new_tokens: int = 0  # rows that the embedding gets before the adapter
     flags: tuple = ()  # of `accelerate launch`
-    settings: dict = field(default_factory=dict)  # column -> flags with which it is measured again, where it failed
+    setting: str = ""  # of SETTINGS
 
 
 LINEAR = {"target_modules": "all-linear"}
 LORA = LINEAR | {"r": 8, "lora_alpha": 32, "lora_dropout": 0.0}
 VIRTUAL = {"num_virtual_tokens": 8}
 VERA = LINEAR | {"r": 16, "save_projection": False}  # the random matrices are drawn anew from their key
-ORIGINAL = {"fsdp1": ("--fsdp_use_orig_params", "true")}  # frozen and trained weights in one unit of FSDP1
+# name -> flags of `accelerate launch`, words: what a cell of FSDP1 is measured again with, where it failed
+SETTINGS = {
+    "original": (("--fsdp_use_orig_params", "true"), "`--fsdp_use_orig_params true`"),
+    "sharded": (("--fsdp_state_dict_type", "SHARDED_STATE_DICT"), "`--fsdp_state_dict_type SHARDED_STATE_DICT`"),
+    "skeleton": ((), "`save_pretrained` of an empty twin of the model, made on the meta device"),
+}
 ROWS = {
-    "lora": Row("LoRA on all linear layers", options=LORA),
+    "lora": Row("LoRA on all linear layers", options=LORA, checkpoint=True, setting="sharded"),
     "rslora": Row("LoRA scaled by the root of its rank, `use_rslora`", options=LORA | {"use_rslora": True}),
     "dora": Row("weight-decomposed LoRA, `use_dora`", options=LORA | {"use_dora": True}),
     "pissa": Row(
@@ -68,25 +74,25 @@ ROWS = {
         options=LORA | {"init_lora_weights": "pissa"},
     ),
     "modules_to_save": Row(
-        "LoRA and a head trained whole, `lm_head`", options=LORA | {"modules_to_save": ["lm_head"]}, settings=ORIGINAL
+        "LoRA and a head trained whole, `lm_head`", options=LORA | {"modules_to_save": ["lm_head"]}, setting="skeleton"
     ),
     "new_tokens": Row(
         "LoRA, 8 new tokens, embedding and head trained whole",
         options=LORA | {"modules_to_save": ["embed_tokens", "lm_head"]},
         new_tokens=8,
-        settings=ORIGINAL,
+        setting="skeleton",
     ),
     "trainable_tokens": Row(
         "LoRA and a few rows of the embedding, `trainable_token_indices`",
         options=LORA | {"trainable_token_indices": {"embed_tokens": [3, 4, 5, 6]}},
-        settings=ORIGINAL,
+        setting="original",
     ),
     "ia3": Row(
         "IA3: learned scales",
         "IA3Config",
         {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
         learning_rate=1e-1,
-        settings=ORIGINAL,
+        setting="original",
     ),
     "prompt_tuning": Row("prompt tuning", "PromptTuningConfig", VIRTUAL, learning_rate=1e-1, merges=False),
     "prefix_tuning": Row("prefix tuning", "PrefixTuningConfig", VIRTUAL, learning_rate=1e-1, merges=False),
@@ -97,10 +103,10 @@ ROWS = {
         merges=False,
     ),
     "vera": Row(
-        "VeRA: scales beside shared random matrices", "VeraConfig", VERA, learning_rate=1e-1, settings=ORIGINAL
+        "VeRA: scales beside shared random matrices", "VeraConfig", VERA, learning_rate=1e-1, setting="original"
     ),
     "loha": Row(
-        "LoHa: a Hadamard product of two LoRAs", "LoHaConfig", LINEAR | {"r": 4, "alpha": 8}, settings=ORIGINAL
+        "LoHa: a Hadamard product of two LoRAs", "LoHaConfig", LINEAR | {"r": 4, "alpha": 8}, setting="original"
     ),
     "oft": Row("OFT: orthogonal rotations", "OFTConfig", LINEAR | {"oft_block_size": 8, "r": 0}),
     "base_8bit": Row("LoRA on an 8-bit base", options=LORA, base="8-bit"),
@@ -109,10 +115,16 @@ ROWS = {
         "LoRA, bitsandbytes' `AdamW8bit`",
         options=LORA,
         optimizer="bitsandbytes.optim.AdamW8bit",
+        checkpoint=True,
+        setting="sharded",
         optimizer_options={"min_8bit_size": 256},  # its default would keep the small matrices of this model in 32 bits
     ),
     "adamw_paged": Row(
-        "LoRA, bitsandbytes' `PagedAdamW32bit`", options=LORA, optimizer="bitsandbytes.optim.PagedAdamW32bit"
+        "LoRA, bitsandbytes' `PagedAdamW32bit`",
+        options=LORA,
+        optimizer="bitsandbytes.optim.PagedAdamW32bit",
+        checkpoint=True,
+        setting="sharded",
     ),
     "torch_compile": Row(
         "LoRA, compiled: `accelerate launch --dynamo_backend inductor`",
@@ -204,27 +216,29 @@ def run_step(context, step, jobs, folder, limit=TIME_LIMIT):
 
 
 def measure(context, cell, model_folder, log):
-    """Run a cell and return its facts; where it has settings that may help, "without" says why it was run again."""
-    row, column = cell.split("/")
-    facts = run_cell(context, cell, (), model_folder, log)
-    if (flags := ROWS[row].settings.get(column)) and "error" in facts:
-        error = facts["error"]
-        without = f"{CHECKS[error['check']]}: {error['message']}"
-        facts = run_cell(context, cell, flags, model_folder, log) | {"without": without}
+    """Run a cell and return its facts; with the row's setting, if that helps, where FSDP1 failed without it."""
+    facts = run_cell(context, cell, "", model_folder, log)
+    setting = ROWS[cell.split("/")[0]].setting
+    if cell.endswith("/fsdp1") and setting and "error" in facts:
+        again = run_cell(context, cell, setting, model_folder, log)
+        if "error" not in again:
+            return again | {"without": f"{CHECKS[facts['error']['check']]}: {facts['error']['message']}"}
     return facts
 
 
-def run_cell(context, cell, flags, model_folder, log):
+def run_cell(context, cell, setting, model_folder, log):
     """Run the processes of a cell and return what they found: numbers, and what the check failed at, if one did."""
     row, column = cell.split("/")
     started = time.monotonic()
-    config, own = COLUMNS[column]
+    config, flags = COLUMNS[column]
+    flags = (*flags, *ROWS[row].flags, *(SETTINGS[setting][0] if setting else ()))
     world = 1 if column == "single" else 2
     with tempfile.TemporaryDirectory(prefix="compatibility-") as name:
         folder = Path(name)
         job = {
             "row": asdict(ROWS[row]),
-            "launch": ["--config_file", str(ROOT / "configs" / f"{config}.yaml"), *own, *ROWS[row].flags, *flags],
+            "launch": ["--config_file", str(ROOT / "configs" / f"{config}.yaml"), *flags],
+            "skeleton": setting == "skeleton",
             "folder": name,
             "model": str(model_folder),
             "log": str(log),
@@ -238,17 +252,12 @@ def run_cell(context, cell, flags, model_folder, log):
         error = run("train", world)
         if (folder / "saved").is_file():
             error = run("reload") or error
-        if not error and own_optimizer(ROWS[row]):
+        if not error and ROWS[row].checkpoint:
             error = run("state", world)
         found = [json.loads(file.read_text()) for file in sorted(folder.glob("found-*.json"))]
     facts = {key: value for one in found for key, value in one.items()}
     facts["seconds"] = round(time.monotonic() - started, 1)
     return facts | ({"error": {"check": error["check"], "message": plain(error["message"])}} if error else {})
-
-
-def own_optimizer(row):
-    """Return whether the row asks for another optimizer than the scripts'."""
-    return row.optimizer != Row.optimizer
 
 
 def plain(message):
@@ -285,7 +294,7 @@ def judge(cell, facts, reference):
     if "bytes" in facts:
         answers["starts"] = ""
         asked = row.optimizer.rpartition(".")[2]
-        if own_optimizer(row):
+        if row.optimizer != Row.optimizer:
             answers["optimizer"] = "" if facts["optimizer"] == asked else f"{asked} became {facts['optimizer']}"
         if "--dynamo_backend" in row.flags and "graphs" in facts:
             answers["compiles"] = "" if facts["graphs"] else "torch.compile was asked for, and compiled no graph"
@@ -430,12 +439,12 @@ def render(results):
         return f"[{notes.index(text) + 1}](#n{notes.index(text) + 1})"
 
     def entry(cell):
-        facts, (row, column) = cells.get(cell, {}), cell.split("/")
+        facts, row = cells.get(cell, {}), cell.split("/")[0]
         answers = judged.get(cell, {})
         marks = [note(f"{CHECKS[check]}: `{why.replace('`', chr(39))}`") for check, why in answers.items() if why]
         if "without" in facts:
-            flags = " ".join(ROWS[row].settings[column])
-            marks.append(note(f"with `{flags}`; without it `{facts['without'].replace('`', chr(39))}`"))
+            words = SETTINGS[ROWS[row].setting][1]
+            marks.append(note(f"with {words}; without it `{facts['without'].replace('`', chr(39))}`"))
         words = status(answers, facts)
         return " ".join([words if words.startswith(("yes", "not measured")) else f"**{words}**", *marks])
 

@@ -154,7 +154,7 @@ def probe_batch():
 def build_optimizer(row, parameters):
     module, _, name = row.optimizer.rpartition(".")
     optimizer = getattr(sys.modules[module], name)
-    return optimizer(parameters, lr=row.learning_rate, weight_decay=0.0, **row.optimizer_options)
+    return optimizer(parameters, lr=row.learning_rate, weight_decay=0.1, **row.optimizer_options)
 
 
 def update(job, found, enter):
@@ -171,13 +171,14 @@ def update(job, found, enter):
     set_seed(0)
     model = build_base(row, job["model"])
     model = peft.get_peft_model(model, getattr(peft, row.config)(task_type="CAUSAL_LM", **row.options))
+    _, whole = bytes_held(list(model.parameters()))  # now: what FSDP1 makes of them knows its own part alone
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     data = make_data(row)
     sampler = RandomSampler(data, num_samples=UPDATES * len(data), generator=torch.Generator().manual_seed(0))
     micro_batch = ROWS_PER_UPDATE // ACCUMULATION // accelerator.num_processes
     loader = DataLoader(data, micro_batch, sampler=sampler, collate_fn=collate)
     model, optimizer, loader = prepare(accelerator, row, model, loader)
-    held, whole = bytes_held(list(accelerator.unwrap_model(model).parameters()))
+    held, _ = bytes_held(list(accelerator.unwrap_model(model).parameters()))
     found["whole"] = sum(whole.values())
     found["optimizer"] = optimizer_name(optimizer)
     found["bytes"] = [sum(sizes.values()) for sizes in held]
@@ -216,7 +217,7 @@ def train(job, found, enter):
     with torch.no_grad():
         logits = model(input_ids=probe_batch().to(accelerator.device)).logits.cpu()
     state_dict = gather(accelerator, model, names)
-    save(accelerator, model, state_dict, Path(job["folder"]) / "adapter")
+    save(accelerator, model, state_dict, job)
     if accelerator.is_main_process:
         torch.save({"logits": logits, "trained": state_dict}, Path(job["folder"]) / "compare.pt")
         (Path(job["folder"]) / "saved").touch()
@@ -274,15 +275,19 @@ def gather(accelerator, model, names):
     return {name: parameter.detach().cpu().clone() for name, parameter in whole.items()}
 
 
-def save(accelerator, model, state_dict, folder):
+def save(accelerator, model, state_dict, job):
     """Write the adapter, from one process. Collective.
 
     A prompt is saved as what its encoder makes of it, so that all processes must run that, with whole parameters.
     """
-    version = fsdp_version(accelerator)
+    folder, version = Path(job["folder"]) / "adapter", fsdp_version(accelerator)
     unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
     if unwrapped.peft_config["default"].peft_type not in PROMPTS:
-        if version == 1:
+        if job["skeleton"]:
+            with torch.device("meta"):
+                skeleton = AutoModelForCausalLM.from_config(unwrapped.config)
+            unwrapped = peft.get_peft_model(skeleton, unwrapped.peft_config["default"])
+        elif version == 1:
             unwrapped = extract_model_from_parallel(model, keep_torch_compile=False, recursive=True)
         if accelerator.is_main_process:
             unwrapped.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
