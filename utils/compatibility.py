@@ -4,11 +4,12 @@
     python -m utils.compatibility --only lora/zero3    measure these anew; also patterns, as 'lora/*' or '*/fsdp?'
     python -m utils.compatibility --write              and write docs/compatibility.md and docs/compatibility.json
 
-A cell trains a small random Llama for a few updates in as many real processes as its launch config says, saves, and
-opens what was saved in a process of its own. Cells are kept one by one in --folder, so that a run that was stopped goes
-on where it was; those of docs/compatibility.json count as measured where the versions are the same.
+A cell trains a small random Llama for a few updates in two real processes, saves, and opens what was saved in a process
+of its own. Cells are kept one by one in --folder, so that a run that was stopped goes on where it was; those of
+docs/compatibility.json count as measured where the versions are the same.
 
-What a process of a cell does is in compatibility_cell.py. This file needs no library but Python's own.
+The rows and columns are in compatibility_rows.py, and what a process does in compatibility_cell.py. This file imports
+nothing but Python's own library.
 """
 
 import argparse
@@ -19,13 +20,14 @@ import os
 import re
 import signal
 import socket
-import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
+
+from utils.compatibility_rows import CELLS, COLUMNS, ROWS, SETTINGS, SHARDED, Row
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "compatibility.json"
@@ -35,118 +37,6 @@ TIME_LIMIT = 400  # seconds for a step of a cell, with room for compiling DeepSp
 TOLERANCE = 1e-3  # of losses and gradient norms, relative to those of one process
 LOGITS_TOLERANCE = 1e-4  # of the reloaded and of the merged model
 LEAST_FALL = 0.01  # of the loss from the first update to the last, relative
-
-
-@dataclass(frozen=True)
-class Row:
-    """What is trained, on what base, with which optimizer."""
-
-    title: str
-    config: str = "LoraConfig"  # of peft
-    options: dict = field(default_factory=dict)
-    learning_rate: float = 1e-2
-    merges: bool = True  # whether peft can merge the adapter into the base
-    base: str = "float32"  # or "8-bit", "4-bit"
-    optimizer: str = "torch.optim.AdamW"
-    optimizer_options: dict = field(default_factory=dict)
-    checkpoint: bool = False  # whether accelerate.save_state is tried, too
-    new_tokens: int = 0  # rows that the embedding gets before the adapter
-    flags: tuple = ()  # of `accelerate launch`
-    setting: str = ""  # of SETTINGS
-
-
-LINEAR = {"target_modules": "all-linear"}
-LORA = LINEAR | {"r": 8, "lora_alpha": 32, "lora_dropout": 0.0}
-VIRTUAL = {"num_virtual_tokens": 8}
-VERA = LINEAR | {"r": 16, "save_projection": False}  # the random matrices are drawn anew from their key
-# name -> flags of `accelerate launch`, words: what a cell of FSDP1 is measured again with, where it failed
-SETTINGS = {
-    "original": (("--fsdp_use_orig_params", "true"), "`--fsdp_use_orig_params true`"),
-    "sharded": (("--fsdp_state_dict_type", "SHARDED_STATE_DICT"), "`--fsdp_state_dict_type SHARDED_STATE_DICT`"),
-    "skeleton": ((), "`save_pretrained` of an empty twin of the model, made on the meta device"),
-}
-ROWS = {
-    "lora": Row("LoRA on all linear layers", options=LORA, checkpoint=True, setting="sharded"),
-    "rslora": Row("LoRA scaled by the root of its rank, `use_rslora`", options=LORA | {"use_rslora": True}),
-    "dora": Row("weight-decomposed LoRA, `use_dora`", options=LORA | {"use_dora": True}),
-    "pissa": Row(
-        "LoRA from the principal components, `init_lora_weights='pissa'`",
-        options=LORA | {"init_lora_weights": "pissa"},
-    ),
-    "modules_to_save": Row(
-        "LoRA and a head trained whole, `lm_head`", options=LORA | {"modules_to_save": ["lm_head"]}, setting="skeleton"
-    ),
-    "new_tokens": Row(
-        "LoRA, 8 new tokens, embedding and head trained whole",
-        options=LORA | {"modules_to_save": ["embed_tokens", "lm_head"]},
-        new_tokens=8,
-        setting="skeleton",
-    ),
-    "trainable_tokens": Row(
-        "LoRA and a few rows of the embedding, `trainable_token_indices`",
-        options=LORA | {"trainable_token_indices": {"embed_tokens": [3, 4, 5, 6]}},
-        setting="original",
-    ),
-    "ia3": Row(
-        "IA3: learned scales",
-        "IA3Config",
-        {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
-        learning_rate=1e-1,
-        setting="original",
-    ),
-    "prompt_tuning": Row("prompt tuning", "PromptTuningConfig", VIRTUAL, learning_rate=1e-1, merges=False),
-    "prefix_tuning": Row("prefix tuning", "PrefixTuningConfig", VIRTUAL, learning_rate=1e-1, merges=False),
-    "p_tuning": Row(
-        "p-tuning: a prompt made by an MLP",
-        "PromptEncoderConfig",
-        VIRTUAL | {"encoder_hidden_size": 64},
-        merges=False,
-    ),
-    "vera": Row(
-        "VeRA: scales beside shared random matrices", "VeraConfig", VERA, learning_rate=1e-1, setting="original"
-    ),
-    "loha": Row(
-        "LoHa: a Hadamard product of two LoRAs", "LoHaConfig", LINEAR | {"r": 4, "alpha": 8}, setting="original"
-    ),
-    "oft": Row("OFT: orthogonal rotations", "OFTConfig", LINEAR | {"oft_block_size": 8, "r": 0}),
-    "base_8bit": Row("LoRA on an 8-bit base", options=LORA, base="8-bit"),
-    "base_4bit": Row("LoRA on a 4-bit base: nf4, double quantization, float32 storage", options=LORA, base="4-bit"),
-    "adamw_8bit": Row(
-        "LoRA, bitsandbytes' `AdamW8bit`",
-        options=LORA,
-        optimizer="bitsandbytes.optim.AdamW8bit",
-        checkpoint=True,
-        setting="sharded",
-        optimizer_options={"min_8bit_size": 256},  # its default would keep the small matrices of this model in 32 bits
-    ),
-    "adamw_paged": Row(
-        "LoRA, bitsandbytes' `PagedAdamW32bit`",
-        options=LORA,
-        optimizer="bitsandbytes.optim.PagedAdamW32bit",
-        checkpoint=True,
-        setting="sharded",
-    ),
-    "torch_compile": Row(
-        "LoRA, compiled: `accelerate launch --dynamo_backend inductor`",
-        options=LORA,
-        flags=("--dynamo_backend", "inductor", "--dynamo_use_dynamic"),  # batches of any length: one compilation
-    ),
-}
-# column -> its launch config, flags of `accelerate launch`
-COLUMNS = {
-    "single": ("single", ()),
-    "ddp": ("ddp", ()),
-    "zero1": ("zero1", ()),
-    "zero1_offload": ("zero1", ("--offload_optimizer_device", "cpu")),
-    "zero2": ("zero2", ()),
-    "zero2_offload": ("zero2_offload", ()),
-    "zero3": ("zero3", ()),
-    "zero3_offload": ("zero3_offload", ()),
-    "fsdp1": ("fsdp1", ()),
-    "fsdp2": ("fsdp2", ()),
-}
-CELLS = [f"{row}/{column}" for row in ROWS for column in COLUMNS]
-SHARDED = ("zero3", "zero3_offload", "fsdp1", "fsdp2")  # columns in which a process holds a part of every parameter
 # what a cell is asked, in this order, and what the table says where the answer is no
 CHECKS = {
     "starts": "does not start",
@@ -192,18 +82,20 @@ def run_step(context, step, jobs, folder, limit=TIME_LIMIT):
     for process in processes:
         process.start()
     end = time.monotonic() + limit
-    while any(process.is_alive() for process in processes) and time.monotonic() < end:
-        if any(process.exitcode for process in processes):
-            end = min(end, time.monotonic() + 2)  # the others may have an error of their own to tell
-        time.sleep(0.02)
-    failed = [process.exitcode for process in processes if process.exitcode]
-    hangs = any(process.is_alive() for process in processes) and not failed
-    for process in processes:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            process.kill()
-        process.join()
+    try:
+        while any(process.is_alive() for process in processes) and time.monotonic() < end:
+            if any(process.exitcode for process in processes):
+                end = min(end, time.monotonic() + 2)  # the others may have an error of their own to tell
+            time.sleep(0.02)
+        failed = [process.exitcode for process in processes if process.exitcode]
+        hangs = any(process.is_alive() for process in processes) and not failed
+    finally:
+        for process in processes:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                process.kill()
+            process.join()
     errors = [json.loads(file.read_text()) for file in sorted(folder.glob("error-*.json"))]
     if errors:
         # what failed first is the cause; that the other process went away is an effect, whoever writes it down first
@@ -324,7 +216,9 @@ def judge(cell, facts, reference):
 def compare_curves(facts, reference):
     """Return "" where losses and gradient norms are those of one process, else the largest relative difference."""
     for name, word in (("losses", "loss"), ("grad_norms", "gradient norm")):
-        difference = max(abs(a - b) / abs(b) if a == a else float("inf") for a, b in zip(facts[name], reference[name]))
+        difference = max(
+            abs(a - b) / max(abs(b), 1e-9) if a == a else float("inf") for a, b in zip(facts[name], reference[name])
+        )
         if difference > TOLERANCE:
             return f"{word} differs by up to {difference:.2g} of the single process's"
     return ""
@@ -351,11 +245,12 @@ def status(answers, facts):
 
 # Keep ---------------------------------------------------------------------------------------------
 def versions():
-    """Return library -> installed version."""
-    return {library: version(library) for library in LIBRARIES}
+    """Return library -> installed version, without the suffix that names the build, as +cpu."""
+    return {library: version(library).split("+")[0] for library in LIBRARIES}
 
 
 def cell_file(folder, cell):
+    """Return where the facts of a cell are kept."""
     return Path(folder) / f"{cell}.json"
 
 
@@ -372,6 +267,13 @@ def read_cells(folder, results=RESULTS):
             if kept.pop("versions") == now:
                 cells[cell] = kept
     return {cell: cells[cell] for cell in CELLS if cell in cells}
+
+
+def dump(results):
+    """Return the results as JSON with a line per cell, so that a difference names the cells."""
+    cells = ",\n".join(f"{json.dumps(cell)}: {json.dumps(facts)}" for cell, facts in results["cells"].items())
+    head = json.dumps(results | {"cells": {}}, indent=1)
+    return head.removesuffix("{}\n}") + "{\n" + cells + "\n}\n}\n"
 
 
 def select(patterns, cells):
@@ -459,7 +361,7 @@ def render(results):
         notes="\n".join(f'{number}. <a id="n{number}"></a>{text}' for number, text in enumerate(notes, 1)),
         rows="\n".join(f"- `{name}`: {row.title}" for name, row in ROWS.items()),
         bytes=table("", bytes_entry),
-        whole=max((facts["whole"] for facts in cells.values() if "whole" in facts), default=0),
+        checkpoints=", ".join(f"`{name}`" for name, row in ROWS.items() if row.checkpoint),
         summary=f"{good} cells say yes, {len(judged) - good} do not, {len(CELLS) - len(judged)} are not measured",
         versions=", ".join(f"{library} {number}" for library, number in results["versions"].items()),
         hardware=results["hardware"],
@@ -480,17 +382,17 @@ update, saved it and loaded it again. {summary}.
 **yes** means all of these, in this order:
 
 1. it starts: the model loads, the adapter is made, `accelerator.prepare` takes them under this repository's launch
-   config, and the optimizer is the one that was asked for;
+   config; the optimizer is the one that was asked for, and where compilation was asked for something was compiled;
 2. it trains: the loss falls;
 3. losses and gradient norms of every update are those of the single process, within {tolerance:g} relative;
 4. under zero3 and fsdp each process holds its share of the parameters' bytes, within 10 %;
-5. the saved adapter, loaded by plain `peft` in a process of its own, holds the trained tensors bit for bit (a prompt: what
-   its encoder made) and gives the logits of the model that was trained, within {logits:g};
+5. the saved adapter, loaded by plain `peft` in a process of its own, holds the trained tensors bit for bit (of a
+   prompt: what its encoder made) and gives the logits of the model that was trained, within {logits:g};
 6. merged into the base it gives the same logits; not asked of prompt, prefix and p-tuning, which cannot be merged;
-7. with an optimizer of bitsandbytes: `accelerator.save_state` writes its state.
+7. in the rows {checkpoints}: `accelerator.save_state` writes a checkpoint with the optimizer's state.
 
-Else the cell names what does not work, and the number leads to the reason. What comes after an error that ended the run
-was not asked.
+Else the cell names what does not work, and the number leads to the reason. What comes after an error that ended the
+run was not asked. Without a GPU, an error that speaks of CUDA says that the library asks for one there, no more.
 
 {notes}
 
@@ -498,15 +400,15 @@ was not asked.
 
 {rows}
 
-Columns are launch configs in `configs/`; `zero1_offload` is `zero1` with `--offload_optimizer_device cpu`. With
-`adamw_8bit` "other losses" under a strategy that shards the optimizer's states is no fault: they are rounded in blocks,
-and the blocks are others.
+Columns are launch configs in `configs/`; `zero1_offload` is `zero1` with `--offload_optimizer_device cpu`. Where
+`adamw_8bit` has "other losses" under a strategy that shards the optimizer's states, it is no fault: the states are
+rounded in blocks, and the blocks are others. A merged 4-bit or 8-bit base is rounded anew.
 
 ## Bytes of parameters per process
 
-The most that a process holds after `prepare`; nothing where it did not start. The 4-bit and 8-bit weights are counted as
-stored. ZeRO-3 also keeps small parameters whole while it trains (`stage3_param_persistence_threshold`); counted are the
-shares.
+The most that a process holds after `prepare`; nothing where it did not start. 4-bit and 8-bit weights are counted as
+stored. ZeRO-3 also keeps small parameters whole while it trains (`stage3_param_persistence_threshold`); counted are
+the shares.
 
 {bytes}
 
@@ -516,9 +418,9 @@ shares.
 .venv/bin/python -m utils.compatibility --write
 ```
 
-measures what is missing for the installed versions, a few seconds per cell, and writes this page and
-`docs/compatibility.json`. `--only 'lora/*'` measures a row anew, `--only '*/fsdp2'` a column. A test measures a sample anew
-and compares it with that file.
+measures what is missing for the installed versions, in a few seconds per cell (a minute or more where `torch.compile`
+has to call the C++ compiler), and writes this page and `docs/compatibility.json`. `--only 'lora/*'` measures a row
+anew, `--only '*/fsdp2'` a column. A test measures a sample anew and compares it with that file.
 
 Versions: {versions}. Hardware: {hardware}. Date: {date}.
 """
@@ -537,11 +439,10 @@ def main(arguments=None):
         cells = {cell: cells[cell] for cell in CELLS if cell in cells}
         date = datetime.date.today().isoformat()
         results = {"versions": versions(), "hardware": hardware(), "date": date, "cells": cells}
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        RESULTS.write_text(dump(results))
         PAGE.write_text(render(results))
         print(f"wrote {PAGE.relative_to(ROOT)} and {RESULTS.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main()
