@@ -4,9 +4,9 @@
     python -m utils.compatibility --only lora/zero3    measure these anew; also patterns, as 'lora/*' or '*/fsdp?'
     python -m utils.compatibility --write              and write docs/compatibility.md and docs/compatibility.json
 
-A cell trains a small random Llama for a few updates in two real processes, saves, and opens what was saved in a process
-of its own. Cells are kept one by one in --folder, so that a run that was stopped goes on where it was; those of
-docs/compatibility.json count as measured where the versions are the same.
+A cell trains a small random Llama for a few updates in two real processes, saves, and opens what was saved in a
+process of its own. Cells are kept one by one in --folder, so that a run that was stopped goes on where it was; those
+of docs/compatibility.json count as measured where the versions are the same.
 
 The rows and columns are in compatibility_rows.py, and what a process does in compatibility_cell.py. This file imports
 nothing but Python's own library.
