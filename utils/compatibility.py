@@ -392,7 +392,8 @@ update, saved it and loaded it again. {summary}.
 7. in the rows {checkpoints}: `accelerator.save_state` writes a checkpoint with the optimizer's state.
 
 Else the cell names what does not work, and the number leads to the reason. What comes after an error that ended the
-run was not asked. Without a GPU, an error that speaks of CUDA says that the library asks for one there, no more.
+run was not asked. Two errors are of machines without a GPU alone: one that speaks of CUDA says that the library asks
+for a GPU there; and FSDP1 frees the full state dict (`setStorage`) that it has moved to the CPU, where it was already.
 
 {notes}
 

@@ -30,6 +30,7 @@ from accelerate.utils.launch import (
     prepare_simple_launcher_cmd_env,
 )
 from peft.utils.other import fsdp_auto_wrap_policy
+from torch._dynamo.utils import counters
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor
@@ -123,7 +124,7 @@ def build_base(row, folder):
 
 
 def make_data(row):
-    """Return sequences of many lengths whose end follows from their first token, and the positions before it."""
+    """Return sequences of many lengths: random tokens and an answer of a few kinds; of each how long its prompt is."""
     generator = torch.Generator().manual_seed(1)
     sequences = []
     for number in range(ROWS_PER_UPDATE):
@@ -152,6 +153,7 @@ def probe_batch():
 
 
 def build_optimizer(row, parameters):
+    """Return the row's optimizer; with weight decay, which tells Adam from AdamW."""
     module, _, name = row.optimizer.rpartition(".")
     optimizer = getattr(sys.modules[module], name)
     return optimizer(parameters, lr=row.learning_rate, weight_decay=0.1, **row.optimizer_options)
@@ -204,8 +206,7 @@ def update(job, found, enter):
         losses.append(accelerator.reduce(step_loss).item())
         norms.append(float(norm))
     found["losses"], found["grad_norms"] = losses, norms
-
-    found["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    found["graphs"] = counters["stats"]["unique_graphs"]  # that torch.compile made
     return accelerator, model, names
 
 
@@ -256,15 +257,17 @@ def clean(name):
 def gather(accelerator, model, names):
     """Return name -> whole tensor on the CPU of what was trained. Collective."""
     if fsdp_version(accelerator) == 1:
-        state_dict, whole_model = {}, accelerator.state.fsdp_plugin.use_orig_params
+        mixed = (
+            accelerator.state.fsdp_plugin.use_orig_params
+        )  # units of frozen and trained weights: take the root whole
+        state_dict = {}
         for path, unit in model.named_modules():
-            trained = isinstance(unit, FSDP) and all(weight.requires_grad for weight in unit.parameters())
-            if trained or (whole_model and isinstance(unit, FSDP)):
-                with FSDP.summon_full_params(unit, writeback=False, recurse=whole_model):
-                    parameters = dict(unit.module.named_parameters(clean(path) if path else ""))
-                    state_dict |= {clean(name): weight.detach().cpu().clone() for name, weight in parameters.items()}
-                if whole_model:
-                    break  # the root, with all that is in it
+            if isinstance(unit, FSDP) and (mixed or all(weight.requires_grad for weight in unit.parameters())):
+                with FSDP.summon_full_params(unit, writeback=False, recurse=mixed):
+                    whole = unit.module.named_parameters(clean(path))
+                    state_dict |= {clean(name): weight.detach().cpu().clone() for name, weight in whole}
+                if mixed:
+                    break
         return {name: state_dict[name] for name in names}
     unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
     trained = {clean(name): parameter for name, parameter in unwrapped.named_parameters() if parameter.requires_grad}

@@ -31,6 +31,7 @@ VERA = LINEAR | {"r": 16, "save_projection": False}  # the random matrices are d
 # name -> flags of `accelerate launch`, words: what a cell of FSDP1 is measured again with, where it failed
 SETTINGS = {
     "original": (("--fsdp_use_orig_params", "true"), "`--fsdp_use_orig_params true`"),
+    # a full state dict is copied to the CPU and freed where it was, which without a GPU is the same place
     "sharded": (("--fsdp_state_dict_type", "SHARDED_STATE_DICT"), "`--fsdp_state_dict_type SHARDED_STATE_DICT`"),
     "skeleton": ((), "`save_pretrained` of an empty twin of the model, made on the meta device"),
 }
