@@ -394,6 +394,7 @@ update, saved it and loaded it again. {summary}.
 Else the cell names what does not work, and the number leads to the reason. What comes after an error that ended the
 run was not asked. Two errors are of machines without a GPU alone: one that speaks of CUDA says that the library asks
 for a GPU there; and FSDP1 frees the full state dict (`setStorage`) that it has moved to the CPU, where it was already.
+`accelerate launch` does not pass `--dynamo_backend` on to its processes under DeepSpeed, so that nothing is compiled.
 
 {notes}
 

@@ -37,7 +37,9 @@ SETTINGS = {
 }
 ROWS = {
     "lora": Row("LoRA on all linear layers", options=LORA, checkpoint=True, setting="sharded"),
-    "rslora": Row("LoRA scaled by the root of its rank, `use_rslora`", options=LORA | {"use_rslora": True}),
+    "rslora": Row(
+        "LoRA scaled by the root of its rank, `use_rslora`", options=LORA | {"use_rslora": True, "lora_alpha": 12}
+    ),
     "dora": Row("weight-decomposed LoRA, `use_dora`", options=LORA | {"use_dora": True}),
     "pissa": Row(
         "LoRA from the principal components, `init_lora_weights='pissa'`",
