@@ -394,7 +394,10 @@ update, saved it and loaded it again. {summary}.
 Else the cell names what does not work, and the number leads to the reason. What comes after an error that ended the
 run was not asked. Two errors are of machines without a GPU alone: one that speaks of CUDA says that the library asks
 for a GPU there; and FSDP1 frees the full state dict (`setStorage`) that it has moved to the CPU, where it was already.
-`accelerate launch` does not pass `--dynamo_backend` on to its processes under DeepSpeed, so that nothing is compiled.
+
+Under DeepSpeed `accelerate launch` drops `--dynamo_backend` in silence, so that nothing is compiled. Set in the
+environment, `ACCELERATE_DYNAMO_BACKEND` arrives: tried with `aot_eager`, zero2 and zero3 then compiled, with the same
+losses. What an 8-bit base does on GPUs under ZeRO-3, where wrong losses have been reported, these cells do not say.
 
 {notes}
 
