@@ -1,0 +1,347 @@
+"""What one process of a cell of the compatibility table does: train and save, or reload and merge.
+
+The loop, the gathering and the saving are those of the scripts in examples/, in small. `compatibility.py` starts it.
+"""
+
+import json
+import os
+import sys
+import time
+import traceback
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import bitsandbytes  # noqa: F401 what is imported here is imported once for all cells
+import deepspeed  # noqa: F401
+import peft
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import (
+    DistributedType,
+    GatheredParameters,
+    GradientAccumulationPlugin,
+    extract_model_from_parallel,
+    set_seed,
+)
+from accelerate.utils.launch import (
+    prepare_deepspeed_cmd_env,
+    prepare_multi_gpu_env,
+    prepare_simple_launcher_cmd_env,
+)
+from peft.utils.other import fsdp_auto_wrap_policy
+from torch._dynamo.utils import counters
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, RandomSampler
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+from utils.launch import start_accelerator
+from utils.report import bytes_held
+
+VOCABULARY = 256
+ROWS_PER_UPDATE = 16  # all there are: every update sees the same rows, so that its loss is comparable to the last
+ACCUMULATION = 2
+UPDATES = 5
+MAX_GRAD_NORM = 0.5  # low enough to act
+PROMPTS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING")
+
+
+def main(step, job):
+    """Run a step of a cell in this process; what fails is written down, with the check that it belongs to."""
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    folder, rank = Path(job["folder"]), job["rank"]
+    found, at = {}, ["starts"]
+
+    def enter(check):
+        at[0] = check
+        if rank == 0:
+            (folder / "check.txt").write_text(check)
+
+    code = 0
+    try:
+        {"make_model": make_model, "train": train, "reload": reload, "state": save_state}[step](job, found, enter)
+    except BaseException as error:  # whatever a library raises is what is being measured
+        traceback.print_exc()
+        code = 1
+        content = {"check": at[0], "message": f"{type(error).__name__}: {error}", "time": time.time()}
+        (folder / f"error-{rank}.json").write_text(json.dumps(content))
+    if rank == 0:
+        (folder / f"found-{step}.json").write_text(json.dumps(found))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # without the libraries' goodbyes, which may wait for a process that failed
+
+
+def make_model(job, found, enter):
+    """Write the base model of all cells."""
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": VOCABULARY} | heads
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    LlamaForCausalLM(LlamaConfig(**size, **special, tie_word_embeddings=False)).save_pretrained(job["model"])
+
+
+def set_environment(job):
+    """Set the variables that `accelerate launch` and torchrun would set for this process."""
+    args = launch_command_parser().parse_args([*job["launch"], "--main_process_port", "0", "script.py"])
+    args, defaults, precision_from_file = _validate_launch_command(args)
+    if args.use_deepspeed:
+        fields = [*defaults.deepspeed_config, *(["mixed_precision"] if precision_from_file else [])]
+        args.deepspeed_fields_from_accelerate_config = ",".join(fields)
+        _, environment = prepare_deepspeed_cmd_env(args)
+    elif args.use_fsdp or args.multi_gpu:
+        environment = prepare_multi_gpu_env(args)
+    else:
+        _, environment = prepare_simple_launcher_cmd_env(args)
+    os.environ |= environment
+    if job["world"] > 1:
+        rank, world = str(job["rank"]), str(job["world"])
+        os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
+
+
+def build_base(row, folder):
+    """Return the base model of a row, whole or quantized."""
+    options = {"dtype": "float32"}
+    if row.base == "8-bit":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif row.base == "4-bit":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype="float32",
+            bnb_4bit_quant_storage="float32",
+        )
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    if row.new_tokens:
+        model.resize_token_embeddings(VOCABULARY + row.new_tokens, mean_resizing=False)
+    return model
+
+
+def make_data(row):
+    """Return sequences of many lengths: random tokens and an answer of a few kinds; of each how long its prompt is."""
+    generator = torch.Generator().manual_seed(1)
+    sequences = []
+    for number in range(ROWS_PER_UPDATE):
+        length = 5 + number % 7
+        prompt = torch.randint(3, 100, (length,), generator=generator).tolist()
+        prompt[1] = VOCABULARY + number % row.new_tokens if row.new_tokens else prompt[1]
+        answer = [200 + number % 4] * (1 + number % 3) + [2]
+        sequences.append((prompt + answer, len(prompt)))
+    return sequences
+
+
+def collate(rows):
+    """Return a batch, padded on the right, without loss on prompts and padding."""
+    longest = max(len(ids) for ids, _ in rows)
+    ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rows])
+    mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in rows])
+    labels = torch.where(mask.bool(), ids, -100)
+    for label, (_, prompt) in zip(labels, rows):
+        label[:prompt] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def probe_batch():
+    """Return unpadded tokens whose logits are compared."""
+    return torch.randint(3, 250, (4, 12), generator=torch.Generator().manual_seed(2))
+
+
+def build_optimizer(row, parameters):
+    """Return the row's optimizer; with weight decay, which tells Adam from AdamW."""
+    module, _, name = row.optimizer.rpartition(".")
+    optimizer = getattr(sys.modules[module], name)
+    return optimizer(parameters, lr=row.learning_rate, weight_decay=0.1, **row.optimizer_options)
+
+
+def update(job, found, enter):
+    """Train as the scripts do; return the accelerator, the prepared model and the names of what is trained."""
+    row = SimpleNamespace(**job["row"])
+    set_environment(job)
+    torch.set_num_threads(1)
+    accumulation = GradientAccumulationPlugin(ACCUMULATION, sync_with_dataloader=False)
+    accelerator = start_accelerator(gradient_accumulation_plugin=accumulation)
+    if accelerator.deepspeed_plugin is not None:
+        accelerator.deepspeed_plugin.deepspeed_config.update(
+            gradient_accumulation_steps=ACCUMULATION, gradient_clipping=MAX_GRAD_NORM
+        )
+    set_seed(0)
+    model = build_base(row, job["model"])
+    model = peft.get_peft_model(model, getattr(peft, row.config)(task_type="CAUSAL_LM", **row.options))
+    _, whole = bytes_held(list(model.parameters()))  # now: what FSDP1 makes of them knows its own part alone
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    data = make_data(row)
+    sampler = RandomSampler(data, num_samples=UPDATES * len(data), generator=torch.Generator().manual_seed(0))
+    micro_batch = ROWS_PER_UPDATE // ACCUMULATION // accelerator.num_processes
+    loader = DataLoader(data, micro_batch, sampler=sampler, collate_fn=collate)
+    model, optimizer, loader = prepare(accelerator, row, model, loader)
+    held, _ = bytes_held(list(accelerator.unwrap_model(model).parameters()))
+    found["whole"] = sum(whole.values())
+    found["optimizer"] = optimizer_name(optimizer)
+    found["bytes"] = [sum(sizes.values()) for sizes in held]
+
+    enter("learns")
+    losses, norms = [], []
+    model.train()
+    batches = iter(loader)
+    for _ in range(UPDATES):
+        micro_batches = [next(batches) for _ in range(ACCUMULATION)]
+        counts = [batch["labels"].ne(-100).sum() for batch in micro_batches]
+        step_tokens = accelerator.reduce(sum(counts))
+        step_loss = torch.zeros((), device=accelerator.device)
+        for batch, count in zip(micro_batches, counts):
+            with accelerator.accumulate(model):
+                loss = model(**batch, use_cache=False).loss * count / step_tokens
+                step_loss += loss.detach()
+                accelerator.backward(loss * ACCUMULATION * accelerator.num_processes)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+                optimizer.step()
+                optimizer.zero_grad()
+        losses.append(accelerator.reduce(step_loss).item())
+        norms.append(float(norm))
+    found["losses"], found["grad_norms"] = losses, norms
+    found["graphs"] = counters["stats"]["unique_graphs"]  # that torch.compile made
+    return accelerator, model, names
+
+
+def train(job, found, enter):
+    """Train, and save what was trained, with its logits and its tensors for the comparison."""
+    accelerator, model, names = update(job, found, enter)
+    enter("reloads")
+    model.eval()
+    with torch.no_grad():
+        logits = model(input_ids=probe_batch().to(accelerator.device)).logits.cpu()
+    state_dict = gather(accelerator, model, names)
+    save(accelerator, model, state_dict, job)
+    if accelerator.is_main_process:
+        torch.save({"logits": logits, "trained": state_dict}, Path(job["folder"]) / "compare.pt")
+        (Path(job["folder"]) / "saved").touch()
+    accelerator.wait_for_everyone()
+
+
+def prepare(accelerator, row, model, loader):
+    """Prepare in the order that the strategy needs, as the scripts do."""
+    plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type == DistributedType.FSDP else None
+    if plugin is not None and plugin.fsdp_version == 1:
+        plugin.auto_wrap_policy = fsdp_auto_wrap_policy(model)  # a unit for each trained matrix or prompt
+        model = accelerator.prepare(model)
+        optimizer = build_optimizer(row, [parameter for parameter in model.parameters() if parameter.requires_grad])
+        return model, *accelerator.prepare(optimizer, loader)
+    optimizer = build_optimizer(row, [parameter for parameter in model.parameters() if parameter.requires_grad])
+    return accelerator.prepare(model, optimizer, loader)
+
+
+def optimizer_name(optimizer):
+    """Return the class of the optimizer that really steps, below accelerate's and DeepSpeed's wrappers."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return type(optimizer).__name__
+
+
+def fsdp_version(accelerator):
+    """Return 1 or 2, or 0 where it is not FSDP."""
+    return accelerator.state.fsdp_plugin.fsdp_version if accelerator.distributed_type == DistributedType.FSDP else 0
+
+
+def clean(name):
+    """Return the name of a parameter as it was before FSDP and torch.compile wrapped its modules."""
+    return name.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def gather(accelerator, model, names):
+    """Return name -> whole tensor on the CPU of what was trained. Collective."""
+    if fsdp_version(accelerator) == 1:
+        mixed = (
+            accelerator.state.fsdp_plugin.use_orig_params
+        )  # units of frozen and trained weights: take the root whole
+        state_dict = {}
+        for path, unit in model.named_modules():
+            if isinstance(unit, FSDP) and (mixed or all(weight.requires_grad for weight in unit.parameters())):
+                with FSDP.summon_full_params(unit, writeback=False, recurse=mixed):
+                    whole = unit.module.named_parameters(clean(path))
+                    state_dict |= {clean(name): weight.detach().cpu().clone() for name, weight in whole}
+                if mixed:
+                    break
+        return {name: state_dict[name] for name in names}
+    unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
+    trained = {clean(name): parameter for name, parameter in unwrapped.named_parameters() if parameter.requires_grad}
+    if accelerator.deepspeed_plugin is not None and accelerator.deepspeed_plugin.zero_stage == 3:
+        with GatheredParameters(list(trained.values())):
+            return {name: parameter.detach().cpu().clone() for name, parameter in trained.items()}
+    whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in trained.items()}
+    return {name: parameter.detach().cpu().clone() for name, parameter in whole.items()}
+
+
+def save(accelerator, model, state_dict, job):
+    """Write the adapter, from one process. Collective.
+
+    A prompt is saved as what its encoder makes of it, so that all processes must run that, with whole parameters.
+    """
+    folder, version = Path(job["folder"]) / "adapter", fsdp_version(accelerator)
+    unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
+    if unwrapped.peft_config["default"].peft_type not in PROMPTS:
+        if job["skeleton"]:
+            with torch.device("meta"):
+                skeleton = AutoModelForCausalLM.from_config(unwrapped.config)
+            unwrapped = peft.get_peft_model(skeleton, unwrapped.peft_config["default"])
+        elif version == 1:
+            unwrapped = extract_model_from_parallel(model, keep_torch_compile=False, recursive=True)
+        if accelerator.is_main_process:
+            unwrapped.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+        return
+    if version == 2:
+        for unit in unwrapped.modules():
+            if isinstance(unit, FSDPModule):
+                unit.unshard()
+    zero3 = accelerator.deepspeed_plugin is not None and accelerator.deepspeed_plugin.zero_stage == 3
+    with GatheredParameters(list(unwrapped.prompt_encoder.parameters())) if zero3 else nullcontext():
+        main = accelerator.is_main_process
+        unwrapped.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False, is_main_process=main)
+
+
+def save_state(job, found, enter):
+    """Train again, and let accelerate write a checkpoint with the optimizer's state."""
+    accelerator, _, _ = update(job, {}, enter)
+    enter("state")
+    options = {"exclude_frozen_parameters": True} if accelerator.deepspeed_plugin is not None else {}
+    accelerator.save_state(Path(job["folder"]) / "state", **options)
+    accelerator.wait_for_everyone()
+    found["state"] = True
+
+
+def reload(job, found, enter):
+    """Load the saved adapter with plain peft, compare it with what was trained, and merge it."""
+    row = SimpleNamespace(**job["row"])
+    enter("reloads")
+    torch.set_num_threads(1)
+    device = start_accelerator().device
+    folder = Path(job["folder"])
+    kept = torch.load(folder / "compare.pt")
+    model = peft.PeftModel.from_pretrained(build_base(row, job["model"]), folder / "adapter").to(device).eval()
+    parameters = dict(model.named_parameters())
+    prompts = model.peft_config["default"].peft_type in PROMPTS  # holds what the encoder made, not the encoder
+    missing = [] if prompts else [name for name in kept["trained"] if name not in parameters]
+    unequal = [
+        name
+        for name, tensor in kept["trained"].items()
+        if name in parameters and not prompts and not torch.equal(tensor, parameters[name].detach().cpu())
+    ]
+    with torch.no_grad():
+        logits = model(input_ids=probe_batch().to(device)).logits.cpu()
+        found["reload"] = {
+            "tensors": len(kept["trained"]),
+            "missing": missing,
+            "unequal": unequal,
+            "logits": (logits - kept["logits"]).abs().max().item(),
+        }
+        if row.merges:
+            enter("merges")
+            merged = model.merge_and_unload()
+            difference = merged(input_ids=probe_batch().to(device)).logits.cpu() - logits
+            found["merge"] = difference.abs().max().item()
