@@ -22,6 +22,7 @@ from accelerate.utils import (
     GatheredParameters,
     GradientAccumulationPlugin,
     extract_model_from_parallel,
+    gather_object,
     set_seed,
 )
 from accelerate.utils.launch import (
@@ -38,7 +39,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from utils.launch import start_accelerator
-from utils.report import bytes_held
+from utils.report import bytes_held, held_part
 
 VOCABULARY = 256
 ROWS_PER_UPDATE = 16  # all there are: every update sees the same rows, so that its loss is comparable to the last
@@ -205,9 +206,18 @@ def update(job, found, enter):
                 optimizer.zero_grad()
         losses.append(accelerator.reduce(step_loss).item())
         norms.append(float(norm))
+    found["bytes"] = [held + copies for held, copies in zip(found["bytes"], gather_object([kept_copies(model)]))]
     found["losses"], found["grad_norms"] = losses, norms
     found["graphs"] = counters["stats"]["unique_graphs"]  # that torch.compile made
     return accelerator, model, names
+
+
+def kept_copies(model):
+    """Return the bytes of 8-bit weights that bitsandbytes keeps in this process beside the parameters themselves."""
+    states = [(module, getattr(module.state, "CB", None)) for module in model.modules() if hasattr(module, "state")]
+    owned = {held_part(module.weight).untyped_storage().data_ptr() for module, whole in states if whole is not None}
+    copies = [whole for _, whole in states if whole is not None and whole.untyped_storage().data_ptr() not in owned]
+    return sum(whole.numel() for whole in copies)
 
 
 def train(job, found, enter):
