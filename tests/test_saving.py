@@ -23,12 +23,12 @@ SHARDED = {
 }
 SAVE = f"{'    # 7. Save ':-<100}\n"
 END = "    finish_run(accelerator, config, metrics, predictions, labels)\n"
-# Each process overwrites its slice of whatever was trained with a number of its own.
-FILL = """    from utils.report import held_part
+# Each process overwrites its slice of every LoRA matrix with a number of its own.
+FILL = """    from utils.report import held_part, full_shape
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.requires_grad:
-                held_part(parameter).fill_(accelerator.process_index + 1)
+            if parameter.requires_grad and math.prod(full_shape(parameter)) <= 64 * config.lora_r:
+                held_part(parameter).fill_((accelerator.process_index + 1) / 64)
 """
 # What was trained, gathered by other functions than those that the scripts call.
 DUMP = {
@@ -76,31 +76,37 @@ def flags(bases, model, output_dir):
     return (*words, "--max_steps", 2, "--learning_rate", 1e-2)
 
 
-@pytest.mark.parametrize("config", SHARDED)
-def test_the_slice_of_every_process_is_saved(launch, bases, tmp_path, config):
-    copy = plant(tmp_path, SHARDED[config], (SAVE, SAVE + FILL))
-    launch(copy, config, *flags(bases, "llama", tmp_path / "run"), processes=2)
-    saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
-    assert len(saved) == 2 * 2 * 7  # a pair of matrices for each linear layer
-    for name, tensor in saved.items():
-        assert [(tensor == process).sum().item() for process in (1, 2)] == [tensor.numel() / 2] * 2, name
+def assert_slices(tensors):
+    """Every process's slice is there: half of each LoRA matrix is the number of the first, half that of the second."""
+    assert len(tensors) == 2 * 2 * 7  # a pair of matrices for each linear layer
+    for name, tensor in tensors.items():
+        assert [(tensor == process / 64).sum().item() for process in (1, 2)] == [tensor.numel() / 2] * 2, name
+
+
+def test_slices_that_were_offloaded_are_saved(launch, bases, tmp_path):
+    copy = plant(tmp_path, SHARDED["zero3_offload"], (SAVE, SAVE + FILL))
+    launch(copy, "zero3_offload", *flags(bases, "llama", tmp_path / "run"), processes=2)
+    assert_slices(load_file(tmp_path / "run" / "adapter_model.safetensors"))
 
 
 @pytest.mark.parametrize("base", ["llama", "qwen2"])
 @pytest.mark.parametrize("config", DUMP)
-def test_whole_layers_and_new_tokens_are_saved_reloaded_and_merged(launch, bases, tmp_path, config, base):
-    copy = plant(tmp_path, SHARDED[config], (SAVE, SAVE + DUMP[config] + WRITE))
+def test_slices_whole_layers_and_new_tokens_are_saved_reloaded_and_merged(launch, bases, tmp_path, config, base):
+    copy = plant(tmp_path, SHARDED[config], (SAVE, SAVE + DUMP[config] + WRITE + FILL))
     whole = ("--modules_to_save", "lm_head", "embed_tokens")
     launch(copy, config, *flags(bases, base, tmp_path / "run"), *whole, processes=2)
+    saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert_slices({name: tensor for name, tensor in saved.items() if "lora_" in name})
     trained = {
         name.replace("_fsdp_wrapped_module.", ""): tensor for name, tensor in load_file(f"{copy}.safetensors").items()
     }
-    heads = [name for name in trained if "modules_to_save" in name]
+    assert all(tensor.any() for tensor in trained.values())
+    heads = {name: tensor for name, tensor in trained.items() if "modules_to_save" in name}
     assert len(heads) == 2 and len(trained) == 2 + 2 * 2 * 7
 
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run")
     reloaded = dict(model.named_parameters(remove_duplicate=False))
-    for name, tensor in trained.items():
+    for name, tensor in heads.items():
         assert torch.equal(reloaded[name], tensor), name
     original = AutoModelForCausalLM.from_pretrained(bases[base])
     assert original.config.tie_word_embeddings == (base == "qwen2")
@@ -149,12 +155,27 @@ def test_optimizers_in_8_bits_train_where_their_state_can_be_saved(launch, bases
     assert metrics["engine"]["optimizer"] == "PagedAdamW8bit" and metrics["losses"][1] < metrics["losses"][0]
 
 
+def weaken(folder, old, new):
+    """Take a refusal out of the copy of utils/checks.py that `plant` made, to see what comes after it."""
+    checks = folder / "utils" / "checks.py"
+    assert checks.read_text().count(old) == 1
+    checks.write_text(checks.read_text().replace(old, new))
+
+
+def test_a_base_that_is_replicated_in_silence_ends_the_run(launch, bases, tmp_path):
+    copy = plant(tmp_path, "causal_lm_qlora_fsdp2")  # accelerate leaves what is stored as uint8 out of FSDP2's units
+    weaken(tmp_path, 'if strategy.startswith("fsdp") and storage != config.dtype:', "if False:")
+    arguments = ("--bnb_4bit_quant_storage", "uint8", "--output_dir", tmp_path / "run", "--max_steps", 10**6)
+    done = launch(copy, "fsdp2_qlora", *arguments, processes=2, code=None)
+    assert done.returncode != 0 and not (tmp_path / "run").exists()
+    (line,) = set(re.findall("error: .*", done.stdout))
+    assert "bytes of parameters, and fsdp2 should spread them over 2" in line and "bnb_4bit_quant_storage" in line
+
+
 def test_an_optimizer_whose_state_cannot_be_saved_ends_the_run_at_its_first_update(launch, bases, tmp_path):
     copy = plant(tmp_path, "causal_lm_qlora_fsdp1")
-    checks = tmp_path / "utils" / "checks.py"  # which refuses it even before
-    refusal = '    if strategy == "fsdp1":\n        refuse(f"--optim'
-    assert refusal in checks.read_text()
-    checks.write_text(checks.read_text().replace(refusal, refusal.replace("fsdp1", "never")))
+    refusal = '    if strategy == "fsdp1":\n        refuse(f"--optim'  # it is known, and refused even before
+    weaken(tmp_path, refusal, refusal.replace("fsdp1", "never"))
     arguments = (*flags(bases, "llama", tmp_path / "run"), *IN_8BIT, "--max_steps", 10**6)
     done = launch(copy, "fsdp1_qlora", *arguments, processes=2, code=None)
     assert done.returncode != 0 and not (tmp_path / "run").exists()
