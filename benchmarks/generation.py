@@ -5,7 +5,7 @@ Run:  python benchmarks/generation.py [--repeat 3] [--hidden_size 1024]
 Each sharded LoRA script runs through `accelerate launch` on two processes up to its first evaluation, which then is
 done in turn with the whole model gathered once, as the scripts do, and with --layerwise_generation, which is the peer:
 `model.generate(..., synced_gpus=True)` on the sharded model, as the loop of PEFT's DeepSpeed guide has it. The model
-is a Llama of 8 layers and random weights (100 million at a hidden size of 1024, 27 million at 512), the batches are 8
+is a Llama of 8 layers and random weights (104 million at a hidden size of 1024, 27 million at 512), the batches are 8
 prompts per process, the answers 32 tokens. Prints minimum and median of both and the ratio of the medians; goal: 5.
 """
 

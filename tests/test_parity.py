@@ -179,9 +179,16 @@ def test_three_processes_train_and_score_alike(launch, arguments, single, tmp_pa
 )
 def test_bf16_acts_and_trains_float32(launch, arguments, single, tmp_path, script, config):
     flags = (*SETTINGS, *HALF, "--max_grad_norm", CLIP["causal_lm_lora"], "--output_dir", tmp_path / "run")
-    launch(script, config, *arguments(script), *flags, processes=2, flags=("--mixed_precision", "bf16"))
+    base = "bfloat16" if config == "fsdp1" else "float32"
+    launch(
+        script, config, *arguments(script), *flags, "--dtype", base, processes=2, flags=("--mixed_precision", "bf16")
+    )
     metrics, reference = read_metrics(tmp_path / "run"), single["causal_lm_lora"].metrics
     assert (metrics["mixed_precision"], metrics["trained_dtype"]) == ("bf16", "float32")
+    if config == "fsdp1":  # the frozen weights stay as they were loaded, beside float32 ones that are trained
+        trained = 4 * metrics["trainable_parameters"]
+        for held in metrics["engine"]["bytes_held"]:
+            assert held["float32"] == pytest.approx(trained / 2, rel=0.1) and held["bfloat16"] > 0
     assert metrics["learning_rates"] == reference["learning_rates"]
     assert metrics["losses"] == pytest.approx(reference["losses"], rel=0.05)
     assert metrics["losses"] != pytest.approx(reference["losses"], rel=1e-5)

@@ -12,6 +12,7 @@ import shutil
 import sys
 from dataclasses import asdict
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -167,7 +168,7 @@ def collect_metrics(accelerator, model, config, tracker, score, updates):
     seconds = tracker.seconds["train"]
     return {
         "config": asdict(config),
-        "versions": {library: version(library) for library in LIBRARIES},
+        "versions": {library: version(library) for library in LIBRARIES if find_spec(library)},
         "strategy": strategy(accelerator),
         "offload": engine["offload_param"] if engine["offload_optimizer"] == "none" else engine["offload_optimizer"],
         "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
