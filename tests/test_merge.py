@@ -566,9 +566,14 @@ def test_a_kill_half_way_leaves_no_folder_that_looks_complete(tmp_path, llama):
 
 
 def test_an_interrupt_leaves_nothing(tmp_path, llama, capsys, monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background lacks
+
     def interrupted(*arguments):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(merge_adapter.tqdm, "update", interrupted)
-    assert "interrupted, nothing was saved" in refused(capsys, llama[1], "--output_dir", tmp_path / "out")
+    try:
+        assert "interrupted, nothing was saved" in refused(capsys, llama[1], "--output_dir", tmp_path / "out")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert list(tmp_path.iterdir()) == []

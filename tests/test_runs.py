@@ -16,7 +16,7 @@ KEYS = """config versions strategy offload device num_processes mixed_precision 
 trainable_parameters total_parameters losses learning_rates grad_norms score target_tokens input_tokens train_seconds
 tokens_per_second memory saved""".split()
 MEMORY = [f"{kind}_{moment}" for kind in ("gpu", "gpu_reserved", "cpu") for moment in ("begin", "end", "peak")]
-FACTS = ["adamw_mode", "offload_optimizer", "offload_param", "optimizer", "parameters_held"]
+FACTS = "adamw_mode bytes_held frozen_gradients offload_optimizer offload_param optimizer parameters_held".split()
 REPORT = [
     f"{kind} {words}"
     for kind in ("GPU", "CPU")
