@@ -432,7 +432,7 @@ def test_without_bitsandbytes_a_script_that_needs_it_says_so(run, capfd, monkeyp
 
 def test_a_lock_that_a_killed_compilation_left_is_refused_and_one_held_open_is_not(run, capfd, place):
     lock = place / "extensions/cpu_adam/lock"
-    lock.parent.mkdir(parents=True)
+    lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w"), pytest.raises(Accepted):
         run(OFFLOAD, "zero3_offload", shlex.split(GOOD))
     line = refusal(run, capfd, OFFLOAD, "zero3_offload", shlex.split(GOOD))

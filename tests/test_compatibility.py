@@ -14,9 +14,8 @@ from utils import compatibility
 from utils.compatibility import judge, plain, read_cells, render, run_step, select, status
 from utils.compatibility_rows import CELLS, COLUMNS, ROWS, SETTINGS
 
-SAMPLE = """lora/single lora/zero1 rslora/zero2 dora/fsdp2 pissa/zero3 modules_to_save/fsdp1 modules_to_save/ddp
-new_tokens/zero3 trainable_tokens/zero3 ia3/fsdp1 prompt_tuning/zero3 p_tuning/fsdp2 loha/zero3 oft/ddp base_8bit/fsdp1
-base_4bit/zero3 base_4bit/fsdp2 adamw_paged/fsdp2 vera/zero2_offload""".split()
+SAMPLE = """lora/single lora/zero1 rslora/zero2 dora/fsdp2 pissa/zero3 modules_to_save/fsdp1 new_tokens/zero3 ia3/fsdp1
+prompt_tuning/ddp p_tuning/fsdp2 loha/zero3 base_4bit/zero3 base_4bit/fsdp2 adamw_paged/fsdp2""".split()
 GOOD = {
     "whole": 1000,
     "bytes": [505, 505],

@@ -30,7 +30,7 @@ TEXTS = [
 LAUNCHED = [
     ("causal_lm_lora_zero3_offload", "zero3_offload", "qwen2"),
     ("causal_lm_full_zero3", "zero3", "gemma"),
-    ("seq2seq_lora_zero3_offload", "zero3_offload", "t5"),
+    pytest.param("seq2seq_lora_zero3_offload", "zero3_offload", "t5", marks=pytest.mark.slow),
     ("seq2seq_lora_zero3_offload", "zero3", "bart"),
 ]
 

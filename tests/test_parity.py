@@ -41,10 +41,10 @@ PARITY = [
 SCORES = [
     ("causal_lm_lora", "ddp", "causal_lm_lora", 2),
     ("causal_lm_lora_zero3_offload", "zero3", "causal_lm_lora", 7),
-    ("seq2seq_lora_zero3_offload", "zero3", "seq2seq_lora", 2),
+    pytest.param("seq2seq_lora_zero3_offload", "zero3", "seq2seq_lora", 2, marks=pytest.mark.slow),
     ("causal_lm_lora_fsdp1", "fsdp1", "causal_lm_lora", 7),
     ("causal_lm_lora_fsdp2", "fsdp2", "causal_lm_lora", 2),
-    ("seq2seq_lora_fsdp1", "fsdp1", "seq2seq_lora", 2),
+    pytest.param("seq2seq_lora_fsdp1", "fsdp1", "seq2seq_lora", 2, marks=pytest.mark.slow),
 ]
 
 
