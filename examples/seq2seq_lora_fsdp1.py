@@ -213,7 +213,7 @@ def main():
     for path, unit in model.named_modules():
         if isinstance(unit, FSDP) and all(weight.requires_grad for weight in unit.parameters()):  # no part of the base
             with FSDP.summon_full_params(unit, writeback=False):
-                whole = unit.module.named_parameters(path.replace("_fsdp_wrapped_module.", ""))
+                whole = unit.module.named_parameters(path)
                 state_dict |= {name_in_file(name): weight.detach().cpu().clone() for name, weight in whole}
     metrics = collect_metrics(accelerator, model, config, tracker, (before, after), updates)
     if accelerator.is_main_process:

@@ -73,8 +73,11 @@ def place(tmp_path_factory):
     )
     sorted((place / "shard_missing").glob("model-*.safetensors"))[1].unlink()
 
-    for name in ("other_weights", "other_shapes", "added_pad"):
+    for name in ("other_weights", "other_shapes", "added_pad", "added_token"):
         shutil.copytree(place / "llama", place / name)
+    tokenizer = AutoTokenizer.from_pretrained(place / "llama")
+    tokenizer.add_tokens(["<sigh>"])
+    tokenizer.save_pretrained(place / "added_token")
     shutil.copy(place / "t5/model.safetensors", place / "other_weights")
     config = json.loads((place / "llama/config.json").read_text())
     (place / "other_shapes/config.json").write_text(json.dumps(config | {"intermediate_size": 24}))
@@ -137,6 +140,8 @@ def place(tmp_path_factory):
     for name, old, new in (
         ("orig_params", "fsdp_use_orig_params: false", "fsdp_use_orig_params: true"),
         ("no_orig_params", "fsdp_use_orig_params: false", ""),
+        ("hybrid", "FULL_SHARD", "HYBRID_SHARD"),
+        ("no_shard", "FULL_SHARD", "NO_SHARD"),
         (
             "wrap_class",
             "TRANSFORMER_BASED_WRAP",
@@ -303,6 +308,7 @@ ARGUMENTS = [  # flags; what the line must say, culprit first
     ("--model_name_or_path other_weights", "no weight of a LlamaForCausalLM", "save them together"),
     ("--model_name_or_path other_shapes", "model.safetensors holds", "and config.json says"),
     ("--model_name_or_path added_pad", "its tokenizer uses token", "resize_token_embeddings"),
+    ("--model_name_or_path added_token", "its tokenizer uses token", "resize_token_embeddings"),
     (f"--model_name_or_path {300 * 'm'}", "File name too long"),
     (f"--dataset_name {300 * 'd'}", "File name too long"),
     ("--dataset_name data/twice", "train.csv and train.jsonl", "keep one of them"),
@@ -353,7 +359,40 @@ LAUNCHES = [  # script, config, flags of accelerate, flags of the script; what t
     ("causal_lm_lora_fsdp1", "orig_params.yaml", "", "", "fsdp_use_orig_params is true", "set it to false"),
     ("causal_lm_lora_fsdp1", "no_orig_params.yaml", "", "", "fsdp_use_orig_params is true", "set it to false"),
     ("causal_lm_lora_fsdp1", "wrap_class.yaml", "", "", "llama has no NoLayer", "LlamaDecoderLayer"),
-    ("causal_lm_lora_fsdp2", "no_wrap.yaml", "", "", "gather the whole model at once", "TRANSFORMER_BASED_WRAP"),
+    (
+        "causal_lm_lora_fsdp2",
+        "no_wrap.yaml",
+        "",
+        "",
+        "policy NO_WRAP does not gather layer by layer",
+        "TRANSFORMER_BASED_WRAP",
+    ),
+    (
+        "causal_lm_lora_fsdp1",
+        "hybrid.yaml",
+        "",
+        "",
+        "fsdp_sharding_strategy HYBRID_SHARD",
+        "configs/fsdp2_hybrid.yaml",
+    ),
+    ("causal_lm_lora_fsdp1", "no_shard.yaml", "", "", "fsdp_sharding_strategy NO_SHARD", "set FULL_SHARD"),
+    (
+        "seq2seq_lora_fsdp1",
+        "fsdp1",
+        "",
+        f"{MODEL} t5 --dtype float16",
+        "in float32 beside --dtype float16",
+        "bfloat16",
+    ),
+    (
+        "causal_lm_lora_fsdp2",
+        "fsdp2",
+        "",
+        "--dtype bfloat16 --modules_to_save input_layernorm",
+        "--modules_to_save input_layernorm",
+        "give --dtype float32",
+        "embed_tokens lm_head",
+    ),
     ("causal_lm_lora_fsdp1", "fsdp1", "--num_processes 1", "", "one process shards nothing", "--num_processes"),
     ("causal_lm_lora_fsdp2", "fsdp2", "--num_processes 1", "", "one process shards nothing", "--num_processes"),
     ("causal_lm_lora_fsdp1", "fsdp1", "--mixed_precision fp16", "", "fp16 needs a GPU", "--mixed_precision bf16"),

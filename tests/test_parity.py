@@ -28,7 +28,7 @@ PARITY = [
     ("causal_lm_lora_zero3_offload", "zero3", "causal_lm_lora"),
     ("causal_lm_lora_zero3_offload", "zero3_offload", "causal_lm_lora"),
     ("causal_lm_lora_fsdp1", "fsdp1", "causal_lm_lora"),
-    ("causal_lm_lora_fsdp2", "fsdp2", "causal_lm_lora"),
+    ("causal_lm_lora_fsdp2", "fsdp2_offload", "causal_lm_lora"),
     ("seq2seq_lora_fsdp1", "fsdp1_offload", "seq2seq_lora"),
     ("seq2seq_lora", "ddp", "seq2seq_lora"),
     ("seq2seq_lora_zero3_offload", "zero3_offload", "seq2seq_lora"),

@@ -203,12 +203,18 @@ def check_launch(config, strategies):
 
 def check_fsdp(strategy):
     """Refuse settings of FSDP under which it would shard nothing, or nothing layer by layer."""
-    if int(os.environ["WORLD_SIZE"]) == 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         refuse("FSDP on one process shards nothing: launch with more --num_processes, or a script for configs/single")
     if strategy == "fsdp1" and os.environ.get("FSDP_USE_ORIG_PARAMS") == "true":
         refuse("fsdp_use_orig_params is true, its default, with which frozen weights get gradients: set it to false")
-    if strategy == "fsdp2" and os.environ.get("FSDP_AUTO_WRAP_POLICY") != "TRANSFORMER_BASED_WRAP":
-        refuse("fsdp_auto_wrap_policy would gather the whole model at once: set it to TRANSFORMER_BASED_WRAP")
+    sharding = os.environ.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD")
+    if strategy == "fsdp1" and sharding not in ("FULL_SHARD", "SHARD_GRAD_OP", "1", "2"):
+        refuse(
+            f"fsdp_sharding_strategy {sharding} copies the model: set FULL_SHARD, or take configs/fsdp2_hybrid.yaml"
+        )
+    policy = os.environ.get("FSDP_AUTO_WRAP_POLICY")
+    if strategy == "fsdp2" and policy != "TRANSFORMER_BASED_WRAP":
+        refuse(f"fsdp_auto_wrap_policy {policy} does not gather layer by layer: set it to TRANSFORMER_BASED_WRAP")
 
 
 def check_optimizer(optim, strategy):
@@ -272,9 +278,11 @@ def check_quantization(config, culprit, saved):
 
 def check_wrap_classes(culprit, skeleton):
     """Refuse classes of layers that the model has not; where the config names none, transformers must know some."""
-    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
     classes = {type(module).__name__ for module in skeleton.modules()}
-    missing = sorted(set(named.split(",")) - classes) if named else [] if skeleton._no_split_modules else ["a class"]
+    if named := os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP"):
+        missing = sorted(set(named.split(",")) - classes)
+    else:
+        missing = [] if skeleton._no_split_modules else ["known class"]
     if missing:
         layers = sorted(name for name in classes if name.endswith(("Layer", "Block")))
         refuse(
@@ -436,7 +444,7 @@ def check_model(config, auto_config, auto_tokenizer, auto_model):
         attention = config.attn_implementation
         described = f"{culprit} cannot be made by {auto_model.__name__} with --attn_implementation {attention}"
         skeleton = or_refuse(described, auto_model.from_config, model_config, attn_implementation=attention)
-    tokens = (tokenizer.vocab_size - 1, tokenizer.eos_token_id, tokenizer.pad_token_id or 0)
+    tokens = (len(tokenizer) - 1, tokenizer.eos_token_id, tokenizer.pad_token_id or 0)
     if max(tokens) >= skeleton.get_input_embeddings().num_embeddings:
         refuse(
             f"{culprit} has {skeleton.get_input_embeddings().num_embeddings} embeddings, and its tokenizer uses token "
@@ -446,6 +454,8 @@ def check_model(config, auto_config, auto_tokenizer, auto_model):
         check_weight_names(folder, culprit, skeleton)
     if launched_strategy().startswith("fsdp"):
         check_wrap_classes(culprit, skeleton)
+    if launched_strategy() == "fsdp1" and config.dtype == "float16" and skeleton._keep_in_fp32_modules:
+        refuse(f"{culprit} keeps weights in float32 beside --dtype float16, which fsdp1 cannot flatten: give bfloat16")
     if hasattr(config, "target_modules") and config.target_modules != ["all-linear"]:
         check_target_modules(config.target_modules, skeleton)
     if getattr(config, "modules_to_save", None):
@@ -504,12 +514,17 @@ def check_target_modules(target_modules, skeleton):
 def check_modules_to_save(config, skeleton):
     """Refuse a layer to train whole that the model has not, that has no weight of its own, or that LoRA targets."""
     modules = dict(skeleton.named_modules(remove_duplicate=False))
+    heads = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
+    ends = {name.rpartition(".")[2] for name, module in modules.items() if module in heads}
     for wanted in config.modules_to_save:
         found = [module for name, module in modules.items() if name == wanted or name.endswith(f".{wanted}")]
         if not found or any(next(module.parameters(recurse=False), None) is None for module in found):
-            heads = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
-            names = {name.rpartition(".")[2] for name, module in modules.items() if module in heads}
-            refuse(f"--modules_to_save {wanted} names no layer with weights: the model has {', '.join(sorted(names))}")
+            refuse(f"--modules_to_save {wanted} names no layer with weights: the model has {', '.join(sorted(ends))}")
+        if launched_strategy() == "fsdp2" and config.dtype != "float32" and wanted not in ends:
+            refuse(
+                f"--modules_to_save {wanted} would be trained in {config.dtype} beside LoRA in float32, which fsdp2 "
+                f"cannot put into one unit: give --dtype float32, or only {' '.join(sorted(ends))}"
+            )
         if wanted in config.target_modules:
             refuse(f"{wanted} is in --modules_to_save and in --target_modules: name it in one of them")
 

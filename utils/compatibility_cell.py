@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from utils.launch import start_accelerator
-from utils.report import bytes_held, held_part
+from utils.report import bytes_held, held_part, optimizer_state
 
 VOCABULARY = 256
 ROWS_PER_UPDATE = 16  # all there are: every update sees the same rows, so that its loss is comparable to the last
@@ -317,8 +317,10 @@ def save(accelerator, model, state_dict, job):
 
 def save_state(job, found, enter):
     """Train again, and let accelerate write a checkpoint with the optimizer's state."""
-    accelerator, _, _ = update(job, {}, enter)
+    accelerator, model, _ = update(job, {}, enter)
     enter("state")
+    if fsdp_version(accelerator) == 1:
+        optimizer_state(accelerator, model, accelerator._optimizers[0])  # raises where a slice alone would be written
     options = {"exclude_frozen_parameters": True} if accelerator.deepspeed_plugin is not None else {}
     accelerator.save_state(Path(job["folder"]) / "state", **options)
     accelerator.wait_for_everyone()

@@ -90,7 +90,9 @@ def adamw(name):
 
 def turn_off_gpu_settings():
     """Turn off what FSDP can do only beside a GPU, and raises for without one; return the settings that were on."""
-    settings = ("OFFLOAD_PARAMS", "CPU_RAM_EFFICIENT_LOADING", "SYNC_MODULE_STATES")
+    settings = ["OFFLOAD_PARAMS"]
+    if os.environ.get("FSDP_VERSION", "1") == "1":
+        settings += ["CPU_RAM_EFFICIENT_LOADING", "SYNC_MODULE_STATES"]
     found = [name for name in settings if os.environ.get(f"FSDP_{name}") == "true"]
     os.environ |= {f"FSDP_{name}": "false" for name in found}
     return [f"fsdp_{name.lower()}" for name in found]

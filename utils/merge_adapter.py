@@ -576,8 +576,11 @@ def merge(arguments):
         del config.quantization_config
         base = dequantized(base)
     if adapter_config.task_type in AUTO_CLASSES:
-        with torch.device("meta"):
-            model_class = type(AUTO_CLASSES[adapter_config.task_type].from_config(config))
+        try:
+            with torch.device("meta"):
+                model_class = type(AUTO_CLASSES[adapter_config.task_type].from_config(config))
+        except ValueError:
+            fail(f"the base {base_name} is a {config.model_type}, and the adapter one for {adapter_config.task_type}")
     elif hasattr(transformers, (config.architectures or ["none"])[0]):
         model_class = getattr(transformers, config.architectures[0])
     else:

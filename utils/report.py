@@ -285,8 +285,10 @@ def earlier_files(target):
 
 
 def name_in_file(name):
-    """Return the key that PEFT's files have for a trained parameter: its name without that of the adapter."""
-    return name.replace(".modules_to_save.default", "").replace(".default", "")
+    """Return the key that PEFT's files have for a trained parameter: its name without the adapter's and wrappers'."""
+    for part in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", ".modules_to_save.default", ".default"):
+        name = name.replace(part, "")
+    return name
 
 
 def check_adapter(folder, trained, learning_rates):
