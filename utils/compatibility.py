@@ -389,7 +389,8 @@ update, saved it and loaded it again. {summary}.
 5. the saved adapter, loaded by plain `peft` in a process of its own, holds the trained tensors bit for bit (of a
    prompt: what its encoder made) and gives the logits of the model that was trained, within {logits:g};
 6. merged into the base it gives the same logits; not asked of prompt, prefix and p-tuning, which cannot be merged;
-7. in the rows {checkpoints}: `accelerator.save_state` writes a checkpoint with the optimizer's state.
+7. in the rows {checkpoints}: `accelerator.save_state` writes a checkpoint with the optimizer's state, and under
+   fsdp1 all of it.
 
 Else the cell names what does not work, and the number leads to the reason. What comes after an error that ended the
 run was not asked. Two errors are of machines without a GPU alone: one that speaks of CUDA says that the library asks

@@ -175,6 +175,42 @@ def test_qlora_under_zero3_on_one_gpu(metrics_of, small):
 
 
 @two_gpus
+def test_qlora_under_zero3_in_bf16_on_two_gpus(metrics_of, small):
+    dtype = ("--dtype", "bfloat16")
+    single = metrics_of("causal_lm_qlora", "single", *small, *dtype, *batch(4, 2), flags=BF16)
+    metrics = metrics_of("causal_lm_qlora_zero3", "zero3_qlora", *small, *dtype, *batch(2, 2), processes=2, flags=BF16)
+    assert metrics["losses"] == pytest.approx(single["losses"], rel=0.05)
+
+
+@two_gpus
+@pytest.mark.parametrize("config", ["fsdp1", "fsdp1_offload"])
+def test_sequence_to_sequence_under_fsdp1_on_two_gpus(metrics_of, small, tmp_path, config):
+    model = ("--model_name_or_path", teach(make_model(tmp_path / "t5", "t5"), steps=60))
+    single = metrics_of("seq2seq_lora", "single", *small, *model, *batch(4, 2))
+    metrics = metrics_of("seq2seq_lora_fsdp1", config, *small, *model, *batch(2, 2), processes=2)
+    assert_same(metrics, single, 1e-3)
+
+
+@two_gpus
+@pytest.mark.parametrize("layerwise", [(), ("--layerwise_generation",)])
+@pytest.mark.parametrize(
+    ("script", "config"),
+    [
+        ("causal_lm_lora_zero3_offload", "zero3"),
+        ("causal_lm_lora_fsdp1", "fsdp1"),
+        ("causal_lm_lora_fsdp2", "fsdp2"),
+    ],
+)
+def test_a_tied_head_trained_whole_on_two_gpus(metrics_of, small, tmp_path, script, config, layerwise):
+    model = teach(make_model(tmp_path / "qwen2", "qwen2"), steps=60)
+    flags = (*small, "--model_name_or_path", model, "--modules_to_save", "lm_head")
+    single = metrics_of("causal_lm_lora", "single", *flags, *batch(4, 2))
+    metrics = metrics_of(script, config, *flags, *batch(2, 2), *layerwise, processes=2)
+    assert_same(metrics, single, 1e-3)
+    assert metrics["score"] == single["score"]
+
+
+@two_gpus
 def test_offload_frees_the_gpus_under_qlora_and_fsdp1(metrics_of, large, tmp_path):
     text = (ROOT / "configs/fsdp1_qlora.yaml").read_text()
     assert "fsdp_offload_params: true" in text
