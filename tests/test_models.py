@@ -31,7 +31,7 @@ LAUNCHED = [
     ("causal_lm_lora_zero3_offload", "zero3_offload", "qwen2"),
     ("causal_lm_full_zero3", "zero3", "gemma"),
     pytest.param("seq2seq_lora_zero3_offload", "zero3_offload", "t5", marks=pytest.mark.slow),
-    ("seq2seq_lora_zero3_offload", "zero3", "bart"),
+    pytest.param("seq2seq_lora_zero3_offload", "zero3", "bart", marks=pytest.mark.slow),
 ]
 
 

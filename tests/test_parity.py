@@ -22,7 +22,7 @@ WEIGHTED = "loss = model(**batch, use_cache=False).loss * count[0] / step_tokens
 MEAN_OF_MEANS = "loss = model(**batch, use_cache=False).loss / config.gradient_accumulation_steps"
 PARITY = [
     ("causal_lm_lora", "ddp", "causal_lm_lora"),
-    ("causal_lm_lora", "zero1", "causal_lm_lora"),
+    pytest.param("causal_lm_lora", "zero1", "causal_lm_lora", marks=pytest.mark.slow),
     ("causal_lm_lora", "zero2", "causal_lm_lora"),
     ("causal_lm_lora", "zero2_offload", "causal_lm_lora"),
     ("causal_lm_lora_zero3_offload", "zero3", "causal_lm_lora"),
@@ -30,7 +30,7 @@ PARITY = [
     ("causal_lm_lora_fsdp1", "fsdp1", "causal_lm_lora"),
     ("causal_lm_lora_fsdp2", "fsdp2_offload", "causal_lm_lora"),
     ("seq2seq_lora_fsdp1", "fsdp1_offload", "seq2seq_lora"),
-    ("seq2seq_lora", "ddp", "seq2seq_lora"),
+    pytest.param("seq2seq_lora", "ddp", "seq2seq_lora", marks=pytest.mark.slow),
     ("seq2seq_lora_zero3_offload", "zero3_offload", "seq2seq_lora"),
     ("causal_lm_full_zero3", "zero3", "causal_lm_full"),
     ("causal_lm_qlora", "zero2", "causal_lm_qlora"),
@@ -39,7 +39,7 @@ PARITY = [
     ("causal_lm_qlora_fsdp2", "fsdp2_qlora", "causal_lm_qlora"),
 ]
 SCORES = [
-    ("causal_lm_lora", "ddp", "causal_lm_lora", 2),
+    pytest.param("causal_lm_lora", "ddp", "causal_lm_lora", 2, marks=pytest.mark.slow),
     ("causal_lm_lora_zero3_offload", "zero3", "causal_lm_lora", 7),
     pytest.param("seq2seq_lora_zero3_offload", "zero3", "seq2seq_lora", 2, marks=pytest.mark.slow),
     ("causal_lm_lora_fsdp1", "fsdp1", "causal_lm_lora", 7),

@@ -21,6 +21,7 @@ RUNS = [
     ("causal_lm_qlora_zero3", "zero3_qlora", "llama"),
     ("causal_lm_qlora_fsdp2", "fsdp2_qlora", "llama"),
 ]
+TOLD_TWICE = ("causal_lm_lora", "seq2seq_lora_fsdp1")  # by the runs that only add to these
 ROWS = 21
 # bitsandbytes repacks 4-bit weights to answer on CPUs with AVX512-BF16: in bfloat16, and never those of so few columns
 BEFORE = """import bitsandbytes
@@ -58,7 +59,11 @@ def bases(tmp_path_factory):
     }
 
 
-@pytest.fixture(scope="module", params=RUNS, ids=[script for script, _, _ in RUNS])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(run, marks=[pytest.mark.slow] if run[0] in TOLD_TWICE else []) for run in RUNS],
+    ids=[script for script, _, _ in RUNS],
+)
 def run(request, launch, bases, tmp_path_factory):
     """A run of each script: its base model, its folder and its output."""
     script, config, base = request.param
