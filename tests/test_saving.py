@@ -23,6 +23,18 @@ SHARDED = {
 }
 SAVE = f"{'    # 7. Save ':-<100}\n"
 END = "    finish_run(accelerator, config, metrics, predictions, labels)\n"
+STEP = "                    optimizer.step()\n"
+# While gradients are there: those of what is trained, in shares under FSDP, and none of what is frozen.
+GRADIENTS = """                    from utils.report import held_part
+                    for parameter in model.parameters():
+                        gradient = parameter.grad
+                        assert gradient is None or parameter.requires_grad
+                        if gradient is not None and accelerator.distributed_type == "FSDP":
+                            local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+                            assert local.numel() == held_part(parameter).numel()
+                    if accelerator.distributed_type == "FSDP":
+                        assert any(parameter.grad is not None for parameter in model.parameters())
+"""
 # Each process overwrites its slice of every LoRA matrix with a number of its own.
 FILL = """    from utils.report import held_part, full_shape
     with torch.no_grad():
@@ -124,7 +136,7 @@ def test_slices_whole_layers_and_new_tokens_are_saved_reloaded_and_merged(launch
         )
 
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/merging.md").read_text(), re.DOTALL)
+*MERGES, WRITES = re.findall(r"```python\n(.*?)```", (ROOT / "docs/merging.md").read_text(), re.DOTALL)
 COMPARE = """    again, merged_predictions, _ = evaluate(accelerator, model, tokenizer, valid_loader)
     assert (again, merged_predictions) == (after, predictions)
     assert any(layer.merged for layer in model.modules() if hasattr(layer, "merged"))
@@ -138,10 +150,10 @@ BESIDE = [
 ]
 
 
-@pytest.mark.parametrize(("config", "block", "beside"), list(zip(DUMP, BLOCKS, BESIDE, strict=True)))
+@pytest.mark.parametrize(("config", "block", "beside"), list(zip(DUMP, MERGES, BESIDE, strict=True)))
 def test_documented_block_merges_while_sharded(launch, bases, tmp_path, config, block, beside):
-    block = block.replace("outputs/merged", str(tmp_path / "merged"))
-    copy = plant(tmp_path, SHARDED[config], (SAVE, f"{block}\n{COMPARE}\n{SAVE}"))
+    block += WRITES.replace("outputs/merged", str(tmp_path / "merged"))
+    copy = plant(tmp_path, SHARDED[config], (STEP, GRADIENTS + STEP), (SAVE, f"{block}\n{COMPARE}\n{SAVE}"))
     launch(copy, config, *flags(bases, "llama", tmp_path / "run"), *beside, processes=2)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     expected = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run").merge_and_unload()

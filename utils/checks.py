@@ -219,8 +219,6 @@ def check_fsdp(strategy):
 
 def check_optimizer(optim, strategy):
     """Refuse an optimizer of bitsandbytes where it cannot step, or where no checkpoint could hold its state."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        refuse(f"--optim {optim} needs bitsandbytes, which is not installed: pip install bitsandbytes")
     if strategy.startswith("zero") and deepspeed_settings()["optimizer"] != "none":
         refuse(f"--optim {optim} cannot be offloaded, DeepSpeed's CPU Adam steps there: give --optim adamw_torch")
     if strategy == "fsdp1":

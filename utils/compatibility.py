@@ -123,14 +123,13 @@ def run_cell(context, cell, setting, model_folder, log):
     row, column = cell.split("/")
     started = time.monotonic()
     config, flags = COLUMNS[column]
-    flags = (*flags, *ROWS[row].flags, *(SETTINGS[setting][0] if setting else ()))
+    flags = (*flags, *ROWS[row].flags, *SETTINGS.get(setting, ()))
     world = 1 if column == "single" else 2
     with tempfile.TemporaryDirectory(prefix="compatibility-") as name:
         folder = Path(name)
         job = {
             "row": asdict(ROWS[row]),
             "launch": ["--config_file", str(ROOT / "configs" / f"{config}.yaml"), *flags],
-            "skeleton": setting == "skeleton",
             "folder": name,
             "model": str(model_folder),
             "log": str(log),
@@ -345,8 +344,8 @@ def render(results):
         answers = judged.get(cell, {})
         marks = [note(f"{CHECKS[check]}: `{why.replace('`', chr(39))}`") for check, why in answers.items() if why]
         if "without" in facts:
-            words = SETTINGS[ROWS[row].setting][1]
-            marks.append(note(f"with {words}; without it `{facts['without'].replace('`', chr(39))}`"))
+            words = " ".join(SETTINGS[ROWS[row].setting])
+            marks.append(note(f"with `{words}`; without it `{facts['without'].replace('`', chr(39))}`"))
         words = status(answers, facts)
         return " ".join([words if words.startswith(("yes", "not measured")) else f"**{words}**", *marks])
 
@@ -387,7 +386,8 @@ update, saved it and loaded it again. {summary}.
 3. losses and gradient norms of every update are those of the single process, within {tolerance:g} relative;
 4. under zero3 and fsdp each process holds its share of the parameters' bytes, within 10 %;
 5. the saved adapter, loaded by plain `peft` in a process of its own, holds the trained tensors bit for bit (of a
-   prompt: what its encoder made) and gives the logits of the model that was trained, within {logits:g};
+   prompt: what its encoder made) and gives the logits of the model that was trained, within {logits:g}; LoRA under
+   fsdp1 is written as the scripts here write it, for PEFT's own saving finds nothing there;
 6. merged into the base it gives the same logits; not asked of prompt, prefix and p-tuning, which cannot be merged;
 7. in the rows {checkpoints}: `accelerator.save_state` writes a checkpoint with the optimizer's state, and under
    fsdp1 all of it.
@@ -413,8 +413,8 @@ rounded in blocks, and the blocks are others. A merged 4-bit or 8-bit base is ro
 ## Bytes of parameters per process
 
 The most that a process holds after `prepare`; nothing where it did not start. 4-bit and 8-bit weights are counted as
-stored. ZeRO-3 also keeps small parameters whole while it trains (`stage3_param_persistence_threshold`); counted are
-the shares.
+stored, and with them the whole 8-bit weights that bitsandbytes keeps beside the shares. ZeRO-3 also keeps small
+parameters whole while it trains (`stage3_param_persistence_threshold`); counted are the shares.
 
 {bytes}
 

@@ -18,7 +18,6 @@ import peft
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import (
-    DistributedType,
     GatheredParameters,
     GradientAccumulationPlugin,
     extract_model_from_parallel,
@@ -31,6 +30,7 @@ from accelerate.utils.launch import (
     prepare_simple_launcher_cmd_env,
 )
 from peft.utils.other import fsdp_auto_wrap_policy
+from safetensors.torch import save_file
 from torch._dynamo.utils import counters
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
@@ -38,8 +38,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
+from utils.checks import launched_strategy
 from utils.launch import start_accelerator
-from utils.report import bytes_held, held_part, optimizer_state
+from utils.report import bytes_held, held_part, name_in_file, optimizer_state, stepping_optimizer
 
 VOCABULARY = 256
 ROWS_PER_UPDATE = 16  # all there are: every update sees the same rows, so that its loss is comparable to the last
@@ -183,7 +184,7 @@ def update(job, found, enter):
     model, optimizer, loader = prepare(accelerator, row, model, loader)
     held, _ = bytes_held(list(accelerator.unwrap_model(model).parameters()))
     found["whole"] = sum(whole.values())
-    found["optimizer"] = optimizer_name(optimizer)
+    found["optimizer"] = type(stepping_optimizer(optimizer)).__name__
     found["bytes"] = [sum(sizes.values()) for sizes in held]
 
     enter("learns")
@@ -237,26 +238,14 @@ def train(job, found, enter):
 
 def prepare(accelerator, row, model, loader):
     """Prepare in the order that the strategy needs, as the scripts do."""
-    plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type == DistributedType.FSDP else None
-    if plugin is not None and plugin.fsdp_version == 1:
+    if launched_strategy() == "fsdp1":
+        plugin = accelerator.state.fsdp_plugin
         plugin.auto_wrap_policy = fsdp_auto_wrap_policy(model)  # a unit for each trained matrix or prompt
         model = accelerator.prepare(model)
         optimizer = build_optimizer(row, [parameter for parameter in model.parameters() if parameter.requires_grad])
         return model, *accelerator.prepare(optimizer, loader)
     optimizer = build_optimizer(row, [parameter for parameter in model.parameters() if parameter.requires_grad])
     return accelerator.prepare(model, optimizer, loader)
-
-
-def optimizer_name(optimizer):
-    """Return the class of the optimizer that really steps, below accelerate's and DeepSpeed's wrappers."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return type(optimizer).__name__
-
-
-def fsdp_version(accelerator):
-    """Return 1 or 2, or 0 where it is not FSDP."""
-    return accelerator.state.fsdp_plugin.fsdp_version if accelerator.distributed_type == DistributedType.FSDP else 0
 
 
 def clean(name):
@@ -266,10 +255,9 @@ def clean(name):
 
 def gather(accelerator, model, names):
     """Return name -> whole tensor on the CPU of what was trained. Collective."""
-    if fsdp_version(accelerator) == 1:
-        mixed = (
-            accelerator.state.fsdp_plugin.use_orig_params
-        )  # units of frozen and trained weights: take the root whole
+    if launched_strategy() == "fsdp1":
+        # then a unit may hold frozen and trained weights, and the root is taken whole
+        mixed = accelerator.state.fsdp_plugin.use_orig_params
         state_dict = {}
         for path, unit in model.named_modules():
             if isinstance(unit, FSDP) and (mixed or all(weight.requires_grad for weight in unit.parameters())):
@@ -281,7 +269,7 @@ def gather(accelerator, model, names):
         return {name: state_dict[name] for name in names}
     unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
     trained = {clean(name): parameter for name, parameter in unwrapped.named_parameters() if parameter.requires_grad}
-    if accelerator.deepspeed_plugin is not None and accelerator.deepspeed_plugin.zero_stage == 3:
+    if launched_strategy() == "zero3":
         with GatheredParameters(list(trained.values())):
             return {name: parameter.detach().cpu().clone() for name, parameter in trained.items()}
     whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in trained.items()}
@@ -293,24 +281,28 @@ def save(accelerator, model, state_dict, job):
 
     A prompt is saved as what its encoder makes of it, so that all processes must run that, with whole parameters.
     """
-    folder, version = Path(job["folder"]) / "adapter", fsdp_version(accelerator)
+    folder, strategy = Path(job["folder"]) / "adapter", launched_strategy()
     unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
-    if unwrapped.peft_config["default"].peft_type not in PROMPTS:
-        if job["skeleton"]:
-            with torch.device("meta"):
-                skeleton = AutoModelForCausalLM.from_config(unwrapped.config)
-            unwrapped = peft.get_peft_model(skeleton, unwrapped.peft_config["default"])
-        elif version == 1:
+    config = unwrapped.peft_config["default"]
+    if strategy == "fsdp1" and isinstance(config, peft.LoraConfig):
+        # as the scripts do, for PEFT sees nothing in FSDP's units
+        if accelerator.is_main_process:
+            config.save_pretrained(folder)
+            state_dict = {name_in_file(name): tensor for name, tensor in state_dict.items()}
+            save_file(state_dict, folder / "adapter_model.safetensors")
+        return
+    if config.peft_type not in PROMPTS:
+        if strategy == "fsdp1":
             unwrapped = extract_model_from_parallel(model, keep_torch_compile=False, recursive=True)
         if accelerator.is_main_process:
             unwrapped.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
         return
-    if version == 2:
+    if strategy == "fsdp2":
         for unit in unwrapped.modules():
             if isinstance(unit, FSDPModule):
                 unit.unshard()
-    zero3 = accelerator.deepspeed_plugin is not None and accelerator.deepspeed_plugin.zero_stage == 3
-    with GatheredParameters(list(unwrapped.prompt_encoder.parameters())) if zero3 else nullcontext():
+    prompt = list(unwrapped.prompt_encoder.parameters())
+    with GatheredParameters(prompt) if strategy == "zero3" else nullcontext():
         main = accelerator.is_main_process
         unwrapped.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False, is_main_process=main)
 
@@ -319,7 +311,7 @@ def save_state(job, found, enter):
     """Train again, and let accelerate write a checkpoint with the optimizer's state."""
     accelerator, model, _ = update(job, {}, enter)
     enter("state")
-    if fsdp_version(accelerator) == 1:
+    if launched_strategy() == "fsdp1":
         optimizer_state(accelerator, model, accelerator._optimizers[0])  # raises where a slice alone would be written
     options = {"exclude_frozen_parameters": True} if accelerator.deepspeed_plugin is not None else {}
     accelerator.save_state(Path(job["folder"]) / "state", **options)

@@ -28,12 +28,11 @@ LINEAR = {"target_modules": "all-linear"}
 LORA = LINEAR | {"r": 8, "lora_alpha": 32, "lora_dropout": 0.0}
 VIRTUAL = {"num_virtual_tokens": 8}
 VERA = LINEAR | {"r": 16, "save_projection": False}  # the random matrices are drawn anew from their key
-# name -> flags of `accelerate launch`, words: what a cell of FSDP1 is measured again with, where it failed
+# name -> flags of `accelerate launch`: what a cell of FSDP1 is measured again with, where it failed
 SETTINGS = {
-    "original": (("--fsdp_use_orig_params", "true"), "`--fsdp_use_orig_params true`"),
+    "original": ("--fsdp_use_orig_params", "true"),
     # a full state dict is copied to the CPU and freed where it was, which without a GPU is the same place
-    "sharded": (("--fsdp_state_dict_type", "SHARDED_STATE_DICT"), "`--fsdp_state_dict_type SHARDED_STATE_DICT`"),
-    "skeleton": ((), "`save_pretrained` of an empty twin of the model, made on the meta device"),
+    "sharded": ("--fsdp_state_dict_type", "SHARDED_STATE_DICT"),
 }
 ROWS = {
     "lora": Row("LoRA on all linear layers", options=LORA, checkpoint=True, setting="sharded"),
@@ -46,13 +45,12 @@ ROWS = {
         options=LORA | {"init_lora_weights": "pissa"},
     ),
     "modules_to_save": Row(
-        "LoRA and a head trained whole, `lm_head`", options=LORA | {"modules_to_save": ["lm_head"]}, setting="skeleton"
+        "LoRA and a head trained whole, `lm_head`", options=LORA | {"modules_to_save": ["lm_head"]}
     ),
     "new_tokens": Row(
         "LoRA, 8 new tokens, embedding and head trained whole",
         options=LORA | {"modules_to_save": ["embed_tokens", "lm_head"]},
         new_tokens=8,
-        setting="skeleton",
     ),
     "trainable_tokens": Row(
         "LoRA and a few rows of the embedding, `trainable_token_indices`",

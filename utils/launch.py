@@ -41,9 +41,7 @@ def start_accelerator(**kwargs):
     turned_off = []
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said here, DeepSpeed need not warn that it found none
-        if (
-            "bitsandbytes" in sys.modules
-        ):  # some CPUs would repack 4-bit weights to answer: not when sharded, and coarser
+        if "bitsandbytes" in sys.modules:  # some CPUs would repack 4-bit weights to answer, in place and coarser
             sys.modules["bitsandbytes.nn.modules"].has_avx512bf16 = lambda: False
     if not torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         if use_deepspeed:

@@ -9,12 +9,7 @@ How: transformers builds the model and PEFT adapts it, but each weight is a `Laz
 when an operation needs the values, and keeps nothing. So names in the files, fused experts, ties and the formulas of
 the deltas are the libraries' own, and memory holds a block of 8 MB of a weight and its delta at a time.
 
-Memory, the largest resident size (ru_maxrss) of the whole process, of which the imports alone take 364 MB: 423 to 431
-MB for models of 240 to 610 MB, whatever the size of the base's files: Llama in 32 bit with files of 66, 96 and 200 MB
-and in 16 bit, T5, Mixtral with LoRA on its attention; 452 with DoRA and modules_to_save, 460 for GPT-2, whose layers
-are merged whole, 476 for a 4-bit base. So it stays below 2 x the largest file + 300 MB, imports and all, for files of
-90 MB and more. One exception, LoRA on fused experts: a layer's experts are there four times, 582 MB for experts of 50
-MB, which keeps the limit above the imports alone. (2 AMD EPYC cores, no GPU, 2026-11-21.)
+docs/merging.md holds the memory that was measured. LoRA on fused experts needs a layer's experts four times.
 
 Checked in 32 bit on up to 24 tokens, against base + adapter: the merged weights before anything is written, then the
 written files, loaded as transformers loads them. 16-bit weights were rounded once, hence their wider tolerance. The
@@ -227,7 +222,8 @@ def read_weights(folder, stem, kind, adapted=False):
         if not path.is_file():
             fail(f"the {kind} {folder} lacks {path.name}: only safetensors are read, save it with safe_serialization")
         try:
-            safe_open(path, framework="pt").__exit__(None, None, None)  # checks header and length, reads no values
+            with safe_open(path, framework="pt"):  # checks header and length, reads no values
+                pass
         except SafetensorError as error:
             fail(f"{path} is truncated or no safetensors file, copy or save it again: {error}")
         with path.open("rb") as file:
@@ -642,6 +638,7 @@ def main(arguments=None):
     )
     parser.add_argument("--max_shard_size", type=byte_count, default="5GB", help="of a weight file (default: 5GB)")
     parser.set_defaults(overwrite_output_dir=False)  # read by `new_folder`
+    parser.error = lambda message: fail(f"{message}: --help lists the flags")
     parsed = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

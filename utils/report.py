@@ -19,7 +19,6 @@ import torch
 from accelerate.utils import DistributedType, gather_object
 from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import ShardingStrategy
 from torch.distributed.tensor import DTensor
@@ -100,12 +99,12 @@ def check_sharding(accelerator, model):
 def save_optimizer_once(accelerator, model, optimizer):
     """Have the optimizer's state saved, to memory, right after its first step, and fail where that cannot be done.
 
-    States in few bits and paged ones are not tensors as the strategies know them; it is better to see that in the
-    first minute than at the first checkpoint. The adapter is small, and so is the state of its optimizer.
+    bitsandbytes' states are not tensors as the strategies know them; it is better to see that in the first minute than
+    at the first checkpoint. torch's and DeepSpeed's own need no such trial.
     """
-    inner = optimizer.optimizer
-    while hasattr(inner, "optimizer"):  # DeepSpeed's, around the one that steps
-        inner = inner.optimizer
+    inner = stepping_optimizer(optimizer)
+    if not type(inner).__module__.startswith("bitsandbytes"):
+        return
 
     def save(*_):
         hook.remove()
@@ -125,6 +124,13 @@ def save_optimizer_once(accelerator, model, optimizer):
     hook = inner.register_step_post_hook(save)
 
 
+def stepping_optimizer(optimizer):
+    """Return the optimizer that steps, below accelerate's wrapper and DeepSpeed's."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
 def optimizer_state(accelerator, model, optimizer):
     """Return what a checkpoint of the optimizer holds under the strategy. Collective."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -134,8 +140,6 @@ def optimizer_state(accelerator, model, optimizer):
         if any(isinstance(value, dict) for entry in state["state"].values() for value in entry.values()):
             raise ValueError("FSDP gathers no tensors that lie in a dict, each process would save its slice alone")
         return state
-    if strategy(accelerator) == "fsdp2":
-        return get_optimizer_state_dict(model, optimizer.optimizer)
     return optimizer.state_dict()
 
 
@@ -225,10 +229,10 @@ def engine_facts(accelerator, parameters):
     parameters_held (per process: how many elements of the parameters it holds, padding included), bytes_held (per
     process: dtype -> bytes), frozen_gradients (how many frozen parameters have storage for a gradient anywhere).
     """
-    optimizer = accelerator._optimizers[0].optimizer
+    optimizer = stepping_optimizer(accelerator._optimizers[0])
     facts = {"offload_optimizer": "none", "offload_param": "none"}
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        engine, optimizer = accelerator.deepspeed_engine_wrapped.engine, optimizer.optimizer
+        engine = accelerator.deepspeed_engine_wrapped.engine
         for part, offload in (("optimizer", engine.zero_offload_optimizer()), ("param", engine.zero_offload_param())):
             facts[f"offload_{part}"] = "none" if offload is None else str(offload.device)
     elif accelerator.device.type != "cpu" and held_part(parameters[0]).device.type == "cpu":  # FSDP's
