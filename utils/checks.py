@@ -21,14 +21,16 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from accelerate.utils import LoggerType
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from torch.utils import cpp_extension
 
 FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json"}
-SCHEDULES = ("cosine", "linear", "constant_with_warmup")
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 LINEAR = ("Linear", "Conv1D")
 DTYPES = ("float32", "bfloat16", "float16")
 OPTIMIZERS = ("adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
@@ -40,6 +42,10 @@ POSITIVE = (
     "gradient_accumulation_steps",
     "learning_rate",
     "num_train_epochs",
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
+    "max_new_tokens",
     "lora_r",
     "lora_alpha",
 )
@@ -52,6 +58,21 @@ def refuse(message):
         time.sleep(5)
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(1)
+
+
+def say(text):
+    """Print a line once, from the first process, also before there is an Accelerator."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text, flush=True)
+
+
+@contextlib.contextmanager
+def refusing(*errors):
+    """Refuse with the sentence of an error of these classes that the body raises."""
+    try:
+        yield
+    except errors as error:
+        refuse(str(error))
 
 
 def or_refuse(culprit, function, *args, **kwargs):
@@ -84,11 +105,103 @@ def check_settings(config, strategies, auto_classes):
         auto_classes: `AutoConfig`, `AutoTokenizer` and the auto class of the model.
     """
     check_numbers(config)
+    if config.prompt_template.count("{text}") != 1:
+        refuse(f"--prompt_template is {config.prompt_template!r}: it must hold {{text}} once")
+    if config.text_column == config.label_column:
+        refuse(
+            f"--text_column and --label_column are both {config.text_column!r}: the label would stand in the prompt"
+        )
     check_launch(config, strategies)
     check_output(config)
     for split, file in data_files(config.dataset_name).get("data_files", {}).items():
         check_file(config, split, Path(file))
     check_model(config, *auto_classes)
+
+
+def check_chat_settings(config, auto_classes, templates):
+    """Refuse settings of chat_sft that cannot work, before anything is loaded.
+
+    Args:
+        config: its Config, `dtype` and `attn_implementation` resolved.
+        auto_classes: as for `check_settings`.
+        templates: the names of chat templates that the script brings.
+    """
+    check_choices(config, templates)
+    view = SimpleNamespace(**vars(config))  # as the other scripts have their settings
+    if config.use_4bit_quantization:
+        view.bnb_4bit_quant_storage = config.bnb_4bit_quant_storage_dtype or config.dtype
+    if config.use_peft_lora:
+        view.target_modules = config.lora_target_modules.split(",")
+    else:
+        del view.lora_r, view.lora_alpha, view.lora_dropout
+    check_numbers(view)
+    check_launch(view, ("single", "ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2"))
+    if config.use_8bit_quantization and launched_strategy() in ("zero3", "fsdp1", "fsdp2"):
+        refuse(
+            "--use_8bit_quantization: bitsandbytes keeps 8-bit weights whole in every process, whatever the strategy "
+            "does: give --use_4bit_quantization, or launch with configs/ddp.yaml"
+        )
+    check_run_folder(config)
+    view.max_length = 1  # a longer one than the model has positions for is cut to those, aloud
+    check_model(view, *auto_classes)
+
+
+def check_choices(config, templates):
+    """Refuse a value that is none of a flag's, flags that contradict each other, and a tracker that is not there."""
+    epochs = ("no", "steps", "epoch")
+    choices = {
+        "dtype": DTYPES,
+        "train_on": ("assistant", "all"),
+        "long_documents": ("truncate", "drop"),
+        "logging_strategy": epochs,
+        "eval_strategy": epochs,
+        "save_strategy": epochs,
+        "hub_strategy": ("end", "every_save", "checkpoint", "all_checkpoints"),
+        "bnb_4bit_quant_type": ("nf4", "fp4"),
+        "bnb_4bit_compute_dtype": ("", *DTYPES),
+        "log_level": ("debug", "info", "warning", "error", "critical"),
+    }
+    for name, known in choices.items():
+        if getattr(config, name) not in known:
+            refuse(f"--{name} is {getattr(config, name)!r}: choose one of {', '.join(filter(None, known))}")
+    template = config.chat_template_format
+    if template not in ("none", *templates) and not (template.endswith(".jinja") and Path(template).is_file()):
+        refuse(f"--chat_template_format is {template!r}: choose {', '.join(templates)}, none or a .jinja file")
+    if config.bf16 and config.fp16:
+        refuse("--bf16 and --fp16 contradict each other: give one of them")
+    if config.use_4bit_quantization and config.use_8bit_quantization:
+        refuse("--use_4bit_quantization and --use_8bit_quantization contradict each other: give one of them")
+    if (config.use_4bit_quantization or config.use_8bit_quantization) and not config.use_peft_lora:
+        refuse("quantized weights cannot be trained: add --use_peft_lora, or drop the quantization")
+    for name in ("use_nested_quant", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage_dtype"):
+        if getattr(config, name) and not config.use_4bit_quantization:
+            say(f"--{name} is unused: nothing is quantized to 4 bits.")
+    if config.use_reentrant and not config.gradient_checkpointing:
+        say("--use_reentrant is unused without --gradient_checkpointing.")
+    if config.streaming and config.max_steps < 1:
+        refuse("--streaming has no length: give --max_steps, the number of updates")
+    if config.hub_model_id and not config.push_to_hub:
+        refuse("--hub_model_id names a repository, and nothing is pushed: add --push_to_hub, or drop it")
+    if config.resume_from_checkpoint and config.overwrite_output_dir:
+        refuse("--resume_from_checkpoint goes on with what --overwrite_output_dir would replace: give one of them")
+    for name in filter(None, config.report_to.split(",")):
+        if name != "none" and (name not in LoggerType.list() or importlib.util.find_spec(name) is None):
+            refuse(
+                f"--report_to {name}: it is not installed, or no tracker of accelerate: pip install {name}, or none"
+            )
+
+
+def check_run_folder(config):
+    """Refuse an output folder that would mix two runs, or that is none of a run's; one to resume from may be there."""
+    folder = Path(config.output_dir)
+    is_run = any(folder.glob("checkpoint-*/state.json")) or (folder / "log.jsonl").is_file()
+    if is_run and not config.overwrite_output_dir and not config.resume_from_checkpoint:
+        refuse(
+            f"--output_dir {folder} holds a run: add --resume_from_checkpoint True to go on with it, "
+            "--overwrite_output_dir to replace it, or choose another"
+        )
+    if not is_run:
+        check_output(config)
 
 
 def check_numbers(config):
@@ -107,16 +220,12 @@ def check_numbers(config):
         refuse(f"--max_steps is {config.max_steps}: give the number of updates, or -1 to train for --num_train_epochs")
     if config.lr_scheduler_type not in SCHEDULES:
         refuse(f"--lr_scheduler_type is {config.lr_scheduler_type!r}: choose one of {', '.join(SCHEDULES)}")
+    if config.lr_scheduler_type == "constant" and config.warmup_ratio:
+        refuse("--lr_scheduler_type constant has no warmup: give constant_with_warmup, or --warmup_ratio 0")
     if config.dtype not in DTYPES:
         refuse(f"--dtype is {config.dtype!r}: choose one of {', '.join(DTYPES)}")
     if getattr(config, "optim", "adamw_torch") not in OPTIMIZERS:
         refuse(f"--optim is {config.optim!r}: choose one of {', '.join(OPTIMIZERS)}")
-    if config.prompt_template.count("{text}") != 1:
-        refuse(f"--prompt_template is {config.prompt_template!r}: it must hold {{text}} once")
-    if config.text_column == config.label_column:
-        refuse(
-            f"--text_column and --label_column are both {config.text_column!r}: the label would stand in the prompt"
-        )
 
 
 def launched_strategy():

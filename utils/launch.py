@@ -17,6 +17,7 @@ import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, gather_object
 from datasets import disable_progress_bars
+from torch.distributed.fsdp import MixedPrecision
 
 
 def start_accelerator(**kwargs):
@@ -31,6 +32,8 @@ def start_accelerator(**kwargs):
     # names that torch and transformers deprecate, called by deepspeed 0.19 in every collective and by peft 0.21
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    # peft's, where both of two tied layers are trained whole: they part, and the file holds both
+    warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True` and a tied layer is part of", UserWarning)
     disable_progress_bars()  # of datasets and of transformers: the one bar is that of the training
     transformers.utils.logging.disable_progress_bar()
     use_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
@@ -60,6 +63,9 @@ def start_accelerator(**kwargs):
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
         raise RuntimeError(f"{launched} processes were launched, but accelerate runs {accelerator.num_processes}")
+    if use_fsdp and isinstance(policy := accelerator.state.fsdp_plugin.mixed_precision_policy, MixedPrecision):
+        # accelerate's has both in bf16 or fp16: it would round the frequencies of the rotary embedding, a buffer
+        policy.buffer_dtype = policy.reduce_dtype = torch.float32
     if offloads_optimizer(accelerator) and (reason := cpu_adam_failure(accelerator)):
         accelerator.deepspeed_plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
         accelerator.print(

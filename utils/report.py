@@ -32,6 +32,13 @@ def fail(message):
     raise SystemExit(1)
 
 
+def fail_together(accelerator, message):
+    """Print `error: message` from the main process and end every process with exit code 1. Every process calls it."""
+    if accelerator.is_main_process:
+        fail(message)
+    raise SystemExit(1)
+
+
 def full_shape(parameter):
     """Return the whole shape of a parameter, of which a sharding strategy leaves a process only a slice."""
     if hasattr(parameter, "ds_shape"):  # ZeRO-3
@@ -88,12 +95,11 @@ def check_sharding(accelerator, model):
     sizes = [", ".join(f"{dtype} {size:,}" for dtype, size in sorted(one.items())) for one in (*held, whole)]
     accelerator.print(f"bytes of parameters per process: {' | '.join(sizes[:-1])}; of the whole model: {sizes[-1]}")
     if most > 1.1 * total / shards(accelerator) + 2**16:  # the rest is padding, of which small models have much
-        if accelerator.is_main_process:
-            fail(
-                f"a process holds {most:,} of {total:,} bytes of parameters, and {strategy(accelerator)} should spread"
-                f" them over {shards(accelerator)}: check the wrap policy, and bnb_4bit_quant_storage of 4-bit weights"
-            )
-        raise SystemExit(1)
+        fail_together(
+            accelerator,
+            f"a process holds {most:,} of {total:,} bytes of parameters, and {strategy(accelerator)} should spread "
+            f"them over {shards(accelerator)}: check the wrap policy, and bnb_4bit_quant_storage of 4-bit weights",
+        )
 
 
 def save_optimizer_once(accelerator, model, optimizer):
@@ -155,14 +161,14 @@ def shards(accelerator):
     return accelerator.num_processes if strategy(accelerator) == "zero3" else 1
 
 
-def collect_metrics(accelerator, model, config, tracker, score, updates):
+def collect_metrics(accelerator, model, config, tracker, score, updates, metric="accuracy"):
     """Return the content of metrics.json. Collective: every process must call it.
 
     Args:
         accelerator, model: as prepared; what is said of the strategy is read from them, not from the launch config.
         config: the script's Config.
         tracker: a `MemoryTracker` that has measured the phase train.
-        score: accuracy on the held-out rows before and after training, 0 to 1.
+        score: accuracy on the held-out rows before and after training, 0 to 1; or, under its name, another measure.
         updates: for each, its loss (mean per target token), its learning rate, its gradient's norm before clipping,
             and how many tokens were targets and how many were input, in all processes and without padding.
     """
@@ -187,7 +193,7 @@ def collect_metrics(accelerator, model, config, tracker, score, updates):
             key: [value if math.isfinite(value) else None for value in values]
             for key, values in zip(("losses", "learning_rates", "grad_norms"), curves)
         },
-        "score": {"metric": "accuracy", "before": score[0], "after": score[1]},
+        "score": {"metric": metric, "before": score[0], "after": score[1]},
         "target_tokens": sum(target_tokens),
         "input_tokens": sum(input_tokens),
         "train_seconds": seconds,
@@ -337,12 +343,14 @@ def write_metrics(folder, metrics):
     config, score = metrics["config"], metrics["score"]
     name = config["model_name_or_path"]
     base_model = "" if Path(name).is_dir() else f"base_model: {name}\n"  # the Hub refuses a card with a path
+    columns = f", column `{config['label_column']}` from `{config['text_column']}`" if "label_column" in config else ""
+    measure = "exact-match accuracy" if score["metric"] == "accuracy" else score["metric"]
+    held_out = f"On held-out rows {measure}: {score['before']:.4f} before, {score['after']:.4f} after. "
     (folder / "README.md").write_text(
         f"---\n{base_model}library_name: {library(folder)}\n---\n\n"
-        f"Trained by `{Path(sys.argv[0]).name}` from `{config['model_name_or_path']}` on `{config['dataset_name']}`, "
-        f"column `{config['label_column']}` from `{config['text_column']}`: {metrics['strategy']} on "
-        f"{metrics['num_processes']} process(es), {len(metrics['losses'])} updates.\n\n"
-        f"Exact-match accuracy on held-out rows: {score['before']:.4f} before, {score['after']:.4f} after. "
+        f"Trained by `{Path(sys.argv[0]).name}` from `{config['model_name_or_path']}` on `{config['dataset_name']}`"
+        f"{columns}: {metrics['strategy']} on {metrics['num_processes']} process(es), {len(metrics['losses'])} "
+        f"updates.\n\n{held_out if score['after'] is not None else ''}"
         "All settings and measurements are in metrics.json.\n\n"
         f"```python\n{load_lines(folder, config['output_dir'], config)}\n```\n"
     )
@@ -364,10 +372,12 @@ def load_lines(folder, output_dir, config):
     else:
         name = json.loads((folder / "config.json").read_text())["architectures"][0]
     lines, options = [f"from {library(folder)} import {name}"], f'"{output_dir}"'
-    if "bnb_4bit_quant_storage" in config:
+    if config.get("use_4bit_quantization", "bnb_4bit_quant_storage" in config):
+        kind, nested = config.get("bnb_4bit_quant_type", "nf4"), config.get("use_nested_quant", True)
         lines += [
             "from transformers import BitsAndBytesConfig",
-            'four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,',
+            f'four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="{kind}", '
+            f"bnb_4bit_use_double_quant={nested},",
             f'                          bnb_4bit_compute_dtype="{config["dtype"]}")',
         ]
         options += f', quantization_config=four, dtype="{config["dtype"]}"'
@@ -376,11 +386,17 @@ def load_lines(folder, output_dir, config):
 
 def print_results(config, metrics, predictions, labels):
     """Print the score, ten predictions beside their labels, what was saved with its bytes, and how to load it."""
-    score, folder = metrics["score"], Path(config.output_dir)
+    score = metrics["score"]
     print(f"accuracy={score['after']:.4f} on {len(labels)} held-out rows (before training {score['before']:.4f})")
     width = max(len(repr(prediction)) for prediction in predictions[:10])
     for prediction, label in zip(predictions[:10], labels[:10]):
         print(f"  prediction {prediction!r:<{width}}  label {label!r}")
+    print_saved(config, metrics)
+
+
+def print_saved(config, metrics):
+    """Print what was saved with its bytes, and how to load it."""
+    folder = Path(config.output_dir)
     print(f"saved in {folder}:")
     for name, size in metrics["saved"].items():
         print(f"  {size:>12,} bytes  {name}")
@@ -401,6 +417,14 @@ def push_to_hub(config):
         )
 
 
+def end_run(accelerator):
+    """End trackers, engine and process group. Every process calls it."""
+    accelerator.wait_for_everyone()
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.deepspeed_engine_wrapped.engine.destroy()  # left alive, it now and then aborts the process at exit
+    accelerator.end_training()
+
+
 def finish_run(accelerator, config, metrics, predictions, labels):
     """Print the results, push them where config.hub_model_id says so, end the process group. Every process calls it.
 
@@ -410,9 +434,6 @@ def finish_run(accelerator, config, metrics, predictions, labels):
     is_main_process = accelerator.is_main_process
     if is_main_process:
         print_results(config, metrics, predictions, labels)
-    accelerator.wait_for_everyone()
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        accelerator.deepspeed_engine_wrapped.engine.destroy()  # left alive, it now and then aborts the process at exit
-    accelerator.end_training()
+    end_run(accelerator)
     if is_main_process and config.hub_model_id:  # alone: a long upload must not run into a collective's time limit
         push_to_hub(config)

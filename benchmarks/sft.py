@@ -1,0 +1,348 @@
+"""Tokens per second and peak memory of supervised fine-tuning with LoRA: chat_sft.py, TRL, Trainer, a padded loop.
+
+Run:  python benchmarks/sft.py [--repeats 3] [--legs chat_sft trl trainer padded] [--gpu]      (pip install trl)
+
+The same model, data, batches, tokens and updates in turn, each leg a process of its own:
+  chat_sft  examples/chat_sft.py through `accelerate launch`
+  trl       TRL's SFTTrainer at its fastest options that keep the batches: padding_free. --trl tries others, for
+            example --legs padded trl --trl '{"padding_free": false, "max_length": 512}'
+  trainer   transformers' Trainer, batches padded to their longest row
+  padded    the loop of PEFT's examples: every row padded to 512 tokens, the logits of all positions
+
+Train seconds run from the first update's start to the last one's end, without imports and loading. Tokens per second
+count the tokens of questions and answers, never padding. Peak memory is the largest resident set of the leg's process,
+ru_maxrss, loading included; on a GPU that of torch's allocator. The losses, mean per answer token of each update, must
+agree in all legs, and the counts of tokens be equal. Prints minimum and median of each leg and of chat_sft's ratio to
+it within a round. Goals on a CPU: 3.5 times the tokens per second of TRL and 4 times those of the padded loop, 0.6 and
+0.3 times their memory.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+# torch is imported in the legs only: a process that is started takes over the peak memory of the one that starts it
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(1, str(ROOT))
+from benchmarks.first_run import cpu  # noqa: E402
+
+LEGS = ["chat_sft", "trl", "trainer", "padded"]
+UPDATES, MAX_LENGTH, SEED = 8, 512, 42
+GOALS = {"trl": (3.5, 0.6), "padded": (4, 0.3)}  # ratios of tokens per second, at least, and of memory, at most
+# Losses of the same computation differ by up to TOLERANCE (relative): see the measurements beside it.
+CPU = SimpleNamespace(  # 157 million parameters, 99 of them the embeddings, which are the head's weights too
+    batch=8,
+    dtype="float32",
+    attention="sdpa",
+    learning_rate=1e-3,
+    tolerance=1e-4,
+    shape=dict(hidden_size=768, intermediate_size=1440, num_hidden_layers=12, num_attention_heads=12, tied=True),
+)
+GPU = SimpleNamespace(  # Llama 3.1 8B; about 4,096 tokens per update, in one row where a leg can
+    batch=24,
+    dtype="bfloat16",
+    attention="flash_attention_2" if importlib.util.find_spec("flash_attn") else "sdpa",
+    learning_rate=1e-4,
+    tolerance=2e-2,  # not measured
+    shape=dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, tied=False),
+)
+PEAK_FLOPS = 989e12  # of an H100 in bfloat16
+
+
+def problem(draw):
+    """Return a word problem and its solution, about as long as GSM8K's."""
+    name, thing = draw.choice(["Ben", "Ann", "Tom", "Mia"]), draw.choice(["apples", "cards", "pens", "books"])
+    total = draw.randint(60, 99)
+    question, answer = [f"{name} has {total} {thing}."], []
+    for day in range(draw.choices(range(2, 9), (27, 28, 22, 13, 6, 3, 1))[0]):
+        number = draw.randint(2, 9)
+        verb, sign, after = draw.choice([("gets", "+", total + number), ("gives away", "-", total - number)])
+        question.append(f"{name} {verb} {number} on day {day + 1}.")
+        answer.append(f"Then {total} {sign} {number} = <<{total}{sign}{number}={after}>>{after} {thing}.")
+        total = after
+    question.append(f"How many {thing} does {name} have?")
+    return {"prompt": " ".join(question) + "\nAnswer:", "completion": " " + "\n".join([*answer, f"#### {total}"])}
+
+
+def make_inputs(folder, setting):
+    """Write a model of random weights with the shipped tokenizer, and the rows in the order of training."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/tiny-causal-lm")
+    shape = dict(setting.shape)
+    config = LlamaConfig(
+        vocab_size=128_256,
+        num_key_value_heads=shape["num_attention_heads"] // 4 if setting is GPU else 4,
+        tie_word_embeddings=shape.pop("tied"),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype=setting.dtype,
+        **shape,
+    )
+    torch.manual_seed(SEED)
+    torch.set_default_dtype(getattr(torch, setting.dtype))
+    with torch.device("cuda" if setting is GPU else "cpu"):
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    draw = random.Random(SEED)
+    rows = [json.dumps(problem(draw)) for _ in range(UPDATES * setting.batch)]
+    (folder / "train.jsonl").write_text("\n".join(rows))
+    return {"parameters": model.num_parameters()}
+
+
+def load(folder, setting):
+    """Return the model with its LoRA, the tokenizer and the rows as ids and labels, which count for answers only."""
+    import torch
+    from accelerate.utils import set_seed
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    set_seed(SEED)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    options = dict(dtype=getattr(torch, setting.dtype), attn_implementation=setting.attention)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", **options)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0, target_modules="all-linear")
+    model = get_peft_model(model.cuda() if setting is GPU else model, lora)
+    rows = []
+    for row in map(json.loads, (folder / "train.jsonl").read_text().splitlines()):
+        ids = tokenizer(row["prompt"] + row["completion"]).input_ids + [tokenizer.eos_token_id]
+        prompt = len(tokenizer(row["prompt"]).input_ids)
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return model, tokenizer, rows
+
+
+def run_trainer(setting, trainer_class, config_class, **options):
+    """Train with a Trainer and return what is measured."""
+    from transformers import TrainerCallback
+
+    times, losses = [], []
+
+    class Timer(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            times.append(time.perf_counter())
+
+        def on_step_end(self, *args, **kwargs):
+            times.append(time.perf_counter())
+
+        def on_log(self, args, state, control, logs, **kwargs):
+            losses.extend([logs["loss"]] if "loss" in logs else [])
+
+    config = dict(
+        max_steps=UPDATES,
+        per_device_train_batch_size=setting.batch,
+        learning_rate=setting.learning_rate,
+        lr_scheduler_type="constant",
+        gradient_checkpointing=True,
+        train_sampling_strategy="sequential",
+        bf16=setting is GPU,
+        use_cpu=setting is CPU,
+        use_liger_kernel=setting is GPU and bool(importlib.util.find_spec("liger_kernel")),
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=SEED,
+    )
+    args = config_class(**config | options.pop("config"))
+    trainer = trainer_class(args=args, callbacks=[Timer()], **options)
+    trainer.train()
+    return losses, times[-1] - times[0], trainer.train_dataset
+
+
+def train_trl(folder, setting, overrides):
+    from datasets import load_dataset
+    from trl import SFTConfig, SFTTrainer
+
+    model, tokenizer, _ = load(folder, setting)
+    config = dict(output_dir=folder / "trl", padding_free=True, max_length=None) | overrides
+    data = load_dataset("json", data_files=str(folder / "train.jsonl"), split="train")
+    options = dict(model=model, processing_class=tokenizer, train_dataset=data, config=config)
+    return run_trainer(setting, SFTTrainer, SFTConfig, **options)
+
+
+def train_trainer(folder, setting, _):
+    from datasets import Dataset
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    model, tokenizer, rows = load(folder, setting)
+    options = dict(train_dataset=Dataset.from_list(rows), data_collator=DataCollatorForSeq2Seq(tokenizer))
+    return run_trainer(
+        setting, Trainer, TrainingArguments, model=model, config=dict(output_dir=folder / "trainer"), **options
+    )
+
+
+def train_padded(folder, setting, _):
+    import torch
+    from torch.utils.data import DataLoader
+    from transformers import DataCollatorForSeq2Seq
+
+    model, tokenizer, rows = load(folder, setting)
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    model.config.use_cache = False
+    model.train()
+    collator = DataCollatorForSeq2Seq(tokenizer, padding="max_length", max_length=MAX_LENGTH)
+    loader = DataLoader(rows, batch_size=setting.batch, collate_fn=collator)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=setting.learning_rate, weight_decay=0)
+    losses, start = [], time.perf_counter()
+    for batch in loader:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=setting is GPU):
+            loss = model(**batch.to(model.device)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)  # the other legs' default
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, time.perf_counter() - start, rows
+
+
+def run_leg(leg, folder, setting, overrides):
+    """In a leg's own process: train, and return the measurements as chat_sft writes them."""
+    import torch
+
+    losses, seconds, rows = globals()[f"train_{leg}"](folder, setting, overrides)
+    return {
+        "losses": losses,
+        "train_seconds": seconds,
+        "input_tokens": sum(len(row["input_ids"]) for row in rows),
+        "target_tokens": sum(label != -100 for row in rows for label in row["labels"]),
+        "memory": {"train": [{"gpu_peak": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0}]},
+    }
+
+
+def chat_sft(folder, setting):
+    """Return the command of the leg that the others are compared with."""
+    flags = dict(
+        model_name_or_path=folder / "model",
+        dataset_name=folder / "train.jsonl",
+        splits="train",
+        dtype=setting.dtype,
+        attn_implementation=setting.attention,
+        max_length=MAX_LENGTH,
+        per_device_train_batch_size=setting.batch,
+        gradient_accumulation_steps=1,
+        max_steps=UPDATES,
+        learning_rate=setting.learning_rate,
+        lr_scheduler_type="constant",
+        warmup_ratio=0,
+        gradient_checkpointing=True,
+        use_peft_lora=True,
+        lora_r=8,
+        lora_alpha=16,
+        lora_dropout=0,
+        lora_target_modules="all-linear",
+        shuffle=False,
+        seed=SEED,
+        save_strategy="no",
+        eval_strategy="no",
+        report_to="none",
+        output_dir=folder / "chat_sft",
+    )
+    command = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", ROOT / "configs/single.yaml"]
+    command += ["--mixed_precision", "bf16" if setting is GPU else "no", ROOT / "examples/chat_sft.py"]
+    return command + [word for name, value in flags.items() for word in (f"--{name}", value)]
+
+
+def launch(leg, folder, options):
+    """Run a leg, or `inputs`, and return what it wrote with the peak memory of its largest process."""
+    output = folder / leg / "metrics.json"
+    command = [__file__, "--leg", leg, "--folder", folder, "--trl", options.trl] + ["--gpu"] * options.gpu
+    if leg == "chat_sft":
+        command = chat_sft(folder, GPU if options.gpu else CPU) + ["--overwrite_output_dir", True]
+    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
+    with open(folder / f"{leg}.log", "w+") as log:
+        process = subprocess.Popen([sys.executable, *map(str, command)], env=environment, stdout=log, stderr=log)
+        _, status, usage = os.wait4(process.pid, 0)  # the peak of the process and of those that it waited for
+        if status:
+            log.seek(0)
+            sys.exit(f"error: {leg} failed:\n{log.read()}")
+    return json.loads(output.read_text()) | {"peak": usage.ru_maxrss * 1024}
+
+
+def check(leg, found, reference, tolerance):
+    """Stop where a leg did not train on the same tokens or got other losses; return the largest relative difference."""
+    for count in ("input_tokens", "target_tokens"):
+        if found[count] != reference[count]:
+            sys.exit(f"error: {leg} trained on {found[count]} {count}, not on {reference[count]}")
+    pairs = list(zip(found["losses"], reference["losses"], strict=True))
+    difference = max(abs(ours / theirs - 1) for ours, theirs in pairs)
+    if difference > tolerance:
+        sys.exit(f"error: the losses of {leg} differ by {difference:.1e}, more than {tolerance:.0e}: {pairs}")
+    return difference
+
+
+def spread(values, form):
+    return f"minimum {min(values):{form}}  median {statistics.median(values):{form}}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each leg, in turn")
+    parser.add_argument("--legs", nargs="+", default=LEGS, choices=LEGS, help="the first is compared with the others")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every leg")
+    parser.add_argument("--gpu", action="store_true", help="Llama 3.1 8B in bfloat16, on one GPU")
+    parser.add_argument("--trl", default="{}", help="settings of SFTConfig instead of the fastest, as JSON")
+    parser.add_argument("--leg", help=argparse.SUPPRESS)  # in a leg's process
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    setting = GPU if options.gpu else CPU
+    if options.leg:
+        (options.folder / options.leg).mkdir(exist_ok=True)
+        if options.leg == "inputs":
+            metrics = make_inputs(options.folder, setting)
+        else:
+            metrics = run_leg(options.leg, options.folder, setting, json.loads(options.trl))
+        (options.folder / options.leg / "metrics.json").write_text(json.dumps(metrics))
+        return
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft", "trl")]
+    print(f"{datetime.date.today()}, {os.cpu_count()} cores, {cpu()}, {', '.join(versions)}")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        parameters = launch("inputs", folder, options)["parameters"]
+        rounds = []
+        for _ in range(options.repeats):
+            rounds.append({leg: launch(leg, folder, options) for leg in options.legs})  # in turn: noise meets all
+            for leg, found in rounds[-1].items():
+                found["difference"] = check(leg, found, rounds[0][options.legs[0]], setting.tolerance)
+                found["rate"] = found["input_tokens"] / found["train_seconds"]
+                peaks = [device["gpu_peak"] for phase in found["memory"].values() for device in phase]
+                found["memory"] = max(peaks) if options.gpu else found["peak"]
+    first, *others = options.legs
+    one = rounds[0][first]
+    print(f"{parameters:,} parameters, {one['input_tokens']:,} tokens, of them {one['target_tokens']:,} of answers,")
+    print(f"{UPDATES} updates, {options.threads} threads, {options.repeats} runs of each leg in turn")
+    print(f"losses of {first}: {' '.join(f'{loss:.4f}' for loss in one['losses'])}")
+    for leg in options.legs:
+        runs = [each[leg] for each in rounds]
+        print(f"{leg:8} seconds      {spread([run['train_seconds'] for run in runs], '8.1f')}")
+        print(f"{leg:8} tokens/s     {spread([run['rate'] for run in runs], '8.1f')}")
+        print(f"{leg:8} peak MB      {spread([run['memory'] / 1e6 for run in runs], '8.0f')}")
+        print(f"{leg:8} losses differ by at most {max(run['difference'] for run in runs):.1e}")
+        if options.gpu:
+            utilisation = [4 * parameters * run["rate"] / PEAK_FLOPS for run in runs]
+            print(f"{leg:8} utilisation  {spread(utilisation, '8.1%')}")
+    for leg in others:
+        for goal, (what, key) in enumerate((("tokens/s", "rate"), ("memory", "memory"))):
+            ratios = [each[first][key] / each[leg][key] for each in rounds]
+            aim = f"  goal {GOALS[leg][goal]}" if leg in GOALS and first == "chat_sft" and not options.gpu else ""
+            print(f"{first} / {leg}: {what:8} {spread(ratios, '6.2f')}{aim}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,679 @@
+"""Fine-tune a chat model in production: LoRA, QLoRA or all weights, packed, resumable, on any config there is.
+
+Base:    none
+Changes: none
+Run:     accelerate launch --config_file configs/ddp.yaml examples/chat_sft.py --use_peft_lora
+Needs:   2 CPU processes with 700 MB each for the shipped model; on GPUs not measured
+Expect:  perplexity of held-out answers 1 -> 1
+"""
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+import zlib
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate.utils import GradientAccumulationPlugin, send_to_device, set_seed
+from deepspeed.runtime.zero import unwrap_model_for_generation
+from peft import LoraConfig, TaskType, get_peft_model
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import fsdp_auto_wrap_policy
+from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from tqdm import tqdm
+from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import BitsAndBytesConfig, GenerationConfig, HfArgumentParser
+from transformers.hf_argparser import HfArg
+from transformers.optimization import get_scheduler
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # holds utils/; one beside the script comes first
+from utils.checkpoint import CheckpointError, check_same_run, checkpoints, find_checkpoint, gather_trained
+from utils.checkpoint import load_checkpoint, read_state, remove_checkpoints, save_checkpoint
+from utils.checks import check_chat_settings, launched_precision, launched_strategy, read_settings, refusing, say
+from utils.conversations import DataError, as_document, read_splits, shape_of
+from utils.hub import HubPusher
+from utils.launch import adamw, start_accelerator
+from utils.loss import add_token_loss, check_token_loss
+from utils.memory import MemoryTracker, fits_whole, plot_memory
+from utils.packing import build_loader, join, pack, shuffled_places, split_evenly, stream_places
+from utils.report import check_adapter, check_model, check_sharding, collect_metrics, end_run, fail_together
+from utils.report import full_shape, name_in_file, new_folder, print_saved, strategy, write_metrics
+
+# name -> the template, the tokens that it brings, the one of them that ends a turn (none: the tokenizer's)
+TEMPLATES = {
+    "chatml": (
+        "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content'] }}<|im_end|>{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}",
+        ("<|im_start|>", "<|im_end|>"),
+        "<|im_end|>",
+    ),
+    "zephyr": (
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ '\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{{ '\n' }}{% endif %}",
+        ("<|system|>", "<|user|>", "<|assistant|>"),
+        None,
+    ),
+}
+# dense bf16 FLOP per second of a GPU, from the makers' data sheets
+PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12}
+
+
+# 1. Settings --------------------------------------------------------------------------------------
+@dataclass
+class Config:  # what is trained; where it runs stands in the launch config, of which --bf16 and --fp16 alone win
+    model_name_or_path: str = HfArg(default="assets/tiny-causal-lm", help="folder or Hub id, safetensors only")
+    dtype: str = HfArg(default="auto", help="of the weights as loaded; auto: of bf16, fp16 where frozen, else float32")
+    attn_implementation: str = HfArg(default="documents", help="documents (utils/packing.py), sdpa, eager, ...")
+    use_flash_attn: bool = HfArg(default=False, help="flash-attn's kernels, if this machine has them")
+    dataset_name: str = HfArg(default="assets/chat", help="Hub id, folder, .json, .jsonl, .csv or .parquet")
+    dataset_text_field: str = HfArg(default="", help="column of plain text, in data without conversations")
+    splits: str = HfArg(default="", help="train,test or others; empty: train and, where there is one, test")
+    streaming: bool = HfArg(default=False, help="read while training, for data larger than memory; needs max_steps")
+    chat_template_format: str = HfArg(default="none", help="chatml, zephyr, a .jinja file; none: the tokenizer's own")
+    train_on: str = HfArg(default="assistant", help="assistant (of pairs: the completion) or all tokens")
+    add_special_tokens: bool | None = HfArg(default=None, help="the tokenizer's, around; unset: not around chats")
+    append_concat_token: bool | None = HfArg(default=None, help="end with the eos token; unset: all but chats do")
+    max_length: int = HfArg(default=256, aliases=["--max_seq_len"], help="tokens of a document, and of a pack")
+    long_documents: str = HfArg(default="truncate", help="truncate or drop those beyond max_length")
+    packing: bool = HfArg(default=False, help="fill each place of a batch with documents up to max_length")
+    shuffle: bool = HfArg(default=True, help="another order in every epoch")
+    dataloader_num_workers: int = HfArg(default=0, help="processes that prepare batches ahead of the training")
+    use_peft_lora: bool = HfArg(default=False, help="train LoRA matrices; else all weights")
+    lora_r: int = HfArg(default=8, help="their rank")
+    lora_alpha: int = HfArg(default=16, help="their product is scaled by lora_alpha / lora_r")
+    lora_dropout: float = HfArg(default=0.0, help="share of its input that a LoRA layer does not see, 0 to below 1")
+    lora_target_modules: str = HfArg(default="all-linear", help="names of layers, comma separated, or all-linear")
+    use_4bit_quantization: bool = HfArg(default=False, help="a frozen base of 4-bit weights: QLoRA")
+    use_8bit_quantization: bool = HfArg(default=False, help="of 8-bit weights, which no strategy shards")
+    use_nested_quant: bool = HfArg(default=False, help="quantize the 4-bit weights' scales, too")
+    bnb_4bit_quant_type: str = HfArg(default="nf4", help="nf4 or fp4")
+    bnb_4bit_compute_dtype: str = HfArg(default="", help="of the arithmetic with 4-bit weights; empty: dtype's")
+    bnb_4bit_quant_storage_dtype: str = HfArg(
+        default="", help="that packs 4-bit weights; empty: dtype's, to be sharded"
+    )
+    bf16: bool = HfArg(default=False, help="mixed precision bf16, whatever the launch config says")
+    fp16: bool = HfArg(default=False, help="mixed precision fp16, on GPUs")
+    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, more time")
+    use_reentrant: bool = HfArg(default=False, help="its older implementation")
+    per_device_train_batch_size: int = HfArg(default=8, help="documents (packing: packs) in a process's micro-batch")
+    per_device_eval_batch_size: int = HfArg(default=8, help="the same, of the evaluation")
+    gradient_accumulation_steps: int = HfArg(default=1, help="micro-batches of one process in an update")
+    learning_rate: float = HfArg(default=1e-3, help="peak, after the warmup; larger models want a lower one")
+    lr_scheduler_type: str = HfArg(default="cosine", help="cosine, linear, constant or constant_with_warmup")
+    warmup_ratio: float = HfArg(default=0.0, help="share of the updates, rounded down, in which the rate rises")
+    optim: str = HfArg(default="adamw_torch", help="adamw_torch, adamw_8bit, paged_adamw_32bit or paged_adamw_8bit")
+    weight_decay: float = HfArg(default=0.0, help="AdamW's, per update and unit of learning rate")
+    max_grad_norm: float = HfArg(default=1.0, help="L2 norm to which a larger gradient is cut; 0 never cuts")
+    num_train_epochs: float = HfArg(default=3.0, help="passes over the data, rounded up to whole updates")
+    max_steps: int = HfArg(default=-1, help="updates, in place of num_train_epochs; -1 leaves it to those")
+    seed: int = HfArg(default=42, help="of new weights, dropout and the order of the documents")
+    logging_strategy: str = HfArg(default="steps", help="steps, epoch or no")
+    logging_steps: int = HfArg(default=5, help="updates between two lines of the log")
+    log_level: str = HfArg(default="warning", help="of transformers: debug, info, warning, error or critical")
+    report_to: str = HfArg(default="none", help="accelerate's trackers, comma separated: tensorboard, wandb, ...")
+    eval_strategy: str = HfArg(default="epoch", aliases=["--evaluation_strategy"], help="epoch, steps or no")
+    eval_steps: int = HfArg(default=100, help="updates between two evaluations of eval_strategy steps")
+    num_samples: int = HfArg(default=2, help="held-out prompts that are answered at each evaluation")
+    max_new_tokens: int = HfArg(default=64, help="tokens of such an answer")
+    layerwise_generation: bool = HfArg(default=False, help="answer from a layer at a time, not the whole model; slow")
+    save_strategy: str = HfArg(default="epoch", help="epoch, steps or no checkpoints")
+    save_steps: int = HfArg(default=100, help="updates between two checkpoints of save_strategy steps")
+    save_total_limit: int = HfArg(default=0, help="checkpoints that are kept, the newest; 0 keeps all")
+    resume_from_checkpoint: str = HfArg(default="", help="True for the newest in output_dir, or a checkpoint's folder")
+    output_dir: str = HfArg(default=f"outputs/{Path(__file__).stem}", help="new folder for all that the run leaves")
+    overwrite_output_dir: bool = HfArg(default=False, help="replace what an earlier run left in output_dir")
+    push_to_hub: bool = HfArg(default=False, help="push what is saved, in the background")
+    hub_model_id: str = HfArg(default="", help="to this repository; empty: output_dir's name, under the own account")
+    hub_private_repo: bool = HfArg(default=True, help="made private, if it is new")
+    hub_strategy: str = HfArg(
+        default="every_save", help="end, every_save, checkpoint or all_checkpoints, as Trainer's"
+    )
+
+
+def resolve(config):
+    """Fill in the settings that depend on others and on the machine; say which of them cannot act here."""
+    launched = launched_precision()
+    precision = "bf16" if config.bf16 else "fp16" if config.fp16 else launched
+    if precision != launched:
+        say(f"--{precision} wins over mixed_precision {launched} of the launch config.")
+        os.environ["ACCELERATE_MIXED_PRECISION"] = precision
+    half = {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
+    if config.dtype == "auto":
+        config.dtype = half if config.use_peft_lora else "float32"
+    if config.use_flash_attn and torch.cuda.is_available() and find_spec("flash_attn"):
+        config.attn_implementation = "flash_attention_2"
+    elif config.use_flash_attn:
+        kernel = "torch's own for variable lengths" if torch.cuda.is_available() else "sdpa, document by document"
+        say(f"--use_flash_attn: flash-attn needs a GPU and its package, neither swallowed: attention is {kernel}.")
+
+
+# 2. Data ------------------------------------------------------------------------------------------
+def build_tokenizer(config, is_chat):
+    """Return the tokenizer with the chat template asked for, and how many tokens that brought."""
+    tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path)
+    choice = config.chat_template_format
+    if is_chat and choice == "none" and not tokenizer.chat_template:
+        choice = "chatml"
+        say("The tokenizer has no chat template of its own, so that the conversations are written in chatml.")
+    if not is_chat or choice == "none":
+        if choice != "none":
+            say(f"--chat_template_format {choice} is unused: the data holds texts and no conversations.")
+        return tokenizer, 0
+    if choice not in TEMPLATES:
+        tokenizer.chat_template = Path(choice).read_text()
+        return tokenizer, 0
+    tokenizer.chat_template, tokens, end = TEMPLATES[choice]
+    added = tokenizer.add_tokens([AddedToken(token, special=True) for token in tokens], special_tokens=True)
+    tokenizer.eos_token = end or tokenizer.eos_token
+    return tokenizer, added
+
+
+def render(tokenizer, messages, first, where):
+    """Return a conversation as the template writes it, and from where to where in it the assistant speaks."""
+
+    def template(part, **options):
+        try:
+            return tokenizer.apply_chat_template(part, tokenize=False, **options)
+        except Exception as error:  # a template raises what it likes
+            raise DataError(f"{where}: the chat template refuses it ({error}): mend it, or take another") from error
+
+    text, spans = template(messages), []
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant" and number >= first:
+            begin = template(messages[:number], add_generation_prompt=True)
+            end = template(messages[: number + 1]).rstrip()
+            whole = text.startswith(end) and end.startswith(begin)  # no: it rewrites what came before, as Qwen3's does
+            spans.append((len(begin), len(end)) if whole else None)
+    return text, spans
+
+
+def encode(row, index, config, tokenizer, shape, split):
+    """Return a row's token ids, its labels (-100: no loss), and how many tokens it had before it was cut."""
+    where = f"row {index + 1} of {split}"
+    kind, *parts = as_document(row, shape, where)
+    if kind == "chat":
+        text, spans = render(tokenizer, *parts, where)
+    else:
+        text, spans = "".join(parts), [(len("".join(parts[:-1])), len("".join(parts)))]
+    around = config.add_special_tokens if config.add_special_tokens is not None else kind != "chat"
+    ends = config.append_concat_token if config.append_concat_token is not None else kind != "chat"
+    tokens = tokenizer(text, add_special_tokens=around, return_offsets_mapping=True)
+    ids = labels = tokens["input_ids"]
+    if config.train_on == "assistant":
+        if None in spans:
+            raise DataError(
+                f"{where}: the chat template does not show where the assistant's turns begin and end: give "
+                "--chat_template_format chatml, or a template that does, or --train_on all"
+            )
+        trained = [b > a and any(begin <= a and b <= end for begin, end in spans) for a, b in tokens["offset_mapping"]]
+        labels = [token if is_trained else -100 for token, is_trained in zip(ids, trained)]
+    if ends and ids[-1:] != [tokenizer.eos_token_id]:
+        ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
+    return {"input_ids": ids[: config.max_length], "labels": labels[: config.max_length], "length": len(ids)}
+
+
+def is_kept(document, config):
+    """Return whether a document has a token to train on, and is short enough where long ones are dropped."""
+    fits = document["length"] <= config.max_length or config.long_documents == "truncate"
+    return fits and any(label != -100 for label in document["labels"][1:])
+
+
+def build_documents(config, accelerator, rows, split, **encoding):
+    """Return the encoded rows that can be trained on, and a line that counts them; say what became of the others."""
+    encoding |= {"config": config, "split": split}
+    with accelerator.main_process_first():  # the others read what it wrote into the cache
+        encoded = rows.map(encode, with_indices=True, fn_kwargs=encoding, remove_columns=rows.column_names)
+    kept, tokens, trained, long, checksum = [], 0, 0, 0, 0
+    for number, document in enumerate(encoded):
+        long += document["length"] > config.max_length
+        if is_kept(document, config):
+            kept.append(number)
+            tokens += len(document["input_ids"])
+            trained += sum(label != -100 for label in document["labels"][1:])
+            checksum = zlib.crc32(repr((document["input_ids"], document["labels"])).encode(), checksum)
+    if not kept:
+        raise DataError(f"no row of {split} has a token to train on within --max_length {config.max_length}: raise it")
+    facts = f"{len(kept)} documents, {tokens:,} tokens, {trained:,} of them trained on, checksum {checksum:08x}"
+    done = "cut" if config.long_documents == "truncate" else "dropped"
+    say(f"{split}: {facts}; {long} beyond --max_length {done}, {len(encoded) - len(kept)} of {len(encoded)} left out.")
+    return encoded.select(kept), facts
+
+
+def read_stream(config, rows, epoch, **encoding):
+    """Yield the encoded rows of a stream that can be trained on, in each epoch shuffled anew within a window."""
+    rows = rows.shuffle(seed=config.seed + epoch, buffer_size=10_000) if config.shuffle else rows
+    encoding |= {"config": config, "split": "the stream"}
+    kept = filter(partial(is_kept, config=config), (encode(row, n, **encoding) for n, row in enumerate(rows)))
+    if (first := next(kept, None)) is None:
+        raise DataError(f"no row of the stream has a token to train on within --max_length {config.max_length}")
+    yield first
+    yield from kept
+
+
+def build_batches(config, accelerator, documents, start):
+    """Return a loader of the training's micro-batches from the `start`-th of a process on, and places per epoch."""
+    limit, size = config.max_length, config.per_device_train_batch_size
+    if config.streaming:
+        endless, documents, per_epoch = partial(stream_places, documents, limit, config.packing), None, math.inf
+    else:
+        lengths = list(map(len, documents["input_ids"]))
+        places = pack(lengths, limit, config.packing)
+        endless, per_epoch = partial(shuffled_places, places, config.seed, config.shuffle), len(places)
+        if config.packing:
+            used = sum(lengths) / len(places) / limit
+            say(f"{len(lengths)} documents are packed into {len(places)} places of {limit} tokens, {used:.1%} used.")
+    whose = (accelerator.process_index, accelerator.num_processes, config.dataloader_num_workers)
+    return build_loader(endless, documents, size, start, *whose), per_epoch
+
+
+def build_held_out(config, accelerator, rows, encoding):
+    """Return this process's batches of the held-out rows, and prompts of token ids to be answered."""
+    if rows is None or config.eval_strategy == "no":
+        if config.eval_strategy != "no":
+            say("There are no held-out rows, so nothing is evaluated: name a second split in --splits.")
+        return [], []
+    documents, _ = build_documents(config, accelerator, rows, "the held-out split", **encoding)
+    places = pack(list(map(len, documents["input_ids"])), config.max_length, config.packing)
+    whose = (accelerator.process_index, accelerator.num_processes)
+    batches = split_evenly(places, documents, config.per_device_eval_batch_size, *whose)
+    prompts = []
+    for document in islice(documents, config.num_samples):
+        first = next(number for number, label in enumerate(document["labels"]) if label != -100)
+        prompts.append(document["input_ids"][: first or 8])  # of a text, trained on whole, its beginning
+    return batches, prompts
+
+
+def preview(tokenizer, document):
+    """Return a document as text, what is trained on between guillemets."""
+    text, before = "", False
+    for token, label in zip(document["input_ids"], document["labels"]):
+        text += ("\u00ab" if label != -100 else "\u00bb") * ((label != -100) != before) + tokenizer.decode([token])
+        before = label != -100
+    return text + "\u00bb" * before
+
+
+# 3. Model -----------------------------------------------------------------------------------------
+def build_model(config, tokenizer, added):
+    """Return the model, all of it trained, or frozen, in 4 or 8 bits if asked for, with LoRA layers to be trained."""
+    options = {"dtype": config.dtype, "attn_implementation": config.attn_implementation, "use_safetensors": True}
+    if config.use_4bit_quantization or config.use_8bit_quantization:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=config.use_4bit_quantization,
+            load_in_8bit=config.use_8bit_quantization,
+            bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=config.use_nested_quant,
+            bnb_4bit_compute_dtype=config.bnb_4bit_compute_dtype or config.dtype,
+            bnb_4bit_quant_storage=config.bnb_4bit_quant_storage_dtype or config.dtype,  # sharded as such numbers
+        )
+    model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, **options)
+    whole = []
+    if added:  # rows of their own for the new tokens, which nothing has trained yet
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        heads = (model.get_input_embeddings(), model.get_output_embeddings())
+        whole = [name.rpartition(".")[2] for name, module in model.named_modules() if module in heads]
+        say(f"{added} new tokens: {', '.join(whole)} are trained and saved whole.")
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id
+    )
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": config.use_reentrant})
+        model.enable_input_require_grads()  # else a reentrant layer finds nothing to differentiate
+    set_seed(config.seed)  # one start for all strategies, whatever the resizing drew
+    if config.use_peft_lora:
+        names = config.lora_target_modules
+        lora = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+        lora |= {"target_modules": names if names == "all-linear" else names.split(","), "modules_to_save": whole}
+        is_engine = launched_strategy().startswith("zero")  # keeps float32 values of its own, beside one dtype
+        lora_config = LoraConfig(task_type=TaskType.CAUSAL_LM, **lora)
+        model = get_peft_model(model, lora_config, autocast_adapter_dtype=not is_engine)
+        for weight in (weight for weight in model.parameters() if weight.requires_grad):
+            weight.data = weight.data.to(getattr(torch, config.dtype)).to(weight.dtype)  # as that engine starts
+        if launched_precision() != "no":  # autocast does it; PEFT would cast to a dtype that changes as FSDP gathers
+            for layer in (layer for layer in model.modules() if hasattr(layer, "cast_input_dtype_enabled")):
+                layer.cast_input_dtype_enabled = False
+    add_token_loss(model)
+    return model
+
+
+# 4. Evaluation ------------------------------------------------------------------------------------
+def evaluate(accelerator, model, batches):
+    """Return loss per label, perplexity and token accuracy, over all processes' batches."""
+    model.eval()
+    totals = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    for batch in batches:
+        with torch.no_grad():
+            outputs = model(**send_to_device(batch, accelerator.device))
+        labels = batch["labels"].ne(-100).sum().to(accelerator.device)
+        totals += torch.stack([outputs["loss"], outputs["correct"], labels])
+    model.train()
+    loss, correct, labels = accelerator.reduce(totals).tolist()
+    perplexity = math.exp(min(loss / labels, 700))
+    return {"eval_loss": loss / labels, "perplexity": perplexity, "token_accuracy": correct / labels}
+
+
+@contextmanager
+def generating(accelerator, model):
+    """Yield what generates, gathered from the processes once, or layer by layer where memory lacks."""
+    kind, whole = strategy(accelerator), model.gather_for_generation
+    if kind == "zero3":
+        with unwrap_model_for_generation(model) if whole else nullcontext():
+            yield model.module
+    elif kind == "fsdp1":
+        units = FSDP.fsdp_modules(model) if whole else []
+        with FSDP.summon_full_params(model, recurse=whole, writeback=False), accelerator.autocast():
+            for unit in units:
+                unit.forward = unit.module.__call__  # past FSDP, which would shard the unit again
+            yield model.module
+            for unit in units:
+                del unit.forward
+    elif kind == "fsdp2":
+        units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
+        freed = [unit for unit in units[1:] if list(unit.children()) or unit is model.get_input_embeddings()]
+        for unit in freed:  # all but root, norm and head, which stay gathered anyhow
+            unit.set_reshard_after_forward(not whole)
+        yield model
+        for unit in freed:
+            unit.set_reshard_after_forward(accelerator.state.fsdp_plugin.reshard_after_forward)
+        for unit in units:
+            unit.reshard()
+    else:
+        with accelerator.autocast():
+            yield accelerator.unwrap_model(model)
+
+
+def answer(accelerator, model, tokenizer, prompts, max_new_tokens):
+    """Print the model's greedy answers to prompts of token ids, which every process makes alike."""
+    model.eval()
+    with generating(accelerator, model) as generator:
+        for prompt in prompts:
+            inputs = torch.tensor([prompt], device=accelerator.device)
+            options = {"max_new_tokens": max_new_tokens, "synced_gpus": not model.gather_for_generation}
+            tokens = generator.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), **options)
+            said = tokenizer.decode(tokens[0, len(prompt) :], skip_special_tokens=True).strip()
+            accelerator.print(f"  {tokenizer.decode(prompt)[-100:]!r} -> {said!r}")
+    model.train()
+
+
+def write_weights(folder, accelerator, model, tokenizer, state_dict):
+    """Write the adapter, or the whole model, and the tokenizer, as peft and transformers load them."""
+    unwrapped = accelerator.unwrap_model(model)
+    tokenizer.save_pretrained(folder)
+    if hasattr(unwrapped, "peft_config"):
+        save_file(state_dict, folder / "adapter_model.safetensors", {"format": "pt"})
+        unwrapped.peft_config["default"].save_pretrained(folder)
+    else:
+        unwrapped.save_pretrained(folder, state_dict=state_dict)
+
+
+def push(hub, config, folder, step):
+    """Have a checkpoint pushed as hub_strategy says: its weights alone, or with what a run goes on from."""
+    if hub is None or config.hub_strategy == "end":
+        return
+    hub.push(folder, f"Update {step}", ignore=("process-*", "state.json"))
+    if config.hub_strategy != "every_save":
+        name = "last-checkpoint" if config.hub_strategy == "checkpoint" else folder.name
+        hub.push(folder, f"Checkpoint of update {step}", path_in_repo=name)
+
+
+def prepare(config, accelerator, model):
+    """Return the model and its optimizer under the launched strategy, and the whole shapes of what is trained."""
+    kind = launched_strategy()
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    shapes = {name: torch.empty(full_shape(weight), device="meta") for name, weight in trained.items()}
+    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if kind == "fsdp1":  # makes the parameters that an optimizer can step
+        if config.use_peft_lora:
+            accelerator.state.fsdp_plugin.auto_wrap_policy = fsdp_auto_wrap_policy(model)  # a unit per LoRA matrix
+        model = accelerator.prepare(model)
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        return model, accelerator.prepare(adamw(config.optim)(trained, **options)), shapes
+    if kind == "fsdp2":
+        for wrapper in [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]:
+            wrapper.original_module = torch.nn.Identity()  # unused, and where tied in two units, which FSDP2 refuses
+    model, optimizer = accelerator.prepare(model, adamw(config.optim)(list(trained.values()), **options))
+    if kind == "fsdp2":
+        register_fsdp_forward_method(model, "generate")  # gathers what lies in no layer, as forward does
+    return model, optimizer, shapes
+
+
+def identify(config, accelerator, facts):
+    """Return what a run must share with the one whose checkpoint it goes on from, to go on as that would have."""
+    free = ["output_dir", "resume_from_checkpoint", "overwrite_output_dir", "per_device_eval_batch_size", "report_to"]
+    free += ["dataloader_num_workers", "num_samples", "max_new_tokens", "layerwise_generation"]
+    free += [name for name in vars(config) if name.startswith(("log", "eval", "save", "push", "hub"))]
+    if config.lr_scheduler_type.startswith("constant") and not config.warmup_ratio:
+        free += ["max_steps", "num_train_epochs"]  # no rate depends on how many updates there are
+    run = {name: value for name, value in vars(config).items() if name not in free}
+    run |= {"strategy": launched_strategy(), "num_processes": accelerator.num_processes, "data": facts}
+    return run | {"mixed_precision": launched_precision()}
+
+
+def is_due(strategy, every, step, end, per_epoch):
+    """Return whether something is due after update `step`: every so many, after each epoch, or for it is the last."""
+    ends_epoch = math.floor(step / per_epoch + 1e-9) > math.floor((step - 1) / per_epoch + 1e-9)
+    return (strategy == "steps" and step % every == 0) or (strategy != "no" and (step == end or ends_epoch))
+
+
+def note(accelerator, config, values):
+    """Write measurements to the console, to log.jsonl and to the trackers."""
+    accelerator.log(values, step=values["step"])
+    if accelerator.is_main_process:
+        with Path(config.output_dir, "log.jsonl").open("a") as file:
+            file.write(json.dumps(values) + "\n")
+        tqdm.write(", ".join(f"{name} {value:.5g}" for name, value in values.items()))
+
+
+def begin_log(config, start):
+    """Open log.jsonl, without the lines of updates that the run from update `start` on makes again."""
+    path = Path(config.output_dir, "log.jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = path.read_text().splitlines() if start and path.is_file() else []
+    path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= start))
+
+
+def main():
+    # 5. Setup -------------------------------------------------------------------------------------
+    config = read_settings(HfArgumentParser(Config))
+    resolve(config)
+    check_chat_settings(config, (AutoConfig, AutoTokenizer, AutoModelForCausalLM), tuple(TEMPLATES))
+    positions = AutoConfig.from_pretrained(config.model_name_or_path).get_text_config().max_position_embeddings
+    if config.max_length > positions:
+        say(f"--max_length {config.max_length} is beyond the model's {positions} positions, at which documents end.")
+        config.max_length = positions
+    transformers.utils.logging.set_verbosity(transformers.utils.logging.log_levels[config.log_level])
+    with refusing(DataError, CheckpointError):
+        train_rows, test_rows = read_splits(config.dataset_name, config.splits, config.streaming)
+        shape = shape_of(train_rows, config.dataset_text_field)
+        kind = as_document(next(iter(train_rows)), shape, "row 1 of train")[0]
+        resumed = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
+        state = read_state(resumed) if resumed else {"step": 0, "updates": [], "evaluations": [], "seconds": 0.0}
+    tokenizer, added = build_tokenizer(config, kind == "chat")
+    if added:  # weights that one process reads and then resizes would not reach the others
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    accumulation = GradientAccumulationPlugin(config.gradient_accumulation_steps, sync_with_dataloader=False)
+    trackers = None if config.report_to == "none" else config.report_to.split(",")
+    folders = {"log_with": trackers, "project_dir": f"{config.output_dir}/runs"}
+    accelerator = start_accelerator(gradient_accumulation_plugin=accumulation, **folders)
+    if accelerator.deepspeed_plugin is not None:  # DeepSpeed accumulates and clips by its own config
+        accelerator.deepspeed_plugin.deepspeed_config.update(
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            gradient_clipping=config.max_grad_norm,
+            train_micro_batch_size_per_gpu=config.per_device_train_batch_size,
+            data_types={"grad_accum_dtype": "fp32"},
+            communication_data_type="fp32",
+        )
+    encoding, start = {"tokenizer": tokenizer, "shape": shape}, state["step"]
+    with refusing(DataError, CheckpointError):
+        if config.streaming:
+            documents, facts = partial(read_stream, config, train_rows, **encoding), ""
+            examples = list(islice(documents(0), 2))
+        else:
+            documents, facts = build_documents(config, accelerator, train_rows, "the training split", **encoding)
+            examples = list(islice(documents, 2))
+        evaluation, prompts = build_held_out(config, accelerator, test_rows, encoding)
+        identity = identify(config, accelerator, facts)
+        if resumed:
+            check_same_run(resumed, state["identity"], identity)
+    say(f"The first document, what is trained on between \u00ab \u00bb:\n{preview(tokenizer, examples[0])}")
+    accumulated = config.gradient_accumulation_steps
+    loader, per_epoch = build_batches(config, accelerator, documents, start * accumulated)
+    per_epoch /= config.per_device_train_batch_size * accumulated * accelerator.num_processes  # from here in updates
+    max_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * per_epoch)
+    set_seed(config.seed)
+    tracker = MemoryTracker()
+    with tracker.phase("load"):
+        model, optimizer, shapes = prepare(config, accelerator, build_model(config, tokenizer, added))
+        check_sharding(accelerator, model)
+        is_sharded = launched_strategy() in ("zero3", "fsdp1", "fsdp2")
+        fits = not is_sharded or (not config.layerwise_generation and fits_whole(accelerator, model))
+        model.gather_for_generation = fits
+        pair = [{name: document[name][:16] for name in ("input_ids", "labels")} for document in examples]
+        for document in pair:
+            document["labels"] = document["input_ids"]
+        pair = pair if config.packing or config.per_device_train_batch_size > 1 else pair[:1]
+        if reason := check_token_loss(accelerator, model, join(pair), [join([document]) for document in pair]):
+            fail_together(accelerator, reason)
+        with refusing(CheckpointError):
+            scheduler = get_scheduler(
+                config.lr_scheduler_type, optimizer, int(config.warmup_ratio * max_steps), max_steps
+            )
+            set_seed(config.seed, device_specific=True)  # from here on every process drops out elements of its own
+            if resumed:
+                load_checkpoint(accelerator, resumed, optimizer)
+                scheduler.last_epoch, scheduler._step_count = start - 1, start + 1  # as after so many updates
+                scheduler.step()
+                say(f"Going on from {resumed}, after update {start} of {max_steps}.")
+    elements = sum(math.prod(full_shape(weight)) for weight in model.parameters())
+    flops = (4 if config.use_peft_lora else 6) * elements  # of a token, without what is computed again
+    name = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu"
+    peak = next((peak for known, peak in PEAKS.items() if known in name), 0) * accelerator.num_processes
+    hub = None
+    if accelerator.is_main_process:
+        if not resumed:
+            remove_checkpoints(checkpoints(config.output_dir))  # of the run that --overwrite_output_dir replaces
+        begin_log(config, start)
+        if config.push_to_hub:
+            hub = HubPusher(config.hub_model_id or Path(config.output_dir).name, config.hub_private_repo)
+    if trackers:
+        accelerator.init_trackers("chat_sft", {name: str(value) for name, value in asdict(config).items()})
+
+    # 6. Training loop -----------------------------------------------------------------------------
+    signals, stopped, saved, step = [], False, resumed, start
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: signals.append(number))
+    state["identity"], updates, logged = identity, state["updates"], start
+
+    def evaluate_now():
+        measured = {"step": step, **evaluate(accelerator, model, evaluation)}
+        state["evaluations"].append(measured)
+        note(accelerator, config, measured)
+        answer(accelerator, model, tokenizer, prompts, config.max_new_tokens)
+
+    def save_now():
+        state_dict = gather_trained(accelerator, model, name_in_file)
+        write = partial(
+            write_weights, accelerator=accelerator, model=model, tokenizer=tokenizer, state_dict=state_dict
+        )
+        return save_checkpoint(accelerator, config.output_dir, step, optimizer, state, write)
+
+    if evaluation and not resumed:
+        evaluate_now()
+    with tracker.phase("train"):
+        batches, clock = iter(loader), [time.perf_counter()]
+        bar = tqdm(total=max_steps, initial=start, disable=not accelerator.is_main_process)
+        while step < max_steps:
+            begin = time.perf_counter()
+            micro_batches = [send_to_device(next(batches), accelerator.device) for _ in range(accumulated)]
+            counts = [(b["labels"].ne(-100).sum(), b["labels"].numel(), len(signals)) for b in micro_batches]
+            counts = torch.tensor(counts, device=accelerator.device).sum(0)
+            targets, inputs, asked = accelerator.reduce(counts).tolist()  # of all processes
+            if stopped := asked > 0:
+                break
+            step_loss = torch.zeros((), device=accelerator.device)
+            for batch in micro_batches:
+                with accelerator.accumulate(model):
+                    loss = model(**batch)["loss"] / targets  # so that all targets of the update count alike
+                    step_loss += loss.detach()
+                    # takes back the means to come: accelerate's over micro-batches, the strategy's over processes
+                    accelerator.backward(loss * accumulated * accelerator.num_processes)
+                    if accelerator.sync_gradients:
+                        grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            step_loss = accelerator.reduce(step_loss).item()
+            rate, norm, step = scheduler.get_last_lr()[0], float(grad_norm), step + 1
+            if not math.isfinite(step_loss) or step_loss == 0 or (math.isnan(norm) and not config.fp16):
+                told = f"the loss of update {step} is {step_loss}, and the norm of its gradient {norm}"
+                remedy = f"lower --learning_rate, look at the data; the last good checkpoint is {saved or 'none'}"
+                fail_together(accelerator, f"{told}: {remedy}")
+            scheduler.step()
+            updates.append((step_loss, rate, norm, targets, inputs))
+            seconds = time.perf_counter() - begin
+            state["seconds"] += seconds
+            clock.append(seconds)
+            bar.update()
+            when = (step, max_steps, per_epoch)
+            if is_due(config.logging_strategy, config.logging_steps, *when):
+                part = updates[logged:]
+                speed = sum(update[4] for update in part) / sum(clock[-len(part) :])
+                values = {"loss": sum(update[0] * update[3] for update in part) / sum(update[3] for update in part)}
+                values |= {"learning_rate": rate, "grad_norm": norm, "epoch": step / per_epoch}
+                values |= {"tokens_per_second": speed} | ({"flops_utilisation": speed * flops / peak} if peak else {})
+                values["seconds_left"] = (max_steps - step) * sum(clock[-len(part) :]) / len(part)
+                note(accelerator, config, {"step": step, **values})
+                logged = step
+            if evaluation and is_due(config.eval_strategy, config.eval_steps, *when):
+                evaluate_now()
+            due = is_due(config.save_strategy, config.save_steps, *when)
+            if due or step == start + 1:  # the first as a trial, too: what cannot be saved fails in the first minute
+                folder = save_now()
+                if accelerator.is_main_process and due:
+                    push(hub, config, folder, step)
+                    if config.save_total_limit:
+                        remove_checkpoints(checkpoints(config.output_dir)[: -config.save_total_limit])
+                elif accelerator.is_main_process:
+                    remove_checkpoints([folder])
+                saved = folder if due else saved
+        bar.close()
+    if stopped:
+        saved = saved if saved and saved.name == f"checkpoint-{step}" else save_now()
+        say(f"Stopped by signal {signals} after update {step} of {max_steps}: --resume_from_checkpoint True goes on.")
+
+    # 7. Save --------------------------------------------------------------------------------------
+    if not stopped:
+        scores = [measured["perplexity"] for measured in state["evaluations"]] or [None]
+        score = (scores[0], scores[-1])
+        state_dict = gather_trained(accelerator, model, name_in_file)
+        metrics = collect_metrics(accelerator, model, config, tracker, score, updates, "perplexity")
+        metrics |= {"evaluations": state["evaluations"], "train_seconds": state["seconds"]}
+        metrics["tokens_per_second"] = metrics["input_tokens"] / state["seconds"]
+        if accelerator.is_main_process:
+            with new_folder(replace(config, overwrite_output_dir=True)) as folder:
+                write_weights(folder, accelerator, model, tokenizer, state_dict)
+                if config.use_peft_lora:
+                    check_adapter(folder, shapes, metrics["learning_rates"])
+                else:
+                    check_model(folder, metrics["total_parameters"])
+                plot_memory(metrics["memory"], folder / "memory.png")
+                write_metrics(folder, metrics)
+            print_saved(config, metrics)
+            if hub:
+                hub.push(config.output_dir, "End of training", ignore=("checkpoint-*", "runs"))
+    end_run(accelerator)
+    if hub:  # alone: a long upload must not run into a collective's time limit
+        hub.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Read rows of any of the usual shapes as conversations, pairs or texts; say in one sentence what is wrong with one.
+
+Known columns, the first that fits is taken:
+
+    messages                    list of {"role", "content"}; or conversations, of {"from", "value"}
+    prompt, completion          two strings, or two lists of messages
+    instruction (input) output  also response in place of output, and question with answer
+    text                        or any other column, by its name
+
+This file imports no other file of the project and can be copied along with a script.
+"""
+
+import json
+from pathlib import Path
+
+from datasets import DatasetDict, IterableDatasetDict, disable_progress_bars, load_dataset, load_from_disk
+
+FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+INSTRUCTIONS = (("instruction", "output"), ("instruction", "response"), ("question", "answer"))
+ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}
+KNOWN = ("system", "user", "assistant", "tool")
+
+
+class DataError(Exception):
+    """Data that cannot be trained on: a sentence that names the file or the row, and what to do."""
+
+
+def read_splits(dataset_name, splits="", streaming=False):
+    """Return the rows to train on, and those to evaluate on or None.
+
+    Args:
+        dataset_name: a .json, .jsonl, .csv or .parquet file, a folder of such files or one that `save_to_disk` wrote,
+            or a Hub id.
+        splits: one or two names, comma separated, the held-out one second; slices work, "train[:90%],train[90%:]".
+            Empty: train, and test, validation or eval where there is one.
+        streaming: read the rows while they are needed, of data larger than memory.
+
+    DataError: nothing there, no such split, or a file that cannot be read; of broken JSON with its line.
+    """
+    disable_progress_bars()
+    path = Path(dataset_name)
+    wanted = [name.strip() for name in splits.split(",") if name.strip()]
+    if len(wanted) > 2:
+        raise DataError(f"--splits {splits} names {len(wanted)} splits: give one to train on, and one to evaluate on")
+    if path.is_file() and path.suffix not in FORMATS:
+        raise DataError(f"--dataset_name {path} is no {', '.join(FORMATS)} file: convert it")
+    if not path.exists() and (path.suffix in FORMATS or dataset_name.count("/") > 1 or dataset_name[0] in "./~"):
+        raise DataError(f"--dataset_name {path} is not there: check the path")
+    try:
+        if path.is_file():
+            found = load_dataset(FORMATS[path.suffix], data_files=str(path), streaming=streaming)
+        elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            found = load_from_disk(path)
+        else:
+            found = load_dataset(dataset_name, streaming=streaming)
+        if not isinstance(found, DatasetDict | IterableDatasetDict):
+            found = {"train": found}
+        if not wanted:
+            held_out = [name for name in ("test", "validation", "eval") if name in found]
+            wanted = [name for name in ("train", *held_out[:1]) if name in found] or list(found)[:1]
+        missing = [name for name in wanted if name.partition("[")[0] not in found]
+        if missing:
+            raise DataError(f"--splits: {dataset_name} has no split {missing[0]}, it has {', '.join(found)}")
+        rows = [take(found[name.partition("[")[0]], name) for name in wanted]
+    except DataError:
+        raise
+    except Exception as error:  # the libraries raise anything for a foreign or corrupt file
+        find_broken_line(path)
+        reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
+        raise DataError(f"--dataset_name {dataset_name} cannot be read: {reason}") from error
+    return rows[0], rows[1] if len(rows) > 1 else None
+
+
+def take(rows, name):
+    """Return the rows of a split that the slice after its name, as in train[:100] or train[90%:], leaves."""
+    if "[" not in name:
+        return rows
+    bounds = name.partition("[")[2].rstrip("]").split(":")
+    if not hasattr(rows, "select") or len(bounds) != 2:
+        raise DataError(f"--splits {name}: a slice is [a:b] or [a%:b%], and needs data that is not streamed")
+    numbers = [len(rows) * float(b[:-1]) / 100 if b.endswith("%") else float(b) if b else None for b in bounds]
+    start, end, _ = slice(*(None if n is None else int(n) for n in numbers)).indices(len(rows))
+    return rows.select(range(start, end))
+
+
+def find_broken_line(path):
+    """Raise DataError for the first line of a .jsonl file, or of those in a folder, that is no JSON object."""
+    files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path] if path.suffix == ".jsonl" else []
+    for file in files:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    if line.strip() and not isinstance(json.loads(line.decode("utf-8-sig")), dict):
+                        raise ValueError("it is no {...}")
+                except ValueError as error:
+                    raise DataError(f"{file}, line {number} is no JSON object ({error}): mend it") from error
+
+
+def shape_of(rows, text_field=""):
+    """Return which of the known shapes rows have, as the names of its columns. DataError: none, or no rows."""
+    if not (first := next(iter(rows), None)):
+        raise DataError("the data has no rows: give some")
+    columns = list(first)
+    for column in ("messages", "conversations"):
+        if column in columns:
+            return (column,)
+    for pair in (("prompt", "completion"), *INSTRUCTIONS):
+        if set(pair) <= set(columns):
+            return pair
+    field = text_field or "text"
+    if field not in columns:
+        raise DataError(
+            f"the columns are {', '.join(columns)}: there must be messages, prompt and completion, instruction and "
+            f"output, question and answer, or --dataset_text_field must name one of text (it says {field})"
+        )
+    return (field,)
+
+
+def as_document(row, shape, where):
+    """Return a row as ("chat", messages, first), ("pair", prompt, completion) or ("text", text).
+
+    Args:
+        shape: what `shape_of` returned of the split.
+        where: the row, as a sentence names it.
+
+    `first` is the index of the first message that may be trained on: 0, but behind a prompt of messages. DataError: a
+    row without what it should hold, roles out of order, a conversation without an assistant's turn, an empty one.
+    """
+    values = [row[column] for column in shape]
+    if any(value is None or not len(value) for value in values):
+        raise DataError(
+            f"{where} has an empty {shape[[v is None or not len(v) for v in values].index(True)]}: fill it"
+        )
+    if shape[0] in ("messages", "conversations"):
+        return "chat", check_messages(values[0], where), 0
+    if shape in INSTRUCTIONS:
+        question = "\n\n".join(part for part in (values[0], row.get("input")) if part)
+        return "chat", check_messages([message("user", question), message("assistant", values[1])], where), 0
+    if shape == ("prompt", "completion") and not isinstance(values[0], str):
+        return "chat", check_messages([*values[0], *values[1]], where), len(values[0])
+    if not all(isinstance(value, str) for value in values):
+        raise DataError(f"{where} holds a {type(values[0]).__name__} and no text in {shape[0]}: convert it")
+    return ("pair", *values) if len(values) == 2 else ("text", *values)
+
+
+def message(role, content):
+    return {"role": role, "content": content}
+
+
+def check_messages(messages, where):
+    """Return the messages with roles as templates know them. DataError: as `as_document` says."""
+    if not isinstance(messages, list):
+        raise DataError(f"{where} holds a {type(messages).__name__}, not a list of messages: convert it")
+    checked, before = [], None
+    for number, entry in enumerate(messages, start=1):
+        if not isinstance(entry, dict) or not {"role", "from"} & set(entry) or not {"content", "value"} & set(entry):
+            raise DataError(f'{where}, message {number} is no {{"role": ..., "content": ...}}: mend it')
+        role, content = entry.get("role", entry.get("from")), entry.get("content", entry.get("value"))
+        role = ROLES.get(role, role)
+        if role not in KNOWN:
+            raise DataError(f"{where}, message {number} has the role {role!r}: it must be one of {', '.join(KNOWN)}")
+        if not isinstance(content, str) or not content.strip():
+            raise DataError(f"{where}, message {number} ({role}) has no text: fill it, or drop the row")
+        wrong = role == before or (role == "system" and number > 1)
+        if wrong or (role == "assistant" and before in (None, "system")):
+            raise DataError(
+                f"{where}, message {number}: roles are out of order, {role} after {before or 'nothing'}: a system "
+                "message comes first, then user and assistant take turns"
+            )
+        checked.append(message(role, content))
+        before = role
+    if all(entry["role"] != "assistant" for entry in checked):
+        raise DataError(f"{where} has no assistant's turn, so nothing to learn: add one, or drop the row")
+    return checked

@@ -1,0 +1,195 @@
+"""The loss of a causal language model, at the positions that have a label and without ever holding all logits.
+
+A vocabulary of 128,256 entries makes 4 bytes x 128,256 = 0.5 MB of logits of every token, and the loss holds them
+several times: more memory than the rest of a small model's training. Here only positions with a label reach the head,
+a chunk of them at a time, and what is kept of a chunk is its gradient towards the hidden states. The idea is that of
+Liger's fused linear cross-entropy (arXiv:2410.10989) and of Cut Your Losses (arXiv:2411.09009), in plain PyTorch.
+
+This file imports no other file of the project and can be copied along with a script.
+"""
+
+from importlib.util import find_spec
+
+import torch
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+MB = 2**20
+# how far the two may differ: the sum of a few dozen terms in the arithmetic of the run
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+
+
+class HeadLoss(torch.autograd.Function):
+    """Cross-entropy, summed over the rows, of a linear head's logits; the gradients are made along with the loss.
+
+    apply(hidden, weight, bias, labels, scale, softcap, chunk) -> (loss, correct), both scalars in float32
+
+        hidden [n, h], weight [v, h], bias [v] or None; labels [n], none of them -100; n may be 0
+        scale, softcap: logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap); softcap None: no tanh
+        chunk: how many rows have their logits at the same time
+        correct: how many rows have their largest logit at the label
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, scale, softcap, chunk):
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
+        to_hidden = torch.zeros_like(hidden) if for_hidden else None
+        to_weight = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
+        to_bias = torch.zeros_like(bias, dtype=torch.float32) if for_bias else None
+        loss, correct = hidden.new_zeros(2, dtype=torch.float32)
+        with torch.autocast(device, enabled=False):
+            head, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
+            for rows in torch.arange(len(labels), device=hidden.device).split(chunk):
+                part, label = hidden[rows].to(dtype), labels[rows, None]
+                logits = functional.linear(part, head, offset).float().mul_(scale)
+                slope = None
+                if softcap is not None:
+                    tanh = logits.div_(softcap).tanh_()
+                    slope = 1 - tanh**2
+                    logits = tanh.mul_(softcap)
+                total = logits.logsumexp(-1, keepdim=True)
+                loss += (total - logits.gather(-1, label)).sum()
+                correct += (logits.argmax(-1, keepdim=True) == label).sum()
+                if not (for_hidden or for_weight or for_bias):
+                    continue
+                # towards the logits: the softmax, minus 1 at the label; in the memory of the logits
+                gradient = logits.sub_(total).exp_().scatter_add_(-1, label, torch.full_like(total, -1))
+                gradient = gradient.mul_(scale) if slope is None else gradient.mul_(scale * slope)
+                gradient = gradient.to(dtype)
+                if for_hidden:
+                    to_hidden[rows] = (gradient @ head).to(to_hidden.dtype)
+                if for_weight:
+                    to_weight += (gradient.T @ part).float()
+                if for_bias:
+                    to_bias += gradient.float().sum(0)
+        ctx.save_for_backward(to_hidden, to_weight, to_bias)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
+        ctx.mark_non_differentiable(correct)
+        return loss, correct
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        own = [
+            None if tensor is None else (tensor * gradient).to(dtype)
+            for tensor, dtype in zip(ctx.saved_tensors, ctx.dtypes)
+        ]
+        return *own, None, None, None, None
+
+
+def head_options(config):
+    """Return scale and soft cap of a model's logits as its config names them: Granite, Cohere, Gemma 2 and 3, ..."""
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    scale *= getattr(config, "lm_head_multiplier", None) or 1.0
+    return scale, getattr(config, "final_logit_softcapping", None)
+
+
+def add_token_loss(model, chunk_bytes=64 * MB):
+    """Let `model(input_ids=..., labels=...)` return {"loss", "correct"}, each a sum over the labels that are not -100.
+
+    To be called once on a causal language model of transformers, bare or in a `PeftModel`, before
+    `accelerator.prepare`: nothing is added to the modules, so every strategy shards them as before. Without labels the
+    model answers as ever, so that it still generates. A label stands where its token stands, as in transformers.
+
+    A head that is one linear layer, frozen or trained, computes its own loss in one call, so that ZeRO-3 and FSDP
+    gather it once for all chunks. Any other head (LoRA on it, 4 bits) is called for each chunk, and again in the
+    backward; the processes then agree on the number of chunks, for each call may be a collective.
+
+    Args:
+        chunk_bytes: how large the float32 logits of a chunk may be.
+    """
+    causal = model.get_base_model() if hasattr(model, "peft_config") else model
+    config = causal.config.get_text_config()
+    scale, softcap = head_options(config)
+    plain = causal.forward
+    leaf = causal.get_output_embeddings()
+    if hasattr(leaf, "modules_to_save"):  # PEFT's copy of a head that is trained whole
+        leaf = leaf.modules_to_save["default"]
+    vocabulary = leaf.weight.ds_shape[0] if hasattr(leaf.weight, "ds_shape") else leaf.out_features
+    chunk = max(1, int(chunk_bytes / 4 / vocabulary))
+    is_linear = type(leaf) is torch.nn.Linear
+    if is_linear:
+        loss_function = (
+            liger_loss if leaf.weight.device.type == "cuda" and find_spec("liger_kernel") else HeadLoss.apply
+        )
+        logits_of = leaf.forward
+
+        def head_forward(hidden, labels=None):
+            if labels is None:
+                return logits_of(hidden)
+            return loss_function(hidden, leaf.weight, leaf.bias, labels, scale, softcap, chunk)
+
+        leaf.forward = head_forward
+
+    def chunk_loss(hidden, labels):
+        logits = causal.get_output_embeddings()(hidden).float() * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        correct = (logits.argmax(-1) == labels).sum()
+        return functional.cross_entropy(logits, labels, reduction="sum"), correct
+
+    def forward(input_ids=None, labels=None, full_logits=False, **kwargs):
+        if labels is None or full_logits:
+            return plain(input_ids=input_ids, labels=labels, **kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        hidden = causal.base_model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
+        at = labels[:, 1:].ne(-100)
+        rows, labels = hidden[:, :-1][at], labels[:, 1:][at]
+        if is_linear:
+            loss, correct = causal.get_output_embeddings()(rows, labels=labels)
+            return {"loss": loss, "correct": correct}
+        chunks = torch.tensor(max(1, -(-len(labels) // chunk)), device=rows.device)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(chunks, torch.distributed.ReduceOp.MAX)
+        losses = [
+            checkpoint(chunk_loss, *part, use_reentrant=False)
+            for part in zip(rows.tensor_split(int(chunks)), labels.tensor_split(int(chunks)))
+        ]
+        return {"loss": sum(loss for loss, _ in losses), "correct": sum(correct for _, correct in losses)}
+
+    causal.forward = forward
+
+
+def liger_loss(hidden, weight, bias, labels, scale, softcap, chunk):
+    """Return what HeadLoss does, in training from Liger's fused kernel, which scales nothing and counts nothing."""
+    if scale != 1 or not torch.is_grad_enabled() or not len(labels):
+        return HeadLoss.apply(hidden, weight, bias, labels, scale, softcap, chunk)
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=softcap)(weight, hidden, labels, bias)
+    return loss, hidden.new_zeros(())
+
+
+def check_token_loss(accelerator, model, packed, alone):
+    """Return None where documents side by side have the loss that transformers computes for each alone, or why not.
+
+    The model's own code, its eager attention and all of its logits are the judge. So a head that is more than a linear
+    layer is found, and an attention that looks beyond its document. Collective: call it on the prepared model.
+
+    Args:
+        packed: a batch of several short documents, at least two tokens each.
+        alone: for each of these a batch of its own, of which `input_ids` and `labels` are used.
+    """
+    causal = accelerator.unwrap_model(model)
+    causal = causal.get_base_model() if hasattr(causal, "peft_config") else causal
+    was_training, attention = model.training, causal.config._attn_implementation
+    model.eval()
+    with torch.no_grad():
+        ours = float(model(**packed)["loss"])
+        causal.set_attn_implementation("eager")
+        theirs = 0.0
+        for batch in alone:
+            inputs = {"input_ids": batch["input_ids"], "labels": batch["labels"], "use_cache": False}
+            count = int(batch["labels"][:, 1:].ne(-100).sum())
+            theirs += float(model(**inputs, full_logits=True).loss) * count
+        causal.set_attn_implementation(attention)
+    model.train(was_training)
+    weight = causal.get_input_embeddings().weight
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, weight.dtype)
+    if abs(ours - theirs) <= TOLERANCE[dtype] * abs(theirs):
+        return None
+    return (
+        f"{type(causal).__name__} has a loss of {theirs:.4f} on documents one by one, and of {ours:.4f} side by side"
+    )
