@@ -461,8 +461,10 @@ def identify(config, accelerator, facts):
 
 def is_due(strategy, every, step, end, per_epoch):
     """Return whether something is due after update `step`: every so many, after each epoch, or for it is the last."""
-    ends_epoch = math.floor(step / per_epoch + 1e-9) > math.floor((step - 1) / per_epoch + 1e-9)
-    return (strategy == "steps" and step % every == 0) or (strategy != "no" and (step == end or ends_epoch))
+    if strategy == "epoch":
+        ends_epoch = math.floor(step / per_epoch + 1e-9) > math.floor((step - 1) / per_epoch + 1e-9)
+        return ends_epoch or step == end
+    return strategy == "steps" and (step % every == 0 or step == end)
 
 
 def note(accelerator, config, values):
@@ -538,12 +540,6 @@ def main():
         is_sharded = launched_strategy() in ("zero3", "fsdp1", "fsdp2")
         fits = not is_sharded or (not config.layerwise_generation and fits_whole(accelerator, model))
         model.gather_for_generation = fits
-        pair = [{name: document[name][:16] for name in ("input_ids", "labels")} for document in examples]
-        for document in pair:
-            document["labels"] = document["input_ids"]
-        pair = pair if config.packing or config.per_device_train_batch_size > 1 else pair[:1]
-        if reason := check_token_loss(accelerator, model, join(pair), [join([document]) for document in pair]):
-            fail_together(accelerator, reason)
         with refusing(CheckpointError):
             scheduler = get_scheduler(
                 config.lr_scheduler_type, optimizer, int(config.warmup_ratio * max_steps), max_steps
@@ -554,6 +550,12 @@ def main():
                 scheduler.last_epoch, scheduler._step_count = start - 1, start + 1  # as after so many updates
                 scheduler.step()
                 say(f"Going on from {resumed}, after update {start} of {max_steps}.")
+        pair = [{name: document[name][:16] for name in ("input_ids", "labels")} for document in examples]
+        for document in pair:
+            document["labels"] = document["input_ids"]
+        pair = pair if config.packing or config.per_device_train_batch_size > 1 else pair[:1]
+        if reason := check_token_loss(accelerator, model, join(pair), [join([document]) for document in pair]):
+            fail_together(accelerator, reason)
     elements = sum(math.prod(full_shape(weight)) for weight in model.parameters())
     flops = (4 if config.use_peft_lora else 6) * elements  # of a token, without what is computed again
     name = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu"

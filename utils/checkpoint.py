@@ -146,9 +146,12 @@ def publish_values(zero):
     if not hasattr(zero, "fp32_partitioned_groups_flat"):
         zero.update_lp_params()
         return
-    for index, values in enumerate(zero.fp32_partitioned_groups_flat):
-        zero.fp16_partitioned_groups_flat[index].data.copy_(values.data)
-        zero._unflatten_partitioned_parameters(index)
+    zero._partition_all_parameters()
+    for index in range(len(zero.fp32_partitioned_groups_flat)):
+        zero._reassign_or_swap_out_partitioned_parameters(index)
+    if zero.persistent_parameters:  # the small ones, of which every process keeps a whole copy
+        zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+    zero.invalidate_secondary_tensor()
 
 
 def random_state():
@@ -228,7 +231,7 @@ def save_checkpoint(accelerator, output_dir, step, optimizer, state, write_weigh
             if other.name not in files:
                 flush(other)
                 files[other.name] = digest(other)
-        (folder / "state.json").write_text(json.dumps({"step": step, "files": files, **state}, indent=1) + "\n")
+        (folder / "state.json").write_text(json.dumps(state | {"step": step, "files": files}, indent=1) + "\n")
         flush(folder / "state.json")
         flush(folder)
         if target.exists():  # of an earlier run that came this far, and went on from before it
