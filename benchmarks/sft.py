@@ -12,9 +12,10 @@ The same model, data, batches, tokens and updates in turn, each leg a process of
 Train seconds run from the first update's start to the last one's end, without imports and loading. Tokens per second
 count the tokens of questions and answers, never padding. Peak memory is the largest resident set of the leg's process,
 ru_maxrss, loading included; on a GPU that of torch's allocator. The losses, mean per answer token of each update, must
-agree in all legs, and the counts of tokens be equal. Prints minimum and median of each leg and of chat_sft's ratio to
-it within a round. Goals on a CPU: 3.5 times the tokens per second of TRL and 4 times those of the padded loop, 0.6 and
-0.3 times their memory.
+agree in all legs, and the counts of tokens be equal. Cores is the CPU time of a leg over its whole duration: far below
+the number of threads, other work ran beside it, and its seconds tell nothing. Prints minimum and median of each leg
+and of chat_sft's ratio to it within a round. Goals on a CPU: 3.5 times the tokens per second of TRL and 4 times those
+of the padded loop, 0.6 and 0.3 times their memory.
 """
 
 import argparse
@@ -219,13 +220,15 @@ def launch(leg, folder, options):
     if leg == "chat_sft":
         command = chat_sft(folder, GPU if options.gpu else CPU)
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
+    start = time.perf_counter()
     with open(folder / f"{leg}.log", "w+") as log:
         process = subprocess.Popen([sys.executable, *map(str, command)], env=environment, stdout=log, stderr=log)
         _, status, usage = os.wait4(process.pid, 0)  # the peak of the process and of those that it waited for
         if status:
             log.seek(0)
             sys.exit(f"error: {leg} failed:\n{log.read()}")
-    return json.loads(output.read_text()) | {"peak": usage.ru_maxrss * 1024}
+    cores = (usage.ru_utime + usage.ru_stime) / (time.perf_counter() - start)
+    return json.loads(output.read_text()) | {"peak": usage.ru_maxrss * 1024, "cores": cores}
 
 
 def check(leg, found, reference, tolerance):
@@ -286,6 +289,7 @@ def main():
         print(f"{leg:8} seconds      {spread([run['train_seconds'] for run in runs], '8.1f')}")
         print(f"{leg:8} tokens/s     {spread([run['rate'] for run in runs], '8.1f')}")
         print(f"{leg:8} peak MB      {spread([run['memory'] / 1e6 for run in runs], '8.0f')}")
+        print(f"{leg:8} cores        {spread([run['cores'] for run in runs], '8.2f')}")
         print(f"{leg:8} losses differ by at most {max(run['difference'] for run in runs):.1e}")
         if options.gpu:
             utilisation = [4 * parameters * run["rate"] / PEAK_FLOPS for run in runs]

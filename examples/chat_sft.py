@@ -7,14 +7,12 @@ Needs:   2 CPU processes with 700 MB each for the shipped model; on GPUs not mea
 Expect:  perplexity of held-out answers 1 -> 1
 """
 
-import json
 import math
 import os
 import signal
 import sys
 import time
 import zlib
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -24,13 +22,11 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate.utils import GradientAccumulationPlugin, send_to_device, set_seed
-from deepspeed.runtime.zero import unwrap_model_for_generation
 from peft import LoraConfig, TaskType, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import fsdp_auto_wrap_policy
 from safetensors.torch import save_file
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import register_fsdp_forward_method
 from tqdm import tqdm
 from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import BitsAndBytesConfig, GenerationConfig, HfArgumentParser
@@ -42,13 +38,14 @@ from utils.checkpoint import CheckpointError, check_same_run, checkpoints, find_
 from utils.checkpoint import load_checkpoint, read_state, remove_checkpoints, save_checkpoint
 from utils.checks import check_chat_settings, launched_precision, launched_strategy, read_settings, refusing, say
 from utils.conversations import DataError, as_document, read_splits, shape_of
+from utils.generation import generating
 from utils.hub import HubPusher
 from utils.launch import adamw, start_accelerator
 from utils.loss import add_token_loss, check_token_loss
 from utils.memory import MemoryTracker, fits_whole, plot_memory
 from utils.packing import build_loader, join, pack, shuffled_places, split_evenly, stream_places
-from utils.report import check_adapter, check_model, check_sharding, collect_metrics, end_run, fail_together
-from utils.report import full_shape, name_in_file, new_folder, print_saved, strategy, write_metrics
+from utils.report import begin_log, check_adapter, check_model, check_sharding, collect_metrics, end_run
+from utils.report import fail_together, full_shape, name_in_file, new_folder, note, print_saved, write_metrics
 
 # name -> the template, the tokens that it brings, the one of them that ends a turn (none: the tokenizer's)
 TEMPLATES = {
@@ -99,9 +96,7 @@ class Config:  # what is trained; where it runs stands in the launch config, of 
     use_nested_quant: bool = HfArg(default=False, help="quantize the 4-bit weights' scales, too")
     bnb_4bit_quant_type: str = HfArg(default="nf4", help="nf4 or fp4")
     bnb_4bit_compute_dtype: str = HfArg(default="", help="of the arithmetic with 4-bit weights; empty: dtype's")
-    bnb_4bit_quant_storage_dtype: str = HfArg(
-        default="", help="that packs 4-bit weights; empty: dtype's, to be sharded"
-    )
+    bnb_4bit_quant_storage_dtype: str = HfArg(default="", help="that packs 4-bit weights; empty: dtype's")
     bf16: bool = HfArg(default=False, help="mixed precision bf16, whatever the launch config says")
     fp16: bool = HfArg(default=False, help="mixed precision fp16, on GPUs")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, more time")
@@ -136,9 +131,7 @@ class Config:  # what is trained; where it runs stands in the launch config, of 
     push_to_hub: bool = HfArg(default=False, help="push what is saved, in the background")
     hub_model_id: str = HfArg(default="", help="to this repository; empty: output_dir's name, under the own account")
     hub_private_repo: bool = HfArg(default=True, help="made private, if it is new")
-    hub_strategy: str = HfArg(
-        default="every_save", help="end, every_save, checkpoint or all_checkpoints, as Trainer's"
-    )
+    hub_strategy: str = HfArg(default="every_save", help="end, every_save, checkpoint or all_checkpoints")
 
 
 def resolve(config):
@@ -362,36 +355,6 @@ def evaluate(accelerator, model, batches):
     return {"eval_loss": loss / labels, "perplexity": perplexity, "token_accuracy": correct / labels}
 
 
-@contextmanager
-def generating(accelerator, model):
-    """Yield what generates, gathered from the processes once, or layer by layer where memory lacks."""
-    kind, whole = strategy(accelerator), model.gather_for_generation
-    if kind == "zero3":
-        with unwrap_model_for_generation(model) if whole else nullcontext():
-            yield model.module
-    elif kind == "fsdp1":
-        units = FSDP.fsdp_modules(model) if whole else []
-        with FSDP.summon_full_params(model, recurse=whole, writeback=False), accelerator.autocast():
-            for unit in units:
-                unit.forward = unit.module.__call__  # past FSDP, which would shard the unit again
-            yield model.module
-            for unit in units:
-                del unit.forward
-    elif kind == "fsdp2":
-        units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
-        freed = [unit for unit in units[1:] if list(unit.children()) or unit is model.get_input_embeddings()]
-        for unit in freed:  # all but root, norm and head, which stay gathered anyhow
-            unit.set_reshard_after_forward(not whole)
-        yield model
-        for unit in freed:
-            unit.set_reshard_after_forward(accelerator.state.fsdp_plugin.reshard_after_forward)
-        for unit in units:
-            unit.reshard()
-    else:
-        with accelerator.autocast():
-            yield accelerator.unwrap_model(model)
-
-
 def answer(accelerator, model, tokenizer, prompts, max_new_tokens):
     """Print the model's greedy answers to prompts of token ids, which every process makes alike."""
     model.eval()
@@ -465,23 +428,6 @@ def is_due(strategy, every, step, end, per_epoch):
         ends_epoch = math.floor(step / per_epoch + 1e-9) > math.floor((step - 1) / per_epoch + 1e-9)
         return ends_epoch or step == end
     return strategy == "steps" and (step % every == 0 or step == end)
-
-
-def note(accelerator, config, values):
-    """Write measurements to the console, to log.jsonl and to the trackers."""
-    accelerator.log(values, step=values["step"])
-    if accelerator.is_main_process:
-        with Path(config.output_dir, "log.jsonl").open("a") as file:
-            file.write(json.dumps(values) + "\n")
-        tqdm.write(", ".join(f"{name} {value:.5g}" for name, value in values.items()))
-
-
-def begin_log(config, start):
-    """Open log.jsonl, without the lines of updates that the run from update `start` on makes again."""
-    path = Path(config.output_dir, "log.jsonl")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text().splitlines() if start and path.is_file() else []
-    path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= start))
 
 
 def main():
@@ -564,7 +510,7 @@ def main():
     if accelerator.is_main_process:
         if not resumed:
             remove_checkpoints(checkpoints(config.output_dir))  # of the run that --overwrite_output_dir replaces
-        begin_log(config, start)
+        begin_log(config.output_dir, start)
         if config.push_to_hub:
             hub = HubPusher(config.hub_model_id or Path(config.output_dir).name, config.hub_private_repo)
     if trackers:
@@ -579,7 +525,7 @@ def main():
     def evaluate_now():
         measured = {"step": step, **evaluate(accelerator, model, evaluation)}
         state["evaluations"].append(measured)
-        note(accelerator, config, measured)
+        note(accelerator, config.output_dir, measured)
         answer(accelerator, model, tokenizer, prompts, config.max_new_tokens)
 
     def save_now():
@@ -633,7 +579,7 @@ def main():
                 values |= {"learning_rate": rate, "grad_norm": norm, "epoch": step / per_epoch}
                 values |= {"tokens_per_second": speed} | ({"flops_utilisation": speed * flops / peak} if peak else {})
                 values["seconds_left"] = (max_steps - step) * sum(clock[-len(part) :]) / len(part)
-                note(accelerator, config, {"step": step, **values})
+                note(accelerator, config.output_dir, {"step": step, **values})
                 logged = step
             if evaluation and is_due(config.eval_strategy, config.eval_steps, *when):
                 evaluate_now()

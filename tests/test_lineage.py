@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from utils import lineage
-from utils.lineage import BANNERS, EXAMPLES, FROZEN, MAX_CHANGED_LINES, SECTIONS, banner
+from utils.lineage import BANNERS, EXAMPLES, FROZEN, MAX_CHANGED_LINES, SECTIONS, THAWED, banner
 
 # Script -> its base and the sections it changes: trunk, child, grandchild (which a glob finds before the child), then
 # a second root with a child.
@@ -152,6 +152,19 @@ def test_a_broken_form_is_found_and_refused(examples, old, new, message):
         with pytest.raises(SystemExit, match=re.escape(message)):
             command(examples)
     assert texts(examples) == before
+
+
+def test_the_training_loop_may_change_only_where_that_is_named(examples, monkeypatch):
+    edit(examples / "lora.py", "3. Model, 7", "3. Model, 6. Training loop, 7")
+    add_line(examples / "lora.py", FROZEN)
+    add_line(examples / "chat_packed.py", FROZEN)
+    monkeypatch.setattr(lineage, "THAWED", {"lora.py"})
+    lineage.write(examples)
+    errors = lineage.check(examples).errors
+    assert [error.partition(";")[0] for error in errors] == [
+        f"examples/chat_packed.py: {FROZEN}: differs from chat.py",
+        f"examples/fsdp_lora.py: {FROZEN}: differs from lora.py",
+    ]
 
 
 def test_banners_out_of_order_are_found(examples):
@@ -370,6 +383,14 @@ def test_own_examples_pass():
     assert report.scripts == len(list(EXAMPLES.glob("*.py"))) > 0
     assert report.pairs == report.fresh == report.scripts - report.roots > 0
     assert report.pairs == len(list(EXAMPLES.glob("diffs/*.diff")))
+
+
+def test_own_training_loops_are_one_but_where_that_is_named():
+    scripts = lineage.read()
+    for script, base in lineage.pairs(scripts):
+        assert (script.sections[FROZEN] != base.sections[FROZEN]) == (script.name in THAWED)
+        assert base.name not in THAWED, "its loop would become that of all below"
+    assert THAWED == {"causal_lm_lora_resume.py"} and THAWED < set(scripts)
 
 
 def test_own_pages_apply(tmp_path):

@@ -10,14 +10,18 @@ import pytest
 from conftest import ROOT
 from test_models import load
 
+from utils import lineage
+
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
-NAMES = [script.stem for script in SCRIPTS]
+ROOTS = {"chat_sft"}  # production scripts, roots of their own: other functions, flags and sizes than the lessons'
+NAMES = [script.stem for script in SCRIPTS if script.stem not in ROOTS]
 FLAGS = """model_name_or_path
 dtype attn_implementation dataset_name text_column label_column prompt_template max_length
 per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps learning_rate lr_scheduler_type
 warmup_ratio weight_decay max_grad_norm num_train_epochs max_steps gradient_checkpointing seed output_dir
 overwrite_output_dir hub_model_id""".split()
 LORA_FLAGS = ["lora_r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save"]
+RESUME_FLAGS = ["save_steps", "checkpoint_dir", "resume_from_checkpoint"]
 
 
 def text(name):
@@ -45,12 +49,13 @@ def test_ruff(command):
 
 
 def test_there_are_scripts():
-    assert len(SCRIPTS) >= 6
+    assert len(NAMES) >= 6
+    assert len(SCRIPTS) == len(NAMES) + len(ROOTS)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_size(name):
-    limit = 250 if name.startswith("seq2seq") else 235 if "fsdp" in name or "qlora" in name else 220
+    limit = 250 if "seq2seq" in name or "resume" in name else 235 if "fsdp" in name or "qlora" in name else 220
     assert 160 <= len(text(name).splitlines()) <= limit
     assert max(map(len, text(name).splitlines())) <= 119
 
@@ -82,7 +87,13 @@ def test_every_knob_is_read_where_it_acts(name):
 def test_flags_and_help(name):
     sharded = ["layerwise_generation"] if any(part in name for part in ("zero3", "fsdp")) else []
     sharded += ["bnb_4bit_quant_storage", "optim"] if "qlora" in name else []
+    sharded += RESUME_FLAGS if name.endswith("_resume") else []
     assert set(fields(name)) == {*FLAGS, *(LORA_FLAGS if "lora" in name else []), *sharded}
+    assert "--no_" not in assert_help_explains_every_flag(name)
+
+
+def assert_help_explains_every_flag(name):
+    """Return the page of --help, which holds the text and the default of each field of Config."""
     module = load(name)
     page = module.HfArgumentParser(module.Config).format_help()
     entries = dict(re.findall(r"^  (--\w+)(.*?)(?=^  -|\Z)", page, re.MULTILINE | re.DOTALL))
@@ -90,7 +101,7 @@ def test_flags_and_help(name):
         entry = " ".join(entries[f"--{flag}"].split())
         assert " ".join(field.metadata["help"].split()) in entry
         assert "(default:" in entry
-    assert "--no_" not in page
+    return page
 
 
 def test_flags_of_one_name_are_alike():
@@ -114,3 +125,36 @@ def test_run_line(name):
     for config in ("zero3_offload", "zero3"):
         if name.endswith(f"_{config}") and "qlora" not in name:
             assert form[2] == config
+
+
+# The production scripts, of which each is like no other ------------------------------------------------
+@pytest.mark.parametrize("name", ROOTS)
+def test_form_of_a_production_script(name):
+    script = lineage.parse(ROOT / "examples" / f"{name}.py")
+    assert script.problems == [] and script.is_root
+    assert list(script.sections) == [lineage.HEAD, *lineage.SECTIONS]
+    assert max(map(len, text(name).splitlines())) <= 119
+    [command] = re.findall(r"^Run: +(.*)$", ast.get_docstring(ast.parse(text(name))), re.MULTILINE)
+    form = re.match(r"accelerate launch --config_file (configs/\w+\.yaml) (examples/\w+\.py)( --|$)", command)
+    assert form and form[2] == f"examples/{name}.py" and (ROOT / form[1]).is_file()
+
+
+@pytest.mark.parametrize("name", ROOTS)
+def test_no_trainer_in_a_production_script(name):
+    nodes = list(ast.walk(ast.parse(text(name))))
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    names |= {node.name for node in nodes if isinstance(node, ast.alias | ast.ClassDef)}
+    assert names and not any("Trainer" in one for one in names)
+
+
+@pytest.mark.parametrize("name", ROOTS)
+def test_every_knob_of_a_production_script_is_read_where_it_acts(name):
+    parts = ("checks", "launch", "memory", "report", "packing", "checkpoint")
+    sources = [text(name), *((ROOT / "utils" / f"{part}.py").read_text() for part in parts)]
+    assert set(fields(name)) - set().union(*map(read_from_config, sources)) == set()
+
+
+@pytest.mark.parametrize("name", ROOTS)
+def test_help_of_a_production_script_explains_every_flag(name):
+    assert_help_explains_every_flag(name)

@@ -307,8 +307,8 @@ def read_state(folder):
     folder = Path(folder)
     try:
         state = json.loads((folder / "state.json").read_text())
-        files = state.pop("files").items()
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        files, _ = state.pop("files").items(), state["step"]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{folder} is no checkpoint, its state.json cannot be read ({error})") from error
     if pickles := [file.name for file in folder.iterdir() if file.suffix in PICKLES]:
         raise CheckpointError(

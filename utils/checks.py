@@ -182,26 +182,32 @@ def check_choices(config, templates):
         refuse("--streaming has no length: give --max_steps, the number of updates")
     if config.hub_model_id and not config.push_to_hub:
         refuse("--hub_model_id names a repository, and nothing is pushed: add --push_to_hub, or drop it")
-    if config.resume_from_checkpoint and config.overwrite_output_dir:
+    if config.resume_from_checkpoint.lower() not in ("", "false") and config.overwrite_output_dir:
         refuse("--resume_from_checkpoint goes on with what --overwrite_output_dir would replace: give one of them")
-    for name in filter(None, config.report_to.split(",")):
-        if name != "none" and (name not in LoggerType.list() or importlib.util.find_spec(name) is None):
+    for name in config.report_to.split(",") if config.report_to != "none" else ():
+        if name not in LoggerType.list() or importlib.util.find_spec(name) is None:
             refuse(
-                f"--report_to {name}: it is not installed, or no tracker of accelerate: pip install {name}, or none"
+                f"--report_to {config.report_to}: {name!r} is not installed, or no tracker of accelerate: install it, "
+                "or give none"
             )
 
 
 def check_run_folder(config):
     """Refuse an output folder that would mix two runs, or that is none of a run's; one to resume from may be there."""
-    folder = Path(config.output_dir)
-    is_run = any(folder.glob("checkpoint-*/state.json")) or (folder / "log.jsonl").is_file()
-    if is_run and not config.overwrite_output_dir and not config.resume_from_checkpoint:
+    if config.hub_model_id:
+        or_refuse("--hub_model_id", validate_repo_id, config.hub_model_id)
+    folder, wanted = Path(config.output_dir), config.resume_from_checkpoint
+    is_run = or_refuse(f"--output_dir {folder}", (folder / "log.jsonl").is_file)
+    if not is_run and not any(folder.glob("checkpoint-*/state.json")):
+        return check_output(config)
+    goes_on = wanted.lower() == "true" or (
+        wanted.lower() not in ("", "false") and Path(wanted).resolve().parent == folder.resolve()
+    )
+    if not goes_on and not config.overwrite_output_dir:
         refuse(
             f"--output_dir {folder} holds a run: add --resume_from_checkpoint True to go on with it, "
             "--overwrite_output_dir to replace it, or choose another"
         )
-    if not is_run:
-        check_output(config)
 
 
 def check_numbers(config):
@@ -213,8 +219,10 @@ def check_numbers(config):
     for name in ("warmup_ratio", "lora_dropout"):
         if name in values and not 0 <= values[name] < 1:
             refuse(f"--{name} is {values[name]}: give a share from 0 to below 1")
-    for name, limit in (("weight_decay", math.inf), ("max_grad_norm", math.inf), ("seed", 2**32)):
-        if not 0 <= values[name] < limit:
+    limits = {"weight_decay": math.inf, "max_grad_norm": math.inf, "seed": 2**32}
+    limits |= dict.fromkeys(("save_total_limit", "num_samples", "dataloader_num_workers"), math.inf)
+    for name, limit in limits.items():
+        if name in values and not 0 <= values[name] < limit:
             refuse(f"--{name} is {values[name]}: give a number from 0 to below {limit}")
     if config.max_steps != -1 and config.max_steps < 1:
         refuse(f"--max_steps is {config.max_steps}: give the number of updates, or -1 to train for --num_train_epochs")

@@ -78,7 +78,8 @@ class HubPusher:
             self.changed.notify_all()
         self.snapshots.cleanup()
         if not self.missing:
-            print(f"hub: pushed to {self.url}", flush=True)
+            if self.url:  # else nothing was to be pushed
+                print(f"hub: pushed to {self.url}", flush=True)
             return True
         if not in_time:
             self.reason = f"not done after {timeout:g} seconds" + (f" [{self.reason}]" if self.reason else "")

@@ -7,7 +7,9 @@ and DDP all run on CPU processes over gloo, once the process group is there befo
 This file imports no other file of the project and can be copied along with a script.
 """
 
+import ctypes
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -18,6 +20,9 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, gather_object
 from datasets import disable_progress_bars
 from torch.distributed.fsdp import MixedPrecision
+
+
+PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent dies
 
 
 def start_accelerator(**kwargs):
@@ -36,6 +41,8 @@ def start_accelerator(**kwargs):
     warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True` and a tied layer is part of", UserWarning)
     disable_progress_bars()  # of datasets and of transformers: the one bar is that of the training
     transformers.utils.logging.disable_progress_bar()
+    if "LOCAL_RANK" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # a launcher that is killed leaves no process behind
     use_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     use_fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     if use_deepspeed:

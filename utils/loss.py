@@ -8,6 +8,7 @@ Liger's fused linear cross-entropy (arXiv:2410.10989) and of Cut Your Losses (ar
 This file imports no other file of the project and can be copied along with a script.
 """
 
+from functools import wraps
 from importlib.util import find_spec
 
 import torch
@@ -38,7 +39,7 @@ class HeadLoss(torch.autograd.Function):
         to_hidden = torch.zeros_like(hidden) if for_hidden else None
         to_weight = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
         to_bias = torch.zeros_like(bias, dtype=torch.float32) if for_bias else None
-        loss, correct = hidden.new_zeros(2, dtype=torch.float32)
+        loss, correct = (hidden.new_zeros((), dtype=torch.float32) for _ in range(2))  # no views, of which FSDP2 warns
         with torch.autocast(device, enabled=False):
             head, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
             for rows in torch.arange(len(labels), device=hidden.device).split(chunk):
@@ -111,14 +112,12 @@ def add_token_loss(model, chunk_bytes=64 * MB):
     chunk = max(1, int(chunk_bytes / 4 / vocabulary))
     is_linear = type(leaf) is torch.nn.Linear
     if is_linear:
-        loss_function = (
-            liger_loss if leaf.weight.device.type == "cuda" and find_spec("liger_kernel") else HeadLoss.apply
-        )
-        logits_of = leaf.forward
+        has_liger, logits_of = find_spec("liger_kernel") is not None, leaf.forward
 
         def head_forward(hidden, labels=None):
             if labels is None:
                 return logits_of(hidden)
+            loss_function = liger_loss if has_liger and hidden.is_cuda else HeadLoss.apply
             return loss_function(hidden, leaf.weight, leaf.bias, labels, scale, softcap, chunk)
 
         leaf.forward = head_forward
@@ -130,6 +129,7 @@ def add_token_loss(model, chunk_bytes=64 * MB):
         correct = (logits.argmax(-1) == labels).sum()
         return functional.cross_entropy(logits, labels, reduction="sum"), correct
 
+    @wraps(plain)  # whose arguments generate looks at, to ask for the logits of the last token alone
     def forward(input_ids=None, labels=None, full_logits=False, **kwargs):
         if labels is None or full_logits:
             return plain(input_ids=input_ids, labels=labels, **kwargs)

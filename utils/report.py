@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import ShardingStrategy
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 LIBRARIES = ("torch", "accelerate", "deepspeed", "peft", "transformers", "datasets", "bitsandbytes")
 
@@ -159,6 +160,23 @@ def shards(accelerator):
         if plugin.sharding_strategy in (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP):
             return accelerator.num_processes
     return accelerator.num_processes if strategy(accelerator) == "zero3" else 1
+
+
+def begin_log(output_dir, start):
+    """Open log.jsonl in the folder, without the lines of updates that a run from update `start` on makes again."""
+    path = Path(output_dir, "log.jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = path.read_text().splitlines(keepends=True) if start and path.is_file() else []
+    path.write_text("".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= start))
+
+
+def note(accelerator, output_dir, values):
+    """Write measurements, among them `step`, to the console, to log.jsonl and to the trackers."""
+    accelerator.log(values, step=values["step"])
+    if accelerator.is_main_process:
+        with Path(output_dir, "log.jsonl").open("a") as file:
+            file.write(json.dumps(values) + "\n")
+        tqdm.write(", ".join(f"{name} {value:.5g}" for name, value in values.items()))
 
 
 def collect_metrics(accelerator, model, config, tracker, score, updates, metric="accuracy"):
@@ -345,12 +363,14 @@ def write_metrics(folder, metrics):
     base_model = "" if Path(name).is_dir() else f"base_model: {name}\n"  # the Hub refuses a card with a path
     columns = f", column `{config['label_column']}` from `{config['text_column']}`" if "label_column" in config else ""
     measure = "exact-match accuracy" if score["metric"] == "accuracy" else score["metric"]
-    held_out = f"On held-out rows {measure}: {score['before']:.4f} before, {score['after']:.4f} after. "
+    held_out = ""
+    if score["after"] is not None:
+        held_out = f"On held-out rows {measure}: {score['before']:.4f} before, {score['after']:.4f} after. "
     (folder / "README.md").write_text(
         f"---\n{base_model}library_name: {library(folder)}\n---\n\n"
         f"Trained by `{Path(sys.argv[0]).name}` from `{config['model_name_or_path']}` on `{config['dataset_name']}`"
         f"{columns}: {metrics['strategy']} on {metrics['num_processes']} process(es), {len(metrics['losses'])} "
-        f"updates.\n\n{held_out if score['after'] is not None else ''}"
+        f"updates.\n\n{held_out}"
         "All settings and measurements are in metrics.json.\n\n"
         f"```python\n{load_lines(folder, config['output_dir'], config)}\n```\n"
     )
