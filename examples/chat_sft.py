@@ -25,6 +25,7 @@ from accelerate.utils import GradientAccumulationPlugin, send_to_device, set_see
 from peft import LoraConfig, TaskType, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import fsdp_auto_wrap_policy
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.fsdp import register_fsdp_forward_method
 from tqdm import tqdm
@@ -45,7 +46,17 @@ from utils.loss import add_token_loss, check_token_loss
 from utils.memory import MemoryTracker, fits_whole, plot_memory
 from utils.packing import build_loader, join, pack, shuffled_places, split_evenly, stream_places
 from utils.report import begin_log, check_adapter, check_model, check_sharding, collect_metrics, end_run
-from utils.report import fail_together, full_shape, name_in_file, new_folder, note, print_saved, write_metrics
+from utils.report import (
+    count_elements,
+    fail,
+    fail_together,
+    full_shape,
+    name_in_file,
+    new_folder,
+    note,
+    print_saved,
+    write_metrics,
+)
 
 # name -> the template, the tokens that it brings, the one of them that ends a turn (none: the tokenizer's)
 TEMPLATES = {
@@ -209,10 +220,14 @@ def encode(row, index, config, tokenizer, shape, split):
                 f"{where}: the chat template does not show where the assistant's turns begin and end: give "
                 "--chat_template_format chatml, or a template that does, or --train_on all"
             )
-        trained = [b > a and any(begin <= a and b <= end for begin, end in spans) for a, b in tokens["offset_mapping"]]
+        # a token across the border counts, and so do blanks, to which some tokenizers give no width
+        places = [(a, max(b, a + 1)) for a, b in tokens["offset_mapping"]]
+        trained = [b > 0 and any(a < end and b > begin for begin, end in spans) for a, b in places]
         labels = [token if is_trained else -100 for token, is_trained in zip(ids, trained)]
-    if ends and ids[-1:] != [tokenizer.eos_token_id]:
-        ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
+    if ends:
+        end = tokenizer.eos_token_id
+        size = len(ids) - (ids[-1:] == [end])  # some tokenizers have written it, without a place in the text
+        ids, labels = [*ids[:size], end], [*labels[:size], end]
     return {"input_ids": ids[: config.max_length], "labels": labels[: config.max_length], "length": len(ids)}
 
 
@@ -331,7 +346,8 @@ def build_model(config, tokenizer, added):
         lora_config = LoraConfig(task_type=TaskType.CAUSAL_LM, **lora)
         model = get_peft_model(model, lora_config, autocast_adapter_dtype=not is_engine)
         for weight in (weight for weight in model.parameters() if weight.requires_grad):
-            weight.data = weight.data.to(getattr(torch, config.dtype)).to(weight.dtype)  # as that engine starts
+            rounded = weight.data.to(getattr(torch, config.dtype))  # as that engine starts
+            weight.data = rounded if is_engine else rounded.float()
         if launched_precision() != "no":  # autocast does it; PEFT would cast to a dtype that changes as FSDP gathers
             for layer in (layer for layer in model.modules() if hasattr(layer, "cast_input_dtype_enabled")):
                 layer.cast_input_dtype_enabled = False
@@ -445,6 +461,8 @@ def main():
         shape = shape_of(train_rows, config.dataset_text_field)
         kind = as_document(next(iter(train_rows)), shape, "row 1 of train")[0]
         resumed = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
+        if config.resume_from_checkpoint.lower() == "true" and not resumed:
+            say(f"{config.output_dir} holds no complete checkpoint: the run starts from the beginning.")
         state = read_state(resumed) if resumed else {"step": 0, "updates": [], "evaluations": [], "seconds": 0.0}
     tokenizer, added = build_tokenizer(config, kind == "chat")
     if added:  # weights that one process reads and then resizes would not reach the others
@@ -458,9 +476,10 @@ def main():
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             gradient_clipping=config.max_grad_norm,
             train_micro_batch_size_per_gpu=config.per_device_train_batch_size,
-            data_types={"grad_accum_dtype": "fp32"},
             communication_data_type="fp32",
         )
+        if launched_strategy() != "zero1":  # where it would start another engine, without checkpoints here
+            accelerator.deepspeed_plugin.deepspeed_config["data_types"] = {"grad_accum_dtype": "fp32"}
     encoding, start = {"tokenizer": tokenizer, "shape": shape}, state["step"]
     with refusing(DataError, CheckpointError):
         if config.streaming:
@@ -483,27 +502,25 @@ def main():
     with tracker.phase("load"):
         model, optimizer, shapes = prepare(config, accelerator, build_model(config, tokenizer, added))
         check_sharding(accelerator, model)
-        is_sharded = launched_strategy() in ("zero3", "fsdp1", "fsdp2")
-        fits = not is_sharded or (not config.layerwise_generation and fits_whole(accelerator, model))
-        model.gather_for_generation = fits
-        with refusing(CheckpointError):
-            scheduler = get_scheduler(
-                config.lr_scheduler_type, optimizer, int(config.warmup_ratio * max_steps), max_steps
-            )
-            set_seed(config.seed, device_specific=True)  # from here on every process drops out elements of its own
-            if resumed:
+        is_whole = launched_strategy() not in ("zero3", "fsdp1", "fsdp2")
+        gathers = is_whole or (not config.layerwise_generation and fits_whole(accelerator, model))
+        model.gather_for_generation = gathers
+        warmup = int(config.warmup_ratio * max_steps)
+        scheduler = get_scheduler(config.lr_scheduler_type, optimizer, warmup, max_steps)
+        set_seed(config.seed, device_specific=True)  # from here on every process drops out elements of its own
+        if resumed:
+            with refusing(CheckpointError):
                 load_checkpoint(accelerator, resumed, optimizer)
-                scheduler.last_epoch, scheduler._step_count = start - 1, start + 1  # as after so many updates
-                scheduler.step()
-                say(f"Going on from {resumed}, after update {start} of {max_steps}.")
+            scheduler.last_epoch, scheduler._step_count = start - 1, start + 1  # as after so many updates
+            scheduler.step()
+            say(f"Going on from {resumed}, after update {start} of {max_steps}.")
         pair = [{name: document[name][:16] for name in ("input_ids", "labels")} for document in examples]
         for document in pair:
             document["labels"] = document["input_ids"]
         pair = pair if config.packing or config.per_device_train_batch_size > 1 else pair[:1]
         if reason := check_token_loss(accelerator, model, join(pair), [join([document]) for document in pair]):
             fail_together(accelerator, reason)
-    elements = sum(math.prod(full_shape(weight)) for weight in model.parameters())
-    flops = (4 if config.use_peft_lora else 6) * elements  # of a token, without what is computed again
+    flops = (4 if config.use_peft_lora else 6) * count_elements(model)  # of a token, without what is computed again
     name = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu"
     peak = next((peak for known, peak in PEAKS.items() if known in name), 0) * accelerator.num_processes
     hub = None
@@ -530,19 +547,27 @@ def main():
 
     def save_now():
         state_dict = gather_trained(accelerator, model, name_in_file)
+        if not all(value.isfinite().all() for value in state_dict.values()):
+            bar.close()
+            fail(f"update {step} left values that are no numbers: lower --learning_rate; go on from {saved or 'none'}")
         write = partial(
             write_weights, accelerator=accelerator, model=model, tokenizer=tokenizer, state_dict=state_dict
         )
-        return save_checkpoint(accelerator, config.output_dir, step, optimizer, state, write)
+        try:
+            return save_checkpoint(accelerator, config.output_dir, step, optimizer, state, write)
+        except (OSError, SafetensorError, CheckpointError) as error:
+            bar.close()
+            fail(f"no checkpoint of update {step} could be written ({error}); the last good one is {saved or 'none'}")
 
     if evaluation and not resumed:
         evaluate_now()
     with tracker.phase("train"):
-        batches, clock = iter(loader), [time.perf_counter()]
+        batches, clock = iter(loader), []
         bar = tqdm(total=max_steps, initial=start, disable=not accelerator.is_main_process)
         while step < max_steps:
             begin = time.perf_counter()
-            micro_batches = [send_to_device(next(batches), accelerator.device) for _ in range(accumulated)]
+            with refusing(DataError):  # of a stream, whose rows nobody has seen yet
+                micro_batches = [send_to_device(next(batches), accelerator.device) for _ in range(accumulated)]
             counts = [(b["labels"].ne(-100).sum(), b["labels"].numel(), len(signals)) for b in micro_batches]
             counts = torch.tensor(counts, device=accelerator.device).sum(0)
             targets, inputs, asked = accelerator.reduce(counts).tolist()  # of all processes
@@ -564,6 +589,7 @@ def main():
             if not math.isfinite(step_loss) or step_loss == 0 or (math.isnan(norm) and not config.fp16):
                 told = f"the loss of update {step} is {step_loss}, and the norm of its gradient {norm}"
                 remedy = f"lower --learning_rate, look at the data; the last good checkpoint is {saved or 'none'}"
+                bar.close()
                 fail_together(accelerator, f"{told}: {remedy}")
             scheduler.step()
             updates.append((step_loss, rate, norm, targets, inputs))

@@ -73,6 +73,7 @@ def made(tmp_path_factory, environment):
     for name, text in FILES.items():
         (place / name).parent.mkdir(exist_ok=True)
         (place / name).write_text(text)
+    (place / "binary.jinja").write_bytes(b"\xff\xfe")
     (place / "latin.jsonl").write_bytes('{"text": "café"}\n'.encode("latin-1"))
     datasets.disable_progress_bars()
     parts = {
@@ -83,7 +84,6 @@ def made(tmp_path_factory, environment):
 
     make_model(place / "llama", "llama")
     make_model(place / "t5", "t5")
-    make_model(place / "bloom", "gpt2")
     for name in ("no_weights", "no_config", "broken_config", "truncated", "no_tokenizer", "no_eos", "in_gptq"):
         shutil.copytree(place / "llama", place / name)
     (place / "no_weights/model.safetensors").rename(place / "no_weights/pytorch_model.bin")
@@ -103,7 +103,7 @@ def made(tmp_path_factory, environment):
     commands = [["chat_sft", *words_of(place, GOOD + words)] for words in (RUN, *accepted)]
     (code, output), *accepted = run_single(environment, place, *commands)
     assert code == 0, output
-    for name in ("changed", "missing", "pickle", "no_state", "empty_state", "list_state", "unfinished"):
+    for name in ("changed", "missing", "pickle", "no_state", "empty_state", "list_state"):
         shutil.copytree(place / "run/checkpoint-1", place / name / "checkpoint-1")
     weights = place / "changed/checkpoint-1/adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x07")
@@ -259,6 +259,7 @@ CASES = [  # flags; what the line must say, culprit first
     ("--chat_template_format alpaca", "--chat_template_format is 'alpaca'", "chatml, zephyr"),
     ("--chat_template_format {p}/nothing.jinja", "nothing.jinja'", ".jinja file"),
     ("--chat_template_format {p}/template.txt", "template.txt'", ".jinja file"),
+    ("--chat_template_format {p}/binary.jinja", "binary.jinja cannot be read", "utf-8"),
     ("--chat_template_format {p}/raises.jinja", "row 1 of", "the chat template refuses it (not a word)"),
     ("--chat_template_format {p}/syntax.jinja", "row 1 of", "the chat template refuses it"),
     ("--chat_template_format {p}/rewrites.jinja", "does not show where the assistant's turns begin", "--train_on all"),
@@ -321,7 +322,8 @@ def test_one_line_says_what_is_wrong(refused, number):
     [line] = re.findall("^error: .*", output, re.MULTILINE)
     assert [fragment for fragment in CASES[number][1:] if fragment not in line] == [], line
     assert output.rstrip().endswith(line.rstrip())
-    assert "bytes of parameters" not in output  # a model was loaded
+    assert not re.search("^Failed to (load JSON|read)", output, re.MULTILINE)  # which datasets would log before
+    assert "bytes of parameters" not in output  # of a model that was loaded
     assert not folder.exists()
 
 

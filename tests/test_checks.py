@@ -4,6 +4,7 @@ The tables call the scripts' own `main` in this process, in the environment that
 up to where the model would be loaded. A sample goes through the launcher itself.
 """
 
+import contextlib
 import http.server
 import importlib.util
 import json
@@ -212,7 +213,11 @@ def run(place, monkeypatch):
         spec.loader.exec_module(module)
         processes = int(os.environ.get("WORLD_SIZE", 1))
         accelerator = SimpleNamespace(
-            num_processes=processes, deepspeed_plugin=SimpleNamespace(deepspeed_config={"zero_optimization": {}})
+            num_processes=processes,
+            process_index=0,
+            mixed_precision="no",
+            main_process_first=contextlib.nullcontext,
+            deepspeed_plugin=SimpleNamespace(deepspeed_config={"zero_optimization": {}}),
         )
         monkeypatch.setattr(module, "start_accelerator", lambda **kwargs: accelerator)
         monkeypatch.setattr(module, "MemoryTracker", Mock(side_effect=Accepted))
@@ -512,7 +517,8 @@ def test_defaults_of_every_script_are_accepted_with_its_own_config(run, monkeypa
     config = re.search(r"--config_file configs/(\w+)\.yaml", (ROOT / "examples" / f"{script}.py").read_text())[1]
     monkeypatch.chdir(ROOT)
     with pytest.raises(Accepted):
-        run(script, config, ["--output_dir", tmp_path / "new"])
+        checkpoints = ["--checkpoint_dir", tmp_path / "checkpoints"] if script.endswith("_resume") else []
+        run(script, config, ["--output_dir", tmp_path / "new", *checkpoints])
 
 
 @pytest.mark.parametrize("guide", GUIDES)

@@ -211,12 +211,12 @@ FILES = {  # file -> what it holds; what the sentence says
 }
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("name", FILES)
+STREAMED = [(name, True) for name in FILES if name != "latin.jsonl"]  # of a stream only the beginning is read here
+
+
+@pytest.mark.parametrize(("name", "streaming"), [*((name, False) for name in FILES), *STREAMED])
 def test_files_that_cannot_be_read(tmp_path, capfd, name, streaming):
     content, words = FILES[name]
-    if streaming and "UTF-8" in words:
-        pytest.skip("of a stream only the beginning is read")
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     if streaming and words == "has no rows":
         rows, _ = read_splits(str(tmp_path / name), streaming=True)

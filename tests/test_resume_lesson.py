@@ -62,10 +62,26 @@ def single(environment, small, folder):
 
 @pytest.fixture(scope="module")
 def whole(single, folder):
-    """Runs of the base and of the lesson that nothing interrupts; the folder of the lesson's checkpoints."""
+    """The checkpoints of a run that nothing interrupts.
+
+    Beside it: a run of the base, runs that go on from each of the checkpoints, and runs that forget something then.
+    """
     checkpoints = folder / "checkpoints"
-    done = single((BASE, "base"), (SCRIPT, "whole", "--checkpoint_dir", checkpoints, "--save_steps", 2))
-    assert [code for code, _ in done] == [0, 0], done
+    commands = [(BASE, "base"), (SCRIPT, "whole", "--checkpoint_dir", checkpoints, "--save_steps", 2)]
+    for step in (2, 4, 6):
+        mine = ("--checkpoint_dir", folder / f"checkpoints_from_{step}", "--save_steps", 3)
+        commands.append(
+            (SCRIPT, f"from_{step}", "--resume_from_checkpoint", checkpoints / f"checkpoint-{step}", *mine)
+        )
+    for name, line in FORGOTTEN.items():
+        (folder / name).mkdir()
+        script = plant(folder / name, SCRIPT, line)
+        mine = ("--checkpoint_dir", folder / name / "checkpoints")
+        commands.append((script, f"{name}/run", "--resume_from_checkpoint", checkpoints / "checkpoint-2", *mine))
+    done = single(*commands)
+    assert [code for code, _ in done] == [0] * len(commands), done
+    for step, (_, output) in zip((2, 4, 6), done[2:]):
+        assert f"checkpoint-{step}, after update {step} of 6" in output
     return checkpoints
 
 
@@ -97,35 +113,28 @@ def test_a_checkpoint_holds_what_is_trained_and_no_more(whole, folder):
 
 
 @pytest.mark.parametrize("step", [2, 4, 6])
-def test_goes_on_bit_for_bit_inside_a_pass(single, whole, folder, step):
-    mine = folder / f"from_{step}" / "checkpoints"
-    resume = ("--resume_from_checkpoint", whole / f"checkpoint-{step}", "--checkpoint_dir", mine, "--save_steps", 3)
-    [(code, output)] = single((SCRIPT, f"from_{step}/run", *resume))
-    assert code == 0, output
-    assert f"after update {step} of 6" in output
-    run = folder / f"from_{step}" / "run"
+def test_goes_on_bit_for_bit_inside_a_pass(whole, folder, step):
+    run = folder / f"from_{step}"
     assert outcome(run) == outcome(folder / "whole")
     metrics, then = read_metrics(run), torch.load(whole / f"checkpoint-{step}" / "state.pt", weights_only=True)
     assert metrics["train_seconds"] > then["seconds"] > 0  # of both parts, as the tokens are
     assert metrics["tokens_per_second"] == pytest.approx(metrics["input_tokens"] / metrics["train_seconds"])
-    if step < 6:
-        states = [torch.load(where / "checkpoint-6" / "state.pt", weights_only=True) for where in (whole, mine)]
-        for state in states:
-            del state["seconds"]
-        torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
-def test_whatever_is_forgotten_shows(single, whole, folder):
-    commands = []
-    for number, line in enumerate(FORGOTTEN.values()):
-        (folder / f"forgets_{number}").mkdir()
-        script = plant(folder / f"forgets_{number}", SCRIPT, line)
-        resume = ("--resume_from_checkpoint", whole / "checkpoint-2", "--checkpoint_dir", folder / "unused")
-        commands.append((script, f"forgets_{number}/run", *resume))
-    done = single(*commands)
-    assert [code for code, _ in done] == [0] * len(FORGOTTEN), done
-    for number, name in enumerate(FORGOTTEN):
-        assert outcome(folder / f"forgets_{number}" / "run") != outcome(folder / "whole"), name
+@pytest.mark.parametrize("step", [2, 4])
+def test_writes_the_checkpoints_that_it_would_have_written(whole, folder, step):
+    places = (whole, folder / f"checkpoints_from_{step}")
+    state, other = (torch.load(place / "checkpoint-6" / "state.pt", weights_only=True) for place in places)
+    for key in ("trained", "random"):
+        torch.testing.assert_close(state[key], other[key], rtol=0, atol=0)
+    torch.testing.assert_close(*(one["stateful"][0]["state"] for one in (state, other)), rtol=0, atol=0)
+    assert state["stateful"][1] == other["stateful"][1]
+    assert [state[key] == other[key] for key in ("run", "before", "updates")] == [True] * 3
+
+
+@pytest.mark.parametrize("name", FORGOTTEN)
+def test_whatever_is_forgotten_shows(whole, folder, name):
+    assert outcome(folder / name / "run") != outcome(folder / "whole")
 
 
 def test_refusals(single, whole, folder):
@@ -141,6 +150,7 @@ def test_refusals(single, whole, folder):
         ((whole, "--resume_from_checkpoint", "True", "--learning_rate", 2e-2), "learning_rate 0.01 (now 0.02)"),
         ((whole, "--resume_from_checkpoint", "True", "--lora_r", 4), "lora_r 8 (now 4)"),
         ((whole,), "checkpoint-6 is of an earlier run"),
+        ((whole / "checkpoint-2" / "state.pt",), "--checkpoint_dir: "),
         ((folder / "code", "--resume_from_checkpoint", "True"), "checkpoint-6/state.pt cannot be read"),
         ((folder / "truncated", "--resume_from_checkpoint", "True"), "checkpoint-6/state.pt cannot be read"),
         ((folder / "missing", "--resume_from_checkpoint", "True"), "checkpoint-10/state.pt cannot be read"),

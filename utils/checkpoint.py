@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy
 import torch
 from accelerate.utils import DistributedType, gather_object
-from deepspeed.utils import safe_get_full_fp32_param
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
@@ -56,6 +55,8 @@ def gather_trained(accelerator, model, name_in_file):
                 for name, value in unit.module.named_parameters(path):
                     keep(name, value)
         return state_dict
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from deepspeed.utils import safe_get_full_fp32_param  # here alone: a large import
     for name, value in accelerator.unwrap_model(model).named_parameters():
         if value.requires_grad:
             if accelerator.distributed_type == DistributedType.DEEPSPEED:

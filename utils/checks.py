@@ -167,6 +167,8 @@ def check_choices(config, templates):
     template = config.chat_template_format
     if template not in ("none", *templates) and not (template.endswith(".jinja") and Path(template).is_file()):
         refuse(f"--chat_template_format is {template!r}: choose {', '.join(templates)}, none or a .jinja file")
+    if template not in ("none", *templates):
+        or_refuse(f"--chat_template_format {template} cannot be read", Path(template).read_text)
     if config.bf16 and config.fp16:
         refuse("--bf16 and --fp16 contradict each other: give one of them")
     if config.use_4bit_quantization and config.use_8bit_quantization:

@@ -70,7 +70,12 @@ def read_splits(dataset_name, splits="", streaming=False):
         if is_file:
             found = load_dataset(FORMATS[path.suffix], data_files=str(path), streaming=streaming, **as_text([path]))
         elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            found = load_from_disk(path)
+            found = load_from_disk(
+                path, keep_in_memory=not streaming
+            )  # else it would write its caches beside the data
+            found = found if isinstance(found, DatasetDict) else DatasetDict(train=found)
+            if streaming:
+                found = IterableDatasetDict({name: split.to_iterable_dataset() for name, split in found.items()})
         else:
             files = [file for file in path.glob("*") if file.suffix in FORMATS]
             found = load_dataset(dataset_name, streaming=streaming, **as_text(files))

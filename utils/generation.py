@@ -5,7 +5,6 @@ This file imports no other file of the project and can be copied along with a sc
 
 from contextlib import contextmanager, nullcontext
 
-from deepspeed.runtime.zero import unwrap_model_for_generation
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
@@ -19,6 +18,8 @@ def generating(accelerator, model):
     """
     whole = model.gather_for_generation
     if hasattr(next(model.parameters()), "ds_id"):  # ZeRO-3
+        from deepspeed.runtime.zero import unwrap_model_for_generation  # here alone: a large import
+
         with unwrap_model_for_generation(model) if whole else nullcontext():
             yield model.module
     elif isinstance(model, FSDP):

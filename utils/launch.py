@@ -8,6 +8,7 @@ This file imports no other file of the project and can be copied along with a sc
 """
 
 import ctypes
+import dataclasses
 import os
 import signal
 import sys
@@ -19,7 +20,6 @@ import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, gather_object
 from datasets import disable_progress_bars
-from torch.distributed.fsdp import MixedPrecision
 
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent dies
@@ -70,9 +70,12 @@ def start_accelerator(**kwargs):
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
         raise RuntimeError(f"{launched} processes were launched, but accelerate runs {accelerator.num_processes}")
-    if use_fsdp and isinstance(policy := accelerator.state.fsdp_plugin.mixed_precision_policy, MixedPrecision):
-        # accelerate's has both in bf16 or fp16: it would round the frequencies of the rotary embedding, a buffer
-        policy.buffer_dtype = policy.reduce_dtype = torch.float32
+    if use_fsdp and (policy := accelerator.state.fsdp_plugin.mixed_precision_policy) is not None:
+        # accelerate's rounds to bf16 or fp16 what must not be: gradients on their way, the rotary embedding's
+        # frequencies (a buffer) under version 1, and the loss (an output) under version 2
+        kept = {"buffer_dtype": torch.float32} if hasattr(policy, "buffer_dtype") else {"output_dtype": None}
+        policy = dataclasses.replace(policy, reduce_dtype=torch.float32, **kept)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     if offloads_optimizer(accelerator) and (reason := cpu_adam_failure(accelerator)):
         accelerator.deepspeed_plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
         accelerator.print(

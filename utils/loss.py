@@ -23,19 +23,20 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 class HeadLoss(torch.autograd.Function):
     """Cross-entropy, summed over the rows, of a linear head's logits; the gradients are made along with the loss.
 
-    apply(hidden, weight, bias, labels, scale, softcap, chunk) -> (loss, correct), both scalars in float32
+    apply(hidden, weight, bias, labels, scale, softcap, chunk, gradients) -> (loss, correct), both scalars in float32
 
         hidden [n, h], weight [v, h], bias [v] or None; labels [n], none of them -100; n may be 0
         scale, softcap: logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap); softcap None: no tanh
         chunk: how many rows have their logits at the same time
-        correct: how many rows have their largest logit at the label
+        gradients: torch.is_grad_enabled(), which is not to be seen from inside
+        correct: how many rows have their largest logit at the label; 0 where gradients are made, for it takes time
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, scale, softcap, chunk):
+    def forward(ctx, hidden, weight, bias, labels, scale, softcap, chunk, gradients=True):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
+        for_hidden, for_weight, for_bias = (gradients and needed for needed in ctx.needs_input_grad[:3])
         to_hidden = torch.zeros_like(hidden) if for_hidden else None
         to_weight = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
         to_bias = torch.zeros_like(bias, dtype=torch.float32) if for_bias else None
@@ -44,20 +45,23 @@ class HeadLoss(torch.autograd.Function):
             head, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
             for rows in torch.arange(len(labels), device=hidden.device).split(chunk):
                 part, label = hidden[rows].to(dtype), labels[rows, None]
-                logits = functional.linear(part, head, offset).float().mul_(scale)
-                slope = None
+                logits = functional.linear(part, head, offset).float()
+                if scale != 1:
+                    logits *= scale
                 if softcap is not None:
-                    tanh = logits.div_(softcap).tanh_()
-                    slope = 1 - tanh**2
-                    logits = tanh.mul_(softcap)
-                total = logits.logsumexp(-1, keepdim=True)
-                loss += (total - logits.gather(-1, label)).sum()
-                correct += (logits.argmax(-1, keepdim=True) == label).sum()
+                    logits = softcap * torch.tanh(logits / softcap)
+                likelihood = functional.log_softmax(logits, -1)
+                loss -= likelihood.gather(-1, label).sum()
                 if not (for_hidden or for_weight or for_bias):
+                    correct += (logits.argmax(-1, keepdim=True) == label).sum()
                     continue
-                # towards the logits: the softmax, minus 1 at the label; in the memory of the logits
-                gradient = logits.sub_(total).exp_().scatter_add_(-1, label, torch.full_like(total, -1))
-                gradient = gradient.mul_(scale) if slope is None else gradient.mul_(scale * slope)
+                # towards the logits: the softmax, minus 1 at the label
+                gradient = likelihood.exp_().scatter_add_(-1, label, torch.full_like(label, -1, dtype=torch.float32))
+                if softcap is not None:
+                    gradient *= 1 - (logits / softcap) ** 2
+                if scale != 1:
+                    gradient *= scale
+                del logits
                 gradient = gradient.to(dtype)
                 if for_hidden:
                     to_hidden[rows] = (gradient @ head).to(to_hidden.dtype)
@@ -76,7 +80,7 @@ class HeadLoss(torch.autograd.Function):
             None if tensor is None else (tensor * gradient).to(dtype)
             for tensor, dtype in zip(ctx.saved_tensors, ctx.dtypes)
         ]
-        return *own, None, None, None, None
+        return *own, None, None, None, None, None
 
 
 def head_options(config):
@@ -118,7 +122,9 @@ def add_token_loss(model, chunk_bytes=64 * MB):
             if labels is None:
                 return logits_of(hidden)
             loss_function = liger_loss if has_liger and hidden.is_cuda else HeadLoss.apply
-            return loss_function(hidden, leaf.weight, leaf.bias, labels, scale, softcap, chunk)
+            return loss_function(
+                hidden, leaf.weight, leaf.bias, labels, scale, softcap, chunk, torch.is_grad_enabled()
+            )
 
         leaf.forward = head_forward
 
@@ -152,10 +158,10 @@ def add_token_loss(model, chunk_bytes=64 * MB):
     causal.forward = forward
 
 
-def liger_loss(hidden, weight, bias, labels, scale, softcap, chunk):
+def liger_loss(hidden, weight, bias, labels, scale, softcap, chunk, gradients):
     """Return what HeadLoss does, in training from Liger's fused kernel, which scales nothing and counts nothing."""
-    if scale != 1 or not torch.is_grad_enabled() or not len(labels):
-        return HeadLoss.apply(hidden, weight, bias, labels, scale, softcap, chunk)
+    if scale != 1 or not gradients or not len(labels):
+        return HeadLoss.apply(hidden, weight, bias, labels, scale, softcap, chunk, gradients)
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     loss = LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=softcap)(weight, hidden, labels, bias)

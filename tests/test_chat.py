@@ -1,0 +1,228 @@
+"""chat_sft: the guides' commands, the same training under every strategy, what it learns and what it leaves."""
+
+import json
+import math
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, read_metrics
+from single import run_single
+from safetensors.torch import load_file
+
+COMMANDS = sorted((ROOT / "docs/commands").glob("*.sh"))
+STRATEGIES = ["ddp", "zero2", "zero3", "fsdp1", "fsdp2"]
+HALF = ("--per_device_train_batch_size", 4)  # of two processes each
+WHOLE = ("--per_device_train_batch_size", 8)
+SETTINGS = ("--max_steps", 4, "--gradient_accumulation_steps", 2, "--num_samples", 1, "--max_new_tokens", 8)
+LORA = ("--use_peft_lora", "--packing", "--max_length", 128, *SETTINGS)
+
+
+def adapter(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def words_of(command):
+    """Return script and arguments of a command file, as a shell would hand them over."""
+    words = shlex.split(command.read_text().replace("\\\n", " "))
+    return words[words.index("examples/chat_sft.py") + 1 :], words[words.index("--config_file") + 1]
+
+
+@pytest.fixture(scope="module")
+def guides(launch, tmp_path_factory):
+    """The four commands, each run as its file has it but for its output folder: name -> (output, folder)."""
+    runs = {}
+    for command in COMMANDS:
+        arguments, config = words_of(command)
+        folder = tmp_path_factory.mktemp("guides") / command.stem
+        arguments[arguments.index("--output_dir") + 1] = folder
+        runs[command.stem] = launch("chat_sft", ROOT / config, *arguments, timeout=600).stdout, folder
+    return runs
+
+
+def test_there_are_four_commands():
+    assert [command.stem for command in COMMANDS] == ["lora_fsdp", "lora_zero3", "qlora_fsdp", "qlora_zero3"]
+
+
+@pytest.mark.parametrize("name", [command.stem for command in COMMANDS])
+def test_guides_command_acts(guides, name):
+    output, folder = guides[name]
+    metrics = read_metrics(folder)
+    config = metrics["config"]
+    assert metrics["strategy"] == ("zero3" if "zero3" in name else "fsdp1") and metrics["num_processes"] == 2
+    assert metrics["mixed_precision"] == "bf16" and metrics["trained_dtype"] == "float32"
+    assert config["max_length"] == 512 and config["lora_r"] == 8 and config["seed"] == 100
+    for said in (
+        "--bf16 wins over mixed_precision no",
+        "--max_length 2048 is beyond the model's 512 positions",
+        "--use_flash_attn",
+        "--dataset_text_field content is unused",
+        "2 new tokens: embed_tokens, lm_head are trained and saved whole.",
+        "% used",
+        "hub: not pushed to",
+    ):
+        assert said in output, said
+    updates = len(metrics["losses"])
+    assert (folder / f"checkpoint-{updates}" / "state.json").is_file()
+    assert not list(folder.glob(".checkpoint-*"))
+    assert any(key.endswith("embed_tokens.weight") for key in adapter(folder))
+    if "qlora" in name:
+        assert "bfloat16" in str(metrics["engine"]["bytes_held"])
+
+
+@pytest.mark.parametrize("pair", ["lora", "qlora"])
+def test_guides_commands_train_alike(guides, pair):
+    one, other = (guides[f"{pair}_{strategy}"][1] for strategy in ("zero3", "fsdp"))
+    first, second = read_metrics(one), read_metrics(other)
+    assert first["score"]["before"] == pytest.approx(second["score"]["before"], rel=1e-3)
+    assert first["losses"] == pytest.approx(second["losses"], rel=1e-3)
+    assert first["grad_norms"] == pytest.approx(second["grad_norms"], rel=1e-2)
+    left, right = adapter(one), adapter(other)
+    assert left.keys() == right.keys()
+    for key in left:  # Adam's first updates are signs, times the rate, of gradients that bf16 rounds
+        assert (left[key] - right[key]).norm() <= 0.1 * right[key].norm(), key
+        assert (left[key] - right[key]).abs().max() <= 2.1 * sum(first["learning_rates"]), key
+
+
+@pytest.fixture(scope="module")
+def alone(environment, tmp_path_factory):
+    """The runs in one process that others are compared with: name -> folder."""
+    folder = tmp_path_factory.mktemp("alone")
+    runs = {"lora": LORA, "full": LORA[1:], "pairs": ("--num_samples", 1, "--max_steps", 2)}
+    commands = [("chat_sft", *flags, *WHOLE, "--output_dir", folder / name) for name, flags in runs.items()]
+    commands.append(("chat_sft", "--use_peft_lora", "--output_dir", folder / "default"))
+    for code, output in run_single(environment, folder, *commands):
+        assert code == 0, output
+    (folder / "output.txt").write_text(output)
+    return folder
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_lora_trains_as_in_one_process(launch, alone, strategy, tmp_path):
+    launch("chat_sft", strategy, *LORA, *HALF, "--gradient_checkpointing", "--output_dir", tmp_path / "run")
+    assert_alike(tmp_path / "run", alone / "lora")
+
+
+@pytest.mark.parametrize(
+    "strategy", ["zero3", *(pytest.param(strategy, marks=pytest.mark.slow) for strategy in ("fsdp1", "fsdp2"))]
+)
+def test_all_weights_train_as_in_one_process(launch, alone, strategy, tmp_path):
+    launch("chat_sft", strategy, *LORA[1:], *HALF, "--output_dir", tmp_path / "run")
+    assert_alike(tmp_path / "run", alone / "full")
+
+
+def assert_alike(folder, reference):
+    ours, theirs = read_metrics(folder), read_metrics(reference)
+    for key in ("losses", "grad_norms", "learning_rates"):
+        assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
+    assert ours["target_tokens"] == theirs["target_tokens"]
+    for one, other in zip(ours["evaluations"], theirs["evaluations"], strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    [name] = [name for name in theirs["saved"] if name.endswith("model.safetensors")]
+    left, right = load_file(folder / name), load_file(reference / name)
+    assert left.keys() == right.keys()
+    for key in left:
+        assert (left[key] - right[key]).norm() <= 1e-3 * right[key].norm(), key
+
+
+def test_default_run_learns_and_shows(alone):
+    output, metrics = (alone / "output.txt").read_text(), read_metrics(alone / "default")
+    score = metrics["score"]
+    assert score["metric"] == "perplexity" and score["after"] < 0.5 * score["before"]
+    assert metrics["evaluations"][-1]["token_accuracy"] > metrics["evaluations"][0]["token_accuracy"]
+    assert math.log(score["after"]) == pytest.approx(metrics["evaluations"][-1]["eval_loss"])
+    assert re.search(r"^  '.*<\|im_start\|>assistant\\n' -> '", output, re.MULTILINE)  # a sample
+    assert "\u00ab" in output and "<|im_end|>\u00bb" in output  # what is trained on, marked
+    log = [json.loads(line) for line in (alone / "default/log.jsonl").read_text().splitlines()]
+    assert [entry for entry in log if "loss" in entry][0]["step"] == 5
+    assert {"loss", "learning_rate", "grad_norm", "epoch", "tokens_per_second", "seconds_left"} < set(log[1])
+    assert [entry["step"] for entry in log if "perplexity" in entry] == [0, 13, 25, 38]
+    assert sorted(path.name for path in (alone / "default").glob("checkpoint-*")) == [
+        "checkpoint-13",
+        "checkpoint-25",
+        "checkpoint-38",
+    ]
+
+
+def test_adapter_reloads_in_plain_peft(alone, environment):
+    """In a process without this project: the held-out loss of the reloaded adapter is the one that was measured."""
+    program = """
+import json, sys, torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+loss = count = 0
+for line in open(sys.argv[2]):
+    messages = json.loads(line)["messages"]
+    ids = tokenizer.apply_chat_template(messages, return_dict=False)
+    labels, at = [-100] * len(ids), 0
+    for number, message in enumerate(messages):
+        end = len(tokenizer.apply_chat_template(messages[: number + 1], return_dict=False))
+        if message["role"] == "assistant":
+            before = {"add_generation_prompt": True, "return_dict": False}
+            begin = len(tokenizer.apply_chat_template(messages[:number], **before))
+            newline = len(tokenizer("\\n", add_special_tokens=False).input_ids)
+            labels[begin : end - newline] = ids[begin : end - newline]
+    n = sum(label != -100 for label in labels)
+    with torch.no_grad():
+        loss += model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss.item() * n
+    count += n
+print(loss / count)
+"""
+    command = [sys.executable, "-c", program, alone / "default", ROOT / "assets/chat/test.jsonl"]
+    done = subprocess.run(map(str, command), cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    measured = read_metrics(alone / "default")["evaluations"][-1]["eval_loss"]
+    assert float(done.stdout.splitlines()[-1]) == pytest.approx(measured, rel=1e-5)
+
+
+def test_tensorboard_is_read_back(launch, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = ("--use_peft_lora", "--max_steps", 4, "--logging_steps", 2, "--num_samples", 0, *HALF)
+    launch("chat_sft", "ddp", *flags, "--report_to", "tensorboard", "--output_dir", tmp_path / "run")
+    events = EventAccumulator(str(tmp_path / "run/runs/chat_sft")).Reload()
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    for name in ("loss", "perplexity", "tokens_per_second"):
+        written = [(entry["step"], entry[name]) for entry in log if name in entry]
+        assert [(event.step, event.value) for event in events.Scalars(name)] == [
+            (step, pytest.approx(value, rel=1e-6)) for step, value in written
+        ]
+
+
+def test_no_tracker_imports_none(environment, tmp_path):
+    flags = ["--use_peft_lora", "--max_steps", "1", "--eval_strategy", "no", "--output_dir", str(tmp_path / "run")]
+    program = f"import sys, runpy; sys.argv = {['examples/chat_sft.py', *flags]}; "
+    program += "runpy.run_path(sys.argv[0], run_name='__main__'); print('tensorboard' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
+
+
+def test_streaming_trains_alike_on_two_processes(launch, environment, tmp_path):
+    """Read while it is needed, without shuffling: the documents are those of the run that has all of them at once."""
+    flags = ("--use_peft_lora", "--shuffle", "False", "--max_steps", 4, "--num_samples", 0, "--eval_strategy", "no")
+    launch("chat_sft", "ddp", *flags, *HALF, "--streaming", "--output_dir", tmp_path / "stream")
+    [(code, output)] = run_single(
+        environment, tmp_path, ("chat_sft", *flags, *WHOLE, "--output_dir", tmp_path / "run")
+    )
+    assert code == 0, output
+    one, other = read_metrics(tmp_path / "stream"), read_metrics(tmp_path / "run")
+    assert one["losses"] == pytest.approx(other["losses"], rel=1e-4)
+
+
+@pytest.mark.parametrize("broken", ["nan", "zero"])
+def test_a_loss_that_is_none_stops_the_run(environment, tmp_path, broken):
+    from processes import plant
+
+    line = '                    loss = model(**batch)["loss"] / targets'
+    worse = f"{line} * (float('nan') if step == 2 else 1)" if broken == "nan" else f"{line} * (step != 2)"
+    script = plant(tmp_path, "chat_sft", (line, worse))
+    flags = ("--use_peft_lora", "--max_steps", 6, "--save_strategy", "steps", "--save_steps", 1, "--num_samples", 0)
+    [(code, output)] = run_single(environment, tmp_path, (script, *flags, "--output_dir", tmp_path / "run"))
+    assert code == 1
+    [line] = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert "the loss of update 3 is " in line and str(tmp_path / "run/checkpoint-2") in line
+    assert not (tmp_path / "run/metrics.json").exists()

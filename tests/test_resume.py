@@ -1,0 +1,144 @@
+"""chat_sft goes on from a checkpoint bit for bit, whatever ended the run before."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, read_metrics
+from safetensors import safe_open
+from safetensors.torch import load_file
+from single import run_single
+
+STOP, UPDATES = 3, 8  # inside the first epoch of 7 updates
+FLAGS = ("--use_peft_lora", "--lora_dropout", 0.1, "--gradient_accumulation_steps", 2, "--max_steps", UPDATES)
+FLAGS += ("--save_strategy", "steps", "--save_steps", STOP, "--eval_strategy", "steps", "--eval_steps", 4)
+FLAGS += ("--num_samples", 1, "--max_new_tokens", 4)
+ON = ("--resume_from_checkpoint", True)
+
+
+def go_on(folder, source, step):
+    """Make an output folder that holds nothing but the checkpoint and the log of a run that was stopped there."""
+    folder.mkdir()
+    shutil.copytree(source / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+    shutil.copy(source / "log.jsonl", folder)
+    return folder
+
+
+def assert_same(folder, other, processes):
+    """Losses, norms, evaluations, adapter and the state of every process's optimizer and dice, bit for bit."""
+    ours, theirs = read_metrics(folder), read_metrics(other)
+    for key in ("losses", "grad_norms", "learning_rates", "evaluations", "target_tokens", "input_tokens"):
+        assert ours[key] == theirs[key], key
+    last = f"checkpoint-{len(theirs['losses'])}"
+    files = [f"{last}/process-{number:05}-of-{processes:05}.safetensors" for number in range(processes)]
+    for file in [*files, f"{last}/adapter_model.safetensors", "adapter_model.safetensors"]:
+        left, right = load_file(folder / file), load_file(other / file)
+        assert left.keys() == right.keys()
+        assert [key for key in left if not torch.equal(left[key], right[key])] == [], file
+    steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert steps == [json.loads(line)["step"] for line in (other / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(environment, tmp_path_factory):
+    """A run in one process that was not stopped, one that goes on from its checkpoint, and one from that one's."""
+    folder = tmp_path_factory.mktemp("whole")
+    [(code, output)] = run_single(environment, folder, ("chat_sft", *FLAGS, "--output_dir", folder / "whole"))
+    assert code == 0, output
+    for name, source, step in (("once", "whole", STOP), ("twice", "once", 2 * STOP)):
+        target = go_on(folder / name, folder / source, step)
+        [(code, output)] = run_single(environment, folder, ("chat_sft", *FLAGS, *ON, "--output_dir", target))
+        assert code == 0, output
+        assert f"Going on from {target}/checkpoint-{step}, after update {step} of {UPDATES}." in output
+    return folder
+
+
+@pytest.mark.parametrize("name", ["once", "twice"])
+def test_one_process_goes_on(whole, name):
+    assert_same(whole / name, whole / "whole", 1)
+
+
+SLOW = [pytest.param(strategy, marks=pytest.mark.slow) for strategy in ("zero2", "fsdp1")]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero3", "fsdp2", *SLOW])
+def test_two_processes_go_on(launch, strategy, tmp_path):
+    flags = (*FLAGS, "--per_device_train_batch_size", 4)
+    launch("chat_sft", strategy, *flags, "--output_dir", tmp_path / "whole", processes=2)
+    target = go_on(tmp_path / "once", tmp_path / "whole", STOP)
+    launch("chat_sft", strategy, *flags, *ON, "--output_dir", target, processes=2)
+    assert_same(target, tmp_path / "whole", 2)
+
+
+def test_checkpoint_holds_what_is_trained_and_no_pickle(whole):
+    folder = whole / f"whole/checkpoint-{STOP}"
+    suffixes = {file.suffix for file in folder.iterdir()}
+    assert suffixes == {".safetensors", ".json", ".jinja"}
+    trained = read_metrics(whole / "whole")["trainable_parameters"]
+    with safe_open(folder / "process-00000-of-00001.safetensors", framework="pt") as file:
+        values = [file.get_slice(name).get_shape() for name in file.keys() if name.endswith(".value")]
+    assert sum(torch.Size(shape).numel() for shape in values) == trained
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    assert size < 4 * 4 * trained + 2**17  # adapter, values and two moments, in float32, and some kB of states
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_signal_saves_and_stops(environment, tmp_path, number):
+    """Sent to the process that trains while it trains; afterwards the run goes on to what it would have been."""
+    flags = [str(flag) for flag in (*FLAGS[:5], "--max_steps", 40, "--num_samples", 0, "--eval_strategy", "no")]
+    command = [sys.executable, "examples/chat_sft.py", *flags, "--save_strategy", "epoch"]
+    environment = environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    output = tmp_path / "output.txt"
+    stopped = subprocess.Popen(
+        [*command, "--output_dir", tmp_path / "run"],
+        cwd=ROOT,
+        env=environment,
+        stdout=output.open("w"),
+        stderr=subprocess.STDOUT,
+    )
+    while stopped.poll() is None and '"step": 5' not in read(tmp_path / "run/log.jsonl"):
+        time.sleep(0.02)
+    stopped.send_signal(number)
+    assert stopped.wait(timeout=120) == 0, output.read_text()
+    [folder] = [path for path in (tmp_path / "run").glob("checkpoint-*") if path.name != "checkpoint-7"]
+    step = int(folder.name.split("-")[1])
+    assert f"after update {step} of 40: --resume_from_checkpoint True goes on" in output.read_text()
+    assert not (tmp_path / "run/metrics.json").exists()
+    whole = ("chat_sft", *flags, "--save_strategy", "epoch", "--output_dir", tmp_path / "whole")
+    rest = ("chat_sft", *flags, "--save_strategy", "epoch", *ON, "--output_dir", tmp_path / "run")
+    for code, text in run_single(environment, tmp_path, whole, rest):
+        assert code == 0, text
+    assert_same(tmp_path / "run", tmp_path / "whole", 1)
+
+
+def read(file):
+    return file.read_text() if file.is_file() else ""
+
+
+def test_signal_to_the_launcher_stops_all_processes(environment, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
+    command += ["--config_file", "configs/ddp.yaml", "examples/chat_sft.py", "--use_peft_lora", "--max_steps", "1000"]
+    command += ["--eval_strategy", "no", "--output_dir", str(tmp_path / "run")]
+    with (tmp_path / "output.txt").open("w") as output:
+        launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+    while launcher.poll() is None and '"step": 5' not in read(tmp_path / "run/log.jsonl"):
+        time.sleep(0.02)
+    launcher.terminate()
+    launcher.wait(timeout=120)
+    text = (tmp_path / "output.txt").read_text()
+    newest = max(int(path.name.split("-")[1]) for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert f"after update {newest} of 1000: --resume_from_checkpoint True goes on" in text, text
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(environment, kills):
+    command = [sys.executable, "benchmarks/kill.py", "--kills", str(kills), "--seed", str(os.getpid())]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{kills} kills" in done.stdout and "bit for bit" in done.stdout
