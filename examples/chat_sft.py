@@ -221,8 +221,8 @@ def encode(row, index, config, tokenizer, shape, split):
                 "--chat_template_format chatml, or a template that does, or --train_on all"
             )
         # a token across the border counts, and so do blanks, to which some tokenizers give no width
-        places = [(a, max(b, a + 1)) for a, b in tokens["offset_mapping"]]
-        trained = [b > 0 and any(a < end and b > begin for begin, end in spans) for a, b in places]
+        places = [(a, max(b, a + 1) * (b > 0)) for a, b in tokens["offset_mapping"]]
+        trained = [any(a < end and b > begin for begin, end in spans) for a, b in places]
         labels = [token if is_trained else -100 for token, is_trained in zip(ids, trained)]
     if ends:
         end = tokenizer.eos_token_id
@@ -460,6 +460,8 @@ def main():
         train_rows, test_rows = read_splits(config.dataset_name, config.splits, config.streaming)
         shape = shape_of(train_rows, config.dataset_text_field)
         kind = as_document(next(iter(train_rows)), shape, "row 1 of train")[0]
+        if config.dataset_text_field and shape != (config.dataset_text_field,):
+            say(f"--dataset_text_field {config.dataset_text_field} is unused: the data has {' and '.join(shape)}.")
         resumed = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
         if config.resume_from_checkpoint.lower() == "true" and not resumed:
             say(f"{config.output_dir} holds no complete checkpoint: the run starts from the beginning.")
