@@ -3,8 +3,8 @@
 Base:    none
 Changes: none
 Run:     accelerate launch --config_file configs/ddp.yaml examples/chat_sft.py --use_peft_lora
-Needs:   2 CPU processes with 700 MB each for the shipped model; on GPUs not measured
-Expect:  perplexity of held-out answers 1 -> 1
+Needs:   2 CPU processes with 710 MB each for the shipped model; on GPUs not measured
+Expect:  perplexity of held-out answers 832 -> 207 in 17 s, start included (2 cores of an AMD EPYC, 2026-11-21)
 """
 
 import math

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import json
 import re
 import subprocess
 import sys
@@ -140,3 +141,26 @@ def test_pretrain(name, tmp_path):
     assert "--overwrite_output_dir" in pretrain(*args).stderr
     assert pretrain(*args, "--overwrite_output_dir").returncode == 0
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == weights
+
+
+def read_chats(split):
+    return [json.loads(line)["messages"] for line in (ASSETS / "chat" / f"{split}.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("split, count", [("train", 100), ("test", 20)])
+def test_chats_are_conversations(split, count):
+    chats = read_chats(split)
+    assert len(chats) == count
+    for messages in chats:
+        roles = [message["role"] for message in messages]
+        turns = roles[1:] if roles[0] == "system" else roles
+        assert turns == ["user", "assistant"] * (len(turns) // 2) and 1 <= len(turns) // 2 <= 3
+        assert all(4 <= len(message["content"].split()) <= 30 for message in messages)
+
+
+def test_chats_are_unlike_each_other_and_keep_the_labels_name_out():
+    texts = [
+        " ".join(message["content"] for message in chat) for split in ("train", "test") for chat in read_chats(split)
+    ]
+    assert near_duplicates(texts) == []
+    assert not any("complain" in text.lower() for text in texts)

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from conftest import ROOT, read_metrics
+from hub_server import TOKEN, serve_hub
 from single import run_single
 from safetensors.torch import load_file
 
@@ -226,3 +227,51 @@ def test_a_loss_that_is_none_stops_the_run(environment, tmp_path, broken):
     [line] = [line for line in output.splitlines() if line.startswith("error: ")]
     assert "the loss of update 3 is " in line and str(tmp_path / "run/checkpoint-2") in line
     assert not (tmp_path / "run/metrics.json").exists()
+
+
+@pytest.fixture
+def hub():
+    with serve_hub() as server:
+        yield server
+
+
+def hub_variables(hub, token=TOKEN):
+    return {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1"}
+
+
+HUB = ("--use_peft_lora", "--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2, "--eval_strategy", "no")
+HUB += ("--save_total_limit", 1, "--push_to_hub")
+
+
+def test_every_save_is_pushed_and_no_failure_stops_the_run(launch, hub, tmp_path):
+    hub.fail_next(2, 500, "commit")
+    folder = tmp_path / "chats"
+    done = launch("chat_sft", "ddp", *HUB, "--output_dir", folder, **hub_variables(hub))
+    assert f"hub: pushed to {hub.url}/someone/chats" in done.stdout
+    repo = hub.repos["someone/chats"]
+    assert repo.private and repo.commits[-1] == "End of training" and "Update 4" in repo.commits
+    assert repo.files["adapter_model.safetensors"] == (folder / "adapter_model.safetensors").read_bytes()
+    assert {"adapter_config.json", "tokenizer.json", "README.md"} < set(repo.files)
+    assert not any("process-" in name or "state.json" in name or "checkpoint-" in name for name in repo.files)
+
+
+def test_all_checkpoints_are_pushed_to_the_repository_named(environment, hub, tmp_path):
+    flags = [*HUB, "--hub_strategy", "all_checkpoints", "--hub_model_id", "team/model", "--hub_private_repo", "False"]
+    command = [sys.executable, "examples/chat_sft.py", *flags, "--output_dir", tmp_path / "run"]
+    variables = environment | hub_variables(hub)
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    repo = hub.repos["team/model"]
+    assert not repo.private
+    for step in (2, 4):
+        assert {f"checkpoint-{step}/state.json", f"checkpoint-{step}/process-00000-of-00001.safetensors"} < set(
+            repo.files
+        )
+
+
+def test_a_bad_token_is_a_line(environment, hub, tmp_path):
+    command = [sys.executable, "examples/chat_sft.py", *HUB, "--output_dir", tmp_path / "run"]
+    variables = environment | hub_variables(hub, "hf_bad")
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0 and "hub: not pushed to run" in done.stderr
+    assert read_metrics(tmp_path / "run")["losses"]
