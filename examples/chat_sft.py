@@ -37,7 +37,8 @@ from transformers.optimization import get_scheduler
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # holds utils/; one beside the script comes first
 from utils.checkpoint import CheckpointError, check_same_run, checkpoints, find_checkpoint, gather_trained
 from utils.checkpoint import load_checkpoint, read_state, remove_checkpoints, save_checkpoint
-from utils.checks import check_chat_settings, launched_precision, launched_strategy, read_settings, refusing, say
+from utils.checks import check_chat_settings, launched_precision, launched_strategy, read_settings, refuse
+from utils.checks import refusing, say
 from utils.conversations import DataError, as_document, read_splits, shape_of
 from utils.generation import generating
 from utils.hub import HubPusher
@@ -74,7 +75,7 @@ TEMPLATES = {
     ),
 }
 # dense bf16 FLOP per second of a GPU, from the makers' data sheets
-PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12}
+PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
 
 
 # 1. Settings --------------------------------------------------------------------------------------
@@ -101,13 +102,17 @@ class Config:  # what is trained; where it runs stands in the launch config, of 
     lora_r: int = HfArg(default=8, help="their rank")
     lora_alpha: int = HfArg(default=16, help="their product is scaled by lora_alpha / lora_r")
     lora_dropout: float = HfArg(default=0.0, help="share of its input that a LoRA layer does not see, 0 to below 1")
-    lora_target_modules: str = HfArg(default="all-linear", help="names of layers, comma separated, or all-linear")
+    lora_target_modules: str = HfArg(
+        default="all-linear", aliases=["--target_modules"], help="comma separated, or all-linear"
+    )
     use_4bit_quantization: bool = HfArg(default=False, help="a frozen base of 4-bit weights: QLoRA")
     use_8bit_quantization: bool = HfArg(default=False, help="of 8-bit weights, which no strategy shards")
     use_nested_quant: bool = HfArg(default=False, help="quantize the 4-bit weights' scales, too")
     bnb_4bit_quant_type: str = HfArg(default="nf4", help="nf4 or fp4")
     bnb_4bit_compute_dtype: str = HfArg(default="", help="of the arithmetic with 4-bit weights; empty: dtype's")
-    bnb_4bit_quant_storage_dtype: str = HfArg(default="", help="that packs 4-bit weights; empty: dtype's")
+    bnb_4bit_quant_storage_dtype: str = HfArg(
+        default="", aliases=["--bnb_4bit_quant_storage"], help="packs 4-bit weights"
+    )
     bf16: bool = HfArg(default=False, help="mixed precision bf16, whatever the launch config says")
     fp16: bool = HfArg(default=False, help="mixed precision fp16, on GPUs")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, more time")
@@ -152,14 +157,28 @@ def resolve(config):
     if precision != launched:
         say(f"--{precision} wins over mixed_precision {launched} of the launch config.")
         os.environ["ACCELERATE_MIXED_PRECISION"] = precision
+        if launched_precision() != precision:
+            refuse(f"--{precision} contradicts {launched_precision()} in the deepspeed_config_file: change that file")
     half = {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
     if config.dtype == "auto":
         config.dtype = half if config.use_peft_lora else "float32"
-    if config.use_flash_attn and torch.cuda.is_available() and find_spec("flash_attn"):
+    if config.use_flash_attn and torch.cuda.is_available() and find_spec("flash_attn") and half != "float32":
         config.attn_implementation = "flash_attention_2"
     elif config.use_flash_attn:
         kernel = "torch's own for variable lengths" if torch.cuda.is_available() else "sdpa, document by document"
-        say(f"--use_flash_attn: flash-attn needs a GPU and its package, neither swallowed: attention is {kernel}.")
+        say(f"--use_flash_attn needs a GPU, bf16 or fp16, and the package flash-attn: here attention is {kernel}.")
+
+
+def identify(config, accelerator, facts):
+    """Return what a run must share with the one whose checkpoint it goes on from, to go on as that would have."""
+    free = ["output_dir", "resume_from_checkpoint", "overwrite_output_dir", "per_device_eval_batch_size", "report_to"]
+    free += ["dataloader_num_workers", "num_samples", "max_new_tokens", "layerwise_generation"]
+    free += [name for name in vars(config) if name.startswith(("log", "eval", "save", "push", "hub"))]
+    if config.lr_scheduler_type.startswith("constant") and not config.warmup_ratio:
+        free += ["max_steps", "num_train_epochs"]  # no rate depends on how many updates there are
+    run = {name: value for name, value in vars(config).items() if name not in free}
+    run |= {"strategy": launched_strategy(), "num_processes": accelerator.num_processes, "data": facts}
+    return run | {"mixed_precision": launched_precision()}
 
 
 # 2. Data ------------------------------------------------------------------------------------------
@@ -355,6 +374,27 @@ def build_model(config, tokenizer, added):
     return model
 
 
+def prepare(config, accelerator, model):
+    """Return the model and its optimizer under the launched strategy, and the whole shapes of what is trained."""
+    kind = launched_strategy()
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    shapes = {name: torch.empty(full_shape(weight), device="meta") for name, weight in trained.items()}
+    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if kind == "fsdp1":  # makes the parameters that an optimizer can step
+        if config.use_peft_lora:
+            accelerator.state.fsdp_plugin.auto_wrap_policy = fsdp_auto_wrap_policy(model)  # a unit per LoRA matrix
+        model = accelerator.prepare(model)
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        return model, accelerator.prepare(adamw(config.optim)(trained, **options)), shapes
+    if kind == "fsdp2":
+        for wrapper in [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]:
+            wrapper.original_module = torch.nn.Identity()  # unused, and where tied in two units, which FSDP2 refuses
+    model, optimizer = accelerator.prepare(model, adamw(config.optim)(list(trained.values()), **options))
+    if kind == "fsdp2":
+        register_fsdp_forward_method(model, "generate")  # gathers what lies in no layer, as forward does
+    return model, optimizer, shapes
+
+
 # 4. Evaluation ------------------------------------------------------------------------------------
 def evaluate(accelerator, model, batches):
     """Return loss per label, perplexity and token accuracy, over all processes' batches."""
@@ -405,39 +445,6 @@ def push(hub, config, folder, step):
         hub.push(folder, f"Checkpoint of update {step}", path_in_repo=name)
 
 
-def prepare(config, accelerator, model):
-    """Return the model and its optimizer under the launched strategy, and the whole shapes of what is trained."""
-    kind = launched_strategy()
-    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    shapes = {name: torch.empty(full_shape(weight), device="meta") for name, weight in trained.items()}
-    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    if kind == "fsdp1":  # makes the parameters that an optimizer can step
-        if config.use_peft_lora:
-            accelerator.state.fsdp_plugin.auto_wrap_policy = fsdp_auto_wrap_policy(model)  # a unit per LoRA matrix
-        model = accelerator.prepare(model)
-        trained = [weight for weight in model.parameters() if weight.requires_grad]
-        return model, accelerator.prepare(adamw(config.optim)(trained, **options)), shapes
-    if kind == "fsdp2":
-        for wrapper in [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]:
-            wrapper.original_module = torch.nn.Identity()  # unused, and where tied in two units, which FSDP2 refuses
-    model, optimizer = accelerator.prepare(model, adamw(config.optim)(list(trained.values()), **options))
-    if kind == "fsdp2":
-        register_fsdp_forward_method(model, "generate")  # gathers what lies in no layer, as forward does
-    return model, optimizer, shapes
-
-
-def identify(config, accelerator, facts):
-    """Return what a run must share with the one whose checkpoint it goes on from, to go on as that would have."""
-    free = ["output_dir", "resume_from_checkpoint", "overwrite_output_dir", "per_device_eval_batch_size", "report_to"]
-    free += ["dataloader_num_workers", "num_samples", "max_new_tokens", "layerwise_generation"]
-    free += [name for name in vars(config) if name.startswith(("log", "eval", "save", "push", "hub"))]
-    if config.lr_scheduler_type.startswith("constant") and not config.warmup_ratio:
-        free += ["max_steps", "num_train_epochs"]  # no rate depends on how many updates there are
-    run = {name: value for name, value in vars(config).items() if name not in free}
-    run |= {"strategy": launched_strategy(), "num_processes": accelerator.num_processes, "data": facts}
-    return run | {"mixed_precision": launched_precision()}
-
-
 def is_due(strategy, every, step, end, per_epoch):
     """Return whether something is due after update `step`: every so many, after each epoch, or for it is the last."""
     if strategy == "epoch":
@@ -451,7 +458,8 @@ def main():
     config = read_settings(HfArgumentParser(Config))
     resolve(config)
     check_chat_settings(config, (AutoConfig, AutoTokenizer, AutoModelForCausalLM), tuple(TEMPLATES))
-    positions = AutoConfig.from_pretrained(config.model_name_or_path).get_text_config().max_position_embeddings
+    model_config = AutoConfig.from_pretrained(config.model_name_or_path).get_text_config()
+    positions = getattr(model_config, "max_position_embeddings", math.inf)
     if config.max_length > positions:
         say(f"--max_length {config.max_length} is beyond the model's {positions} positions, at which documents end.")
         config.max_length = positions

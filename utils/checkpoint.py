@@ -284,6 +284,9 @@ def find_checkpoint(output_dir, wanted):
         return next(reversed(checkpoints(output_dir)), None)
     if not Path(wanted).is_dir():
         raise CheckpointError(f"--resume_from_checkpoint {wanted} is not there: give a checkpoint's folder, or True")
+    newest = next(reversed(checkpoints(output_dir)), None)
+    if newest and Path(wanted).resolve() in (folder.resolve() for folder in checkpoints(output_dir)[:-1]):
+        raise CheckpointError(f"{newest} is newer than {wanted}: go on from it, or move it away")
     return Path(wanted)
 
 
