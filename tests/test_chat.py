@@ -249,7 +249,8 @@ def test_every_save_is_pushed_and_no_failure_stops_the_run(launch, hub, tmp_path
     done = launch("chat_sft", "ddp", *HUB, "--output_dir", folder, **hub_variables(hub))
     assert f"hub: pushed to {hub.url}/someone/chats" in done.stdout
     repo = hub.repos["someone/chats"]
-    assert repo.private and repo.commits[-1] == "End of training" and "Update 4" in repo.commits
+    assert repo.private and repo.commits[-1] == "End of training"  # earlier pushes that waited gave way
+    assert repo.commits[0].startswith("Update ")
     assert repo.files["adapter_model.safetensors"] == (folder / "adapter_model.safetensors").read_bytes()
     assert {"adapter_config.json", "tokenizer.json", "README.md"} < set(repo.files)
     assert not any("process-" in name or "state.json" in name or "checkpoint-" in name for name in repo.files)
