@@ -16,8 +16,9 @@ import zlib
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import transformers
@@ -46,7 +47,7 @@ from utils.launch import adamw, start_accelerator
 from utils.loss import add_token_loss, check_token_loss
 from utils.memory import MemoryTracker, fits_whole, plot_memory
 from utils.packing import build_loader, join, pack, shuffled_places, split_evenly, stream_places
-from utils.report import begin_log, check_adapter, check_model, check_sharding, collect_metrics, end_run
+from utils.report import begin_log, earlier_files, check_adapter, check_model, check_sharding, collect_metrics, end_run
 from utils.report import (
     count_elements,
     fail,
@@ -185,6 +186,8 @@ def identify(config, accelerator, facts):
 def build_tokenizer(config, is_chat):
     """Return the tokenizer with the chat template asked for, and how many tokens that brought."""
     tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path)
+    if not tokenizer.is_fast:
+        refuse(f"{config.model_name_or_path} has a slow tokenizer, without the places of its tokens in the text")
     choice = config.chat_template_format
     if is_chat and choice == "none" and not tokenizer.chat_template:
         choice = "chatml"
@@ -258,7 +261,9 @@ def is_kept(document, config):
 
 def build_documents(config, accelerator, rows, split, **encoding):
     """Return the encoded rows that can be trained on, and a line that counts them; say what became of the others."""
-    encoding |= {"config": config, "split": split}
+    # no more of the settings: by what is handed over, a later run finds what this one has encoded
+    known = ("max_length", "train_on", "add_special_tokens", "append_concat_token")
+    encoding |= {"config": SimpleNamespace(**{name: getattr(config, name) for name in known}), "split": split}
     with accelerator.main_process_first():  # the others read what it wrote into the cache
         encoded = rows.map(encode, with_indices=True, fn_kwargs=encoding, remove_columns=rows.column_names)
     kept, tokens, trained, long, checksum = [], 0, 0, 0, 0
@@ -300,7 +305,11 @@ def build_batches(config, accelerator, documents, start):
         if config.packing:
             used = sum(lengths) / len(places) / limit
             say(f"{len(lengths)} documents are packed into {len(places)} places of {limit} tokens, {used:.1%} used.")
-    whose = (accelerator.process_index, accelerator.num_processes, config.dataloader_num_workers)
+    workers = config.dataloader_num_workers
+    if config.streaming and workers > 1:  # datasets would deal a stream's files out to them
+        workers = 1
+        say(f"--dataloader_num_workers {config.dataloader_num_workers}: a stream is read by one of them.")
+    whose = (accelerator.process_index, accelerator.num_processes, workers)
     return build_loader(endless, documents, size, start, *whose), per_epoch
 
 
@@ -323,11 +332,11 @@ def build_held_out(config, accelerator, rows, encoding):
 
 def preview(tokenizer, document):
     """Return a document as text, what is trained on between guillemets."""
-    text, before = "", False
-    for token, label in zip(document["input_ids"], document["labels"]):
-        text += ("\u00ab" if label != -100 else "\u00bb") * ((label != -100) != before) + tokenizer.decode([token])
-        before = label != -100
-    return text + "\u00bb" * before
+    text, pairs = "", zip(document["input_ids"], document["labels"])
+    for trained, part in groupby(pairs, key=lambda pair: pair[1] != -100):
+        words = tokenizer.decode([token for token, _ in part])
+        text += f"\u00ab{words}\u00bb" if trained else words
+    return text
 
 
 # 3. Model -----------------------------------------------------------------------------------------
@@ -346,13 +355,14 @@ def build_model(config, tokenizer, added):
     model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, **options)
     whole = []
     if added:  # rows of their own for the new tokens, which nothing has trained yet
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # some have rows to spare
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         heads = (model.get_input_embeddings(), model.get_output_embeddings())
         whole = [name.rpartition(".")[2] for name, module in model.named_modules() if module in heads]
         say(f"{added} new tokens: {', '.join(whole)} are trained and saved whole.")
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id
-    )
+    known = model.generation_config.eos_token_id or []  # one or several
+    ends = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
+    model.generation_config.eos_token_id = sorted(ends)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": config.use_reentrant})
         model.enable_input_require_grads()  # else a reentrant layer finds nothing to differentiate
@@ -414,11 +424,17 @@ def evaluate(accelerator, model, batches):
 def answer(accelerator, model, tokenizer, prompts, max_new_tokens):
     """Print the model's greedy answers to prompts of token ids, which every process makes alike."""
     model.eval()
+    ends = accelerator.unwrap_model(model).generation_config.eos_token_id
     with generating(accelerator, model) as generator:
         for prompt in prompts:
             inputs = torch.tensor([prompt], device=accelerator.device)
-            options = {"max_new_tokens": max_new_tokens, "synced_gpus": not model.gather_for_generation}
-            tokens = generator.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), **options)
+            options = {"max_new_tokens": max_new_tokens, "eos_token_id": ends, "pad_token_id": ends[0]}
+            tokens = generator.generate(
+                input_ids=inputs,
+                attention_mask=torch.ones_like(inputs),
+                generation_config=GenerationConfig(**options),  # greedy, whatever the checkpoint brings
+                synced_gpus=not model.gather_for_generation,
+            )
             said = tokenizer.decode(tokens[0, len(prompt) :], skip_special_tokens=True).strip()
             accelerator.print(f"  {tokenizer.decode(prompt)[-100:]!r} -> {said!r}")
     model.train()
@@ -473,7 +489,9 @@ def main():
         resumed = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
         if config.resume_from_checkpoint.lower() == "true" and not resumed:
             say(f"{config.output_dir} holds no complete checkpoint: the run starts from the beginning.")
-        state = read_state(resumed) if resumed else {"step": 0, "updates": [], "evaluations": [], "seconds": 0.0}
+        state = {"step": 0, "updates": [], "evaluations": [], "seconds": 0.0, "identity": {}}
+        if resumed:
+            state = read_state(resumed, needed=tuple(state))
     tokenizer, added = build_tokenizer(config, kind == "chat")
     if added:  # weights that one process reads and then resizes would not reach the others
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
@@ -507,6 +525,8 @@ def main():
     loader, per_epoch = build_batches(config, accelerator, documents, start * accumulated)
     per_epoch /= config.per_device_train_batch_size * accumulated * accelerator.num_processes  # from here in updates
     max_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * per_epoch)
+    if start > max_steps:
+        refuse(f"{resumed} is of update {start}, and the run ends after {max_steps}: give more --max_steps")
     set_seed(config.seed)
     tracker = MemoryTracker()
     with tracker.phase("load"):
@@ -535,8 +555,10 @@ def main():
     peak = next((peak for known, peak in PEAKS.items() if known in name), 0) * accelerator.num_processes
     hub = None
     if accelerator.is_main_process:
-        if not resumed:
-            remove_checkpoints(checkpoints(config.output_dir))  # of the run that --overwrite_output_dir replaces
+        if not resumed:  # what --overwrite_output_dir replaces
+            remove_checkpoints(checkpoints(config.output_dir))
+            for name in (*earlier_files(Path(config.output_dir)), "metrics.json"):
+                Path(config.output_dir, name).unlink(missing_ok=True)
         begin_log(config.output_dir, start)
         if config.push_to_hub:
             hub = HubPusher(config.hub_model_id or Path(config.output_dir).name, config.hub_private_repo)

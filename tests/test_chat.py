@@ -204,7 +204,8 @@ def test_no_tracker_imports_none(environment, tmp_path):
 
 def test_streaming_trains_alike_on_two_processes(launch, environment, tmp_path):
     """Read while it is needed, without shuffling: the documents are those of the run that has all of them at once."""
-    flags = ("--use_peft_lora", "--shuffle", "False", "--max_steps", 4, "--num_samples", 0, "--eval_strategy", "no")
+    flags = ("--use_peft_lora", "--shuffle", "False", "--max_steps", 4, "--eval_strategy", "no")
+    flags += ("--save_strategy", "no")
     launch("chat_sft", "ddp", *flags, *HALF, "--streaming", "--output_dir", tmp_path / "stream")
     [(code, output)] = run_single(
         environment, tmp_path, ("chat_sft", *flags, *WHOLE, "--output_dir", tmp_path / "run")

@@ -121,7 +121,8 @@ def place(made):
 
 
 def words_of(place, words):
-    return shlex.split(words.replace("{p}", str(place)))
+    no = "--save_strategy no --eval_strategy no"
+    return shlex.split(words.replace("{p}", str(place)).replace("{s}", no))
 
 
 GOOD = "--model_name_or_path {p}/llama --dataset_name {p}/chat --max_steps 2 --per_device_train_batch_size 1 "
@@ -135,7 +136,7 @@ ACCEPTED = [
     "--chat_template_format {p}/working.jinja --report_to none",
     "--resume_from_checkpoint True",
     "--resume_from_checkpoint False --overwrite_output_dir",
-    "--streaming --dataloader_num_workers 1 --save_total_limit 0",
+    "--streaming --save_strategy steps --eval_strategy no --dataloader_num_workers 1 --save_total_limit 0",
 ]
 RESUME = "--use_peft_lora --save_strategy steps --save_steps 1 --resume_from_checkpoint "
 CASES = [  # flags; what the line must say, culprit first
@@ -224,7 +225,7 @@ CASES = [  # flags; what the line must say, culprit first
     ("--dataset_name {p}/header.csv", "header.csv has no rows"),
     ("--dataset_name {p}/foreign", "foreign cannot be read"),
     ("--dataset_name {p}/broken.jsonl", "broken.jsonl, line 5 is no JSON object", "mend it"),
-    ("--dataset_name {p}/broken.jsonl --streaming", "broken.jsonl, line 5 is no JSON object", "mend it"),
+    ("--dataset_name {p}/broken.jsonl --streaming {s}", "broken.jsonl, line 5 is no JSON object", "mend it"),
     ("--dataset_name {p}/list.json", "list.json cannot be read"),
     ("--dataset_name {p}/latin.jsonl", "latin.jsonl, line 1 is no UTF-8 text", "convert it"),
     ("--dataset_name {p}/rows.parquet", "rows.parquet cannot be read"),
@@ -234,7 +235,7 @@ CASES = [  # flags; what the line must say, culprit first
     ("--dataset_name {p}/number.jsonl", "row 1 of", "no text in answer, but int", "convert it"),
     ("--dataset_name {p}/half.jsonl", "row 2 of the training split has an empty completion", "fill it"),
     ("--dataset_name {p}/no_assistant.jsonl", "row 3 of the training split has no assistant's turn"),
-    ("--dataset_name {p}/first.jsonl --streaming", "row 1 of train has no assistant's turn"),
+    ("--dataset_name {p}/first.jsonl --streaming {s}", "row 1 of train has no assistant's turn"),
     ("--dataset_name {p}/order.jsonl", "row 3 of the training split, message 2", "user after user"),
     ("--dataset_name {p}/system_last.jsonl", "row 3 of the training split, message 3", "system after assistant"),
     ("--dataset_name {p}/role.jsonl", "row 3 of the training split, message 2 has the role 'robot'"),
@@ -247,11 +248,11 @@ CASES = [  # flags; what the line must say, culprit first
     ("--splits train,dev", "--splits:", "no split dev, it has train"),
     ("--splits train,test,dev", "--splits train,test,dev names 3 splits"),
     ("--splits train[:x]", "--splits train[:x]", "a slice is [a:b]"),
-    ("--splits train[:2] --streaming", "--splits train[:2]", "not streamed"),
+    ("--splits train[:2] --streaming {s}", "--splits train[:2]", "not streamed"),
     ("--splits train[:0]", "no rows"),
     ("--splits train[:3],train[4:]", "held-out split"),
     ("--dataset_name {p}/long.jsonl --max_length 200", "no row of the training split has a token to train on"),
-    ("--dataset_name {p}/long.jsonl --max_length 200 --streaming", "no row of the stream has a token to train on"),
+    ("--dataset_name {p}/long.jsonl --max_length 200 --streaming {s}", "no row of the stream has a token to train on"),
     ("--max_length 5", "no row of the training split has a token to train on within --max_length 5"),
     ("--max_length 20 --long_documents drop", "no row of the training split", "within --max_length 20"),
     ("--max_length 1 --train_on all", "no row of the training split", "within --max_length 1"),

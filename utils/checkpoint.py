@@ -45,15 +45,12 @@ def gather_trained(accelerator, model, name_in_file):
             state_dict[name_in_file(name)] = value.detach().cpu().clone()
 
     if isinstance(model, FSDP):
-        units = [(path, unit) for path, unit in model.named_modules() if isinstance(unit, FSDP)]
-        if any(not weight.requires_grad for weight in model.parameters()):  # LoRA: no part of the base is gathered
-            units = [one for one in units if all(weight.requires_grad for weight in one[1].parameters())]
-        else:
-            units = units[:1]
-        for path, unit in units:
-            with FSDP.summon_full_params(unit, writeback=False):
-                for name, value in unit.module.named_parameters(path):
-                    keep(name, value)
+        for path, unit in model.named_modules():  # one at a time, and of LoRA no part of the base
+            if isinstance(unit, FSDP) and all(weight.requires_grad for weight in unit.parameters()):
+                with FSDP.summon_full_params(unit, recurse=False, writeback=False):
+                    for name, value in unit.module.named_parameters(path):
+                        if "_flat_param" not in name:  # of a unit within, whose turn comes
+                            keep(name, value)
         return state_dict
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         from deepspeed.utils import safe_get_full_fp32_param  # here alone: a large import
@@ -303,15 +300,15 @@ def check_same_run(folder, then, now):
         raise CheckpointError(f"{folder} was made with {told}: give the same to go on exactly, or start a new run")
 
 
-def read_state(folder):
-    """Return the state that `save_checkpoint` was given, with `step`, of a whole checkpoint.
+def read_state(folder, needed=()):
+    """Return the state that `save_checkpoint` was given, with `step`, of a whole checkpoint; `needed` must be in it.
 
     CheckpointError: a file is missing, of another content than written, or of a kind that could run code.
     """
     folder = Path(folder)
     try:
         state = json.loads((folder / "state.json").read_text())
-        files, _ = state.pop("files").items(), state["step"]
+        files, _ = state.pop("files").items(), [state[name] for name in ("step", *needed)]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{folder} is no checkpoint, its state.json cannot be read ({error})") from error
     if pickles := [file.name for file in folder.iterdir() if file.suffix in PICKLES]:

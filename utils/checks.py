@@ -9,6 +9,7 @@ handed in by the script.
 
 import contextlib
 import csv
+import dataclasses
 import glob
 import importlib.util
 import json
@@ -175,13 +176,11 @@ def check_choices(config, templates):
         refuse("--use_4bit_quantization and --use_8bit_quantization contradict each other: give one of them")
     if (config.use_4bit_quantization or config.use_8bit_quantization) and not config.use_peft_lora:
         refuse("quantized weights cannot be trained: add --use_peft_lora, or drop the quantization")
-    for name in ("use_nested_quant", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage_dtype"):
-        if getattr(config, name) and not config.use_4bit_quantization:
-            say(f"--{name} is unused: nothing is quantized to 4 bits.")
-    if config.use_reentrant and not config.gradient_checkpointing:
-        say("--use_reentrant is unused without --gradient_checkpointing.")
     if config.streaming and config.max_steps < 1:
         refuse("--streaming has no length: give --max_steps, the number of updates")
+    if config.streaming and "epoch" in (config.save_strategy, config.eval_strategy, config.logging_strategy):
+        refuse("--streaming has no epochs: give --save_strategy, --eval_strategy and --logging_strategy steps, or no")
+    say_what_is_unused(config)
     if config.hub_model_id and not config.push_to_hub:
         refuse("--hub_model_id names a repository, and nothing is pushed: add --push_to_hub, or drop it")
     if config.resume_from_checkpoint.lower() not in ("", "false") and config.overwrite_output_dir:
@@ -194,6 +193,41 @@ def check_choices(config, templates):
             )
 
 
+def say_what_is_unused(config):
+    """Say each flag that was given and cannot act, for another one decides."""
+    acts = {
+        "--use_peft_lora": config.use_peft_lora,
+        "--use_4bit_quantization": config.use_4bit_quantization,
+        "--gradient_checkpointing": config.gradient_checkpointing,
+        "--push_to_hub": config.push_to_hub,
+        "--logging_strategy steps": config.logging_strategy == "steps",
+        "--eval_strategy steps": config.eval_strategy == "steps",
+        "an --eval_strategy": config.eval_strategy != "no",
+        "--save_strategy steps": config.save_strategy == "steps",
+        "a --save_strategy": config.save_strategy != "no",
+        "a strategy that shards the model": launched_strategy() in ("zero3", "fsdp1", "fsdp2"),
+    }
+    needs = {
+        "--use_peft_lora": ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
+        "--use_4bit_quantization": ("use_nested_quant",),
+        "--gradient_checkpointing": ("use_reentrant",),
+        "--push_to_hub": ("hub_strategy", "hub_private_repo"),
+        "--logging_strategy steps": ("logging_steps",),
+        "--eval_strategy steps": ("eval_steps",),
+        "an --eval_strategy": ("num_samples", "max_new_tokens", "per_device_eval_batch_size"),
+        "--save_strategy steps": ("save_steps",),
+        "a --save_strategy": ("save_total_limit",),
+        "a strategy that shards the model": ("layerwise_generation",),
+    }
+    bnb = ("bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage_dtype")
+    needs["--use_4bit_quantization"] += bnb
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for decider, names in needs.items():
+        if given := [f"--{name}" for name in names if getattr(config, name) != defaults[name]]:
+            if not acts[decider]:
+                say(f"{', '.join(given)}: unused without {decider}.")
+
+
 def check_run_folder(config):
     """Refuse an output folder that would mix two runs, or that is none of a run's; one to resume from may be there."""
     if config.hub_model_id:
@@ -201,10 +235,15 @@ def check_run_folder(config):
     folder, wanted = Path(config.output_dir), config.resume_from_checkpoint
     is_run = or_refuse(f"--output_dir {folder}", (folder / "log.jsonl").is_file)
     if not is_run and not any(folder.glob("checkpoint-*/state.json")):
+        if wanted and folder.is_dir() and not any(folder.iterdir()):
+            return  # the first start of a job that always goes on
         return check_output(config)
     goes_on = wanted.lower() == "true" or (
         wanted.lower() not in ("", "false") and Path(wanted).resolve().parent == folder.resolve()
     )
+    if config.overwrite_output_dir and (folder / "metrics.json").is_file():
+        culprit = f"--output_dir {folder} has a metrics.json that cannot be read, choose another"
+        or_refuse(culprit, lambda: list(json.loads((folder / "metrics.json").read_text())["saved"]))
     if not goes_on and not config.overwrite_output_dir:
         refuse(
             f"--output_dir {folder} holds a run: add --resume_from_checkpoint True to go on with it, "

@@ -217,6 +217,8 @@ def check_messages(messages, where):
     for number, entry in enumerate(messages, start=1):
         if not isinstance(entry, dict) or not {"role", "from"} & set(entry) or not {"content", "value"} & set(entry):
             raise DataError(f'{where}, message {number} is no {{"role": ..., "content": ...}}: mend it')
+        if entry.get("tool_calls"):
+            raise DataError(f"{where}, message {number} calls tools, which no template here writes: drop the row")
         role, content = entry.get("role") or entry.get("from"), entry.get("content") or entry.get("value")
         role = ROLES.get(role, role) if isinstance(role, str) else role
         if role not in tuple(FOLLOWS):

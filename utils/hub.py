@@ -41,6 +41,7 @@ class HubPusher:
         self.repo_id, self.private, self.retries, self.wait = repo_id, private, retries, wait
         self.url = self.reason = None  # of the repository, once it is there; of the last failure
         self.waiting = {}  # path_in_repo -> snapshot and message, of pushes that are not begun
+        self.ignored = {}  # path_in_repo -> patterns that the push leaves out
         self.missing = {}  # path_in_repo -> folder and snapshot, of pushes that have not arrived
         self.sending = self.closed = False
         self.changed = threading.Condition()
@@ -60,7 +61,7 @@ class HubPusher:
             shutil.rmtree(snapshot, ignore_errors=True)
             self._fail(error)
         with self.changed:
-            self.missing[path_in_repo] = folder, snapshot
+            self.missing[path_in_repo], self.ignored[path_in_repo] = (folder, snapshot), ignore
             if os.path.isdir(snapshot):
                 older, _ = self.waiting.pop(path_in_repo, ("", ""))
                 shutil.rmtree(older, ignore_errors=True)
@@ -85,9 +86,11 @@ class HubPusher:
             self.reason = f"not done after {timeout:g} seconds" + (f" [{self.reason}]" if self.reason else "")
             for thread in [one for one in concurrent.futures.thread._threads_queues if one.daemon]:
                 del concurrent.futures.thread._threads_queues[thread]  # uploads of ours, or Python's end awaits them
-        commands = [["hf", "upload", self.repo_id, str(folder), path] for path, (folder, _) in self.missing.items()]
-        private = ["--private"] * self.private
-        commands = " && ".join(shlex.join([*filter(None, command), *private]) for command in commands)
+        private, commands = ["--private"] * self.private, []
+        for path, (folder, _) in self.missing.items():
+            words = ["hf", "upload", self.repo_id, str(folder), *filter(None, [path]), *private]
+            commands.append(shlex.join([*words, *(f"--exclude={pattern}" for pattern in self.ignored[path])]))
+        commands = " && ".join(commands)
         self._say(f"{self.reason}; `{commands}` does it later")
         return False
 

@@ -41,7 +41,8 @@ def start_accelerator(**kwargs):
     warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True` and a tied layer is part of", UserWarning)
     disable_progress_bars()  # of datasets and of transformers: the one bar is that of the training
     transformers.utils.logging.disable_progress_bar()
-    if "LOCAL_RANK" in os.environ and sys.platform == "linux":
+    # both set by `accelerate launch`, the first for one process, too
+    if {"ACCELERATE_DYNAMO_BACKEND", "LOCAL_RANK"} & set(os.environ) and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # a launcher that is killed leaves no process behind
     use_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     use_fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"

@@ -97,14 +97,15 @@ def shuffled_places(places, seed, shuffle):
 
 
 class Batches(IterableDataset):
-    """The micro-batches that a generator makes; with several workers each prepares every so many of them."""
+    """The micro-batches whose places a generator yields; with several workers each fetches every so many of them."""
 
-    def __init__(self, generate):
-        self.generate = generate
+    def __init__(self, generate, documents):
+        self.generate, self.documents = generate, documents
 
     def __iter__(self):
         worker = get_worker_info()
-        return islice(self.generate(), worker.id if worker else 0, None, worker.num_workers if worker else 1)
+        own = islice(self.generate(), worker.id if worker else 0, None, worker.num_workers if worker else 1)
+        return (fetch(places, self.documents) for places in own)
 
 
 def build_loader(endless, documents, size, start, process, processes, num_workers=0):
@@ -122,11 +123,11 @@ def build_loader(endless, documents, size, start, process, processes, num_worker
     def generate():
         places = islice(endless(), start * size * processes, None)
         while True:
-            own = list(islice(places, size * processes))[process * size : (process + 1) * size]
-            yield fetch(own, documents)
+            yield list(islice(places, size * processes))[process * size : (process + 1) * size]
 
     generator = torch.Generator()  # its own: the loader draws a number, which others would miss
-    return DataLoader(Batches(generate), None, collate_fn=join, num_workers=num_workers, generator=generator)
+    batches = Batches(generate, documents)
+    return DataLoader(batches, None, collate_fn=join, num_workers=num_workers, generator=generator)
 
 
 def split_evenly(places, documents, size, process, processes):
