@@ -83,7 +83,7 @@ def test_the_card_names_a_base_of_the_hub_and_no_path(tmp_path, name, in_card):
         "text_column": "t",
         "output_dir": "o",
     }
-    score = {"before": 0.0, "after": 1.0}
+    score = {"metric": "accuracy", "before": 0.0, "after": 1.0}
     run = {"config": config, "score": score, "strategy": "ddp", "num_processes": 2, "losses": [None, 1.0]}
     report.write_metrics(tmp_path, run)
     assert ("base_model: " in (tmp_path / "README.md").read_text()) == in_card
