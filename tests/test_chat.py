@@ -14,7 +14,7 @@ from single import run_single
 from safetensors.torch import load_file
 
 COMMANDS = sorted((ROOT / "docs/commands").glob("*.sh"))
-STRATEGIES = ["ddp", "zero2", "zero3", "fsdp1", "fsdp2"]
+STRATEGIES = ["ddp", pytest.param("zero2", marks=pytest.mark.slow), "zero3", "fsdp1", "fsdp2"]
 HALF = ("--per_device_train_batch_size", 4)  # of two processes each
 WHOLE = ("--per_device_train_batch_size", 8)
 SETTINGS = ("--max_steps", 4, "--gradient_accumulation_steps", 2, "--num_samples", 1, "--max_new_tokens", 8)

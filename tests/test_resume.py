@@ -88,8 +88,8 @@ def test_checkpoint_holds_what_is_trained_and_no_pickle(whole):
     assert size < 4 * 4 * trained + 2**17  # adapter, values and two moments, in float32, and some kB of states
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
-def test_signal_saves_and_stops(environment, tmp_path, number):
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.slow)])
+def test_signal_saves_and_stops(environment, tmp_path, name):
     """Sent to the process that trains while it trains; afterwards the run goes on to what it would have been."""
     flags = [str(flag) for flag in (*FLAGS[:5], "--max_steps", 40, "--num_samples", 0, "--eval_strategy", "no")]
     command = [sys.executable, "examples/chat_sft.py", *flags, "--save_strategy", "epoch"]
@@ -104,7 +104,7 @@ def test_signal_saves_and_stops(environment, tmp_path, number):
     )
     while stopped.poll() is None and '"step": 5' not in read(tmp_path / "run/log.jsonl"):
         time.sleep(0.02)
-    stopped.send_signal(number)
+    stopped.send_signal(getattr(signal, name))
     assert stopped.wait(timeout=120) == 0, output.read_text()
     [folder] = [path for path in (tmp_path / "run").glob("checkpoint-*") if path.name != "checkpoint-7"]
     step = int(folder.name.split("-")[1])
