@@ -195,37 +195,25 @@ def check_choices(config, templates):
 
 def say_what_is_unused(config):
     """Say each flag that was given and cannot act, for another one decides."""
-    acts = {
-        "--use_peft_lora": config.use_peft_lora,
-        "--use_4bit_quantization": config.use_4bit_quantization,
-        "--gradient_checkpointing": config.gradient_checkpointing,
-        "--push_to_hub": config.push_to_hub,
-        "--logging_strategy steps": config.logging_strategy == "steps",
-        "--eval_strategy steps": config.eval_strategy == "steps",
-        "an --eval_strategy": config.eval_strategy != "no",
-        "--save_strategy steps": config.save_strategy == "steps",
-        "a --save_strategy": config.save_strategy != "no",
-        "a strategy that shards the model": launched_strategy() in ("zero3", "fsdp1", "fsdp2"),
-    }
-    needs = {
-        "--use_peft_lora": ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
-        "--use_4bit_quantization": ("use_nested_quant",),
-        "--gradient_checkpointing": ("use_reentrant",),
-        "--push_to_hub": ("hub_strategy", "hub_private_repo"),
-        "--logging_strategy steps": ("logging_steps",),
-        "--eval_strategy steps": ("eval_steps",),
-        "an --eval_strategy": ("num_samples", "max_new_tokens", "per_device_eval_batch_size"),
-        "--save_strategy steps": ("save_steps",),
-        "a --save_strategy": ("save_total_limit",),
-        "a strategy that shards the model": ("layerwise_generation",),
-    }
-    bnb = ("bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage_dtype")
-    needs["--use_4bit_quantization"] += bnb
+    sharded = launched_strategy() in ("zero3", "fsdp1", "fsdp2")
+    quantization = "use_nested_quant bnb_4bit_quant_type bnb_4bit_compute_dtype bnb_4bit_quant_storage_dtype"
+    groups = (
+        ("--use_peft_lora", config.use_peft_lora, "lora_r lora_alpha lora_dropout lora_target_modules"),
+        ("--use_4bit_quantization", config.use_4bit_quantization, quantization),
+        ("--gradient_checkpointing", config.gradient_checkpointing, "use_reentrant"),
+        ("--push_to_hub", config.push_to_hub, "hub_strategy hub_private_repo"),
+        ("--logging_strategy steps", config.logging_strategy == "steps", "logging_steps"),
+        ("--eval_strategy steps", config.eval_strategy == "steps", "eval_steps"),
+        ("an --eval_strategy", config.eval_strategy != "no", "num_samples max_new_tokens per_device_eval_batch_size"),
+        ("--save_strategy steps", config.save_strategy == "steps", "save_steps"),
+        ("a --save_strategy", config.save_strategy != "no", "save_total_limit"),
+        ("a strategy that shards the model", sharded, "layerwise_generation"),
+    )
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    for decider, names in needs.items():
-        if given := [f"--{name}" for name in names if getattr(config, name) != defaults[name]]:
-            if not acts[decider]:
-                say(f"{', '.join(given)}: unused without {decider}.")
+    for decider, acts, names in groups:
+        given = [f"--{name}" for name in names.split() if getattr(config, name) != defaults[name]]
+        if given and not acts:
+            say(f"{', '.join(given)}: unused without {decider}.")
 
 
 def check_run_folder(config):
