@@ -1,20 +1,37 @@
-"""What the tests share: the real launch of a script, small random models, small data."""
+"""What the tests share: launches of scripts, real ones and forked ones, and small helpers."""
 
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from fork_server import LIMIT, ForkServer
 
 ROOT = Path(__file__).resolve().parents[1]
+ACCELERATE = ("-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", 0)
+BUILD = """
+import atexit, pathlib, sys
+atexit.register(pathlib.Path(sys.argv[1]).touch)
+from deepspeed.ops.op_builder import CPUAdamBuilder
+CPUAdamBuilder().load(verbose=False)
+"""
+BUILD_LIMIT = 600  # seconds
+LONGEST = ("test_chat", "test_resume", "test_runs", "test_parity")  # start before the other files
+READ_LATE = {"PATH", "PYTHONPATH", "TORCH_EXTENSIONS_DIR"}  # not when the libraries are imported
+
+
+torch.set_num_threads(1)  # several are slower on the small models here
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all", action="store_true", help="run the repetitions that are marked slow, too")
+    parser.addoption("--all", action="store_true", help="run what is marked slow, too")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -24,53 +41,144 @@ def pytest_collection_modifyitems(config, items):
         for marker, (skip, reason) in skips.items():
             if skip and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+    # files that launch nothing come first: meanwhile the extension is built
+    launching = {item.path for item in items if "environment" in item.fixturenames}
+    items.sort(key=lambda item: (item.path in launching, item.path.stem not in LONGEST))
 
 
-@pytest.fixture(scope="session")
-def environment(tmp_path_factory):
-    """The environment of a fresh machine without a network: caches of its own, no activated virtual environment."""
-    home = tmp_path_factory.mktemp("home")
+def pytest_terminal_summary(terminalreporter):
+    """Print the seconds of each test file, setup and teardown included."""
+    seconds = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.nodeid.partition("::")[0]] += report.duration
+    terminalreporter.section("seconds per test file")
+    for file, duration in seconds.most_common():
+        terminalreporter.write_line(f"{duration:8.1f}  {file}")
+    terminalreporter.write_line(f"{seconds.total():8.1f}  all files")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def started(request, tmp_path_factory):
+    """Start what launches need, if any test that runs launches something, beside the first tests.
+
+    Yields the environment of a launch and the fork server.
+    """
+    items = [item for item in request.session.items if not item.get_closest_marker("skip")]
+    if not any("environment" in item.fixturenames for item in items):
+        yield None
+        return
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the folders of all workers lie in one
+        shared = shared.parent
     dropped = ("ACCELERATE_", "HF_", "FSDP_", "OMP_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "VIRTUAL_ENV")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     path = [folder for folder in kept["PATH"].split(os.pathsep) if folder != str(Path(sys.executable).parent)]
-    return kept | {
+    environment = kept | {
         "PATH": os.pathsep.join(path),
-        "HF_HOME": str(home / "huggingface"),
+        "HF_HOME": str(tmp_path_factory.mktemp("huggingface")),
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",  # two processes run also where there is one GPU; tests/gpu says otherwise
         # a killed compilation of another run leaves a lock in the shared folder, on which every later run would wait
-        "TORCH_EXTENSIONS_DIR": str(home / "torch_extensions"),
+        "TORCH_EXTENSIONS_DIR": str(shared / "torch_extensions"),
     }
+    build = start_build(environment)
+    forks = ForkServer(environment, tmp_path_factory.mktemp("forks"))
+    yield environment, forks
+    forks.close()
+    if build and build.poll() is None:
+        os.killpg(build.pid, signal.SIGKILL)
+        build.wait()
+
+
+def start_build(environment):
+    """Start to build DeepSpeed's CPU Adam, unless another worker did; return the process."""
+    folder = Path(environment["TORCH_EXTENSIONS_DIR"])
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return None
+    # DeepSpeed builds with ninja, which lies beside python
+    path = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+    with (folder / "output.txt").open("w") as output:
+        streams = {"stdout": output, "stderr": output, "start_new_session": True}
+        command = [sys.executable, "-c", BUILD, folder / "done"]
+        return subprocess.Popen(command, env=environment | {"PATH": path}, **streams)
 
 
 @pytest.fixture(scope="session")
-def launch(environment):
-    """Run a script through the real `accelerate launch` and return the finished process, its output as one text.
+def environment(started):
+    """The environment of a fresh machine: no network, own caches, no activated virtual environment.
+
+    DeepSpeed's CPU Adam has been built there, under a limit of its own. No test builds it.
+    """
+    environment, _ = started
+    folder, begin = Path(environment["TORCH_EXTENSIONS_DIR"]), time.monotonic()
+    while not (folder / "done").exists():
+        if time.monotonic() - begin > BUILD_LIMIT:
+            pytest.fail(f"CPU Adam was not built in {BUILD_LIMIT} s: see {folder}/output.txt")
+        time.sleep(0.1)
+    return environment
+
+
+@pytest.fixture(scope="session")
+def forks(started, environment):
+    """The server that runs `python ...` and launches without the seconds of the imports."""
+    return started[1]
+
+
+@pytest.fixture(scope="session")
+def launch(environment, forks):
+    """Run a script through `accelerate launch`; return the process, its output as one text.
 
     launch("causal_lm_lora", "ddp", "--max_steps", 2, processes=2) runs examples/causal_lm_lora.py with
     configs/ddp.yaml; both may be paths. `flags` go to accelerate itself. A code other than `code` fails the test.
+    The launcher and its processes are forked from one that has imported the libraries. With `real`
+    they are started as a user starts them. That is needed where `variables` change what libraries
+    read when they are imported.
     """
 
-    def run(script, config, *arguments, processes=None, flags=(), code=0, cwd=ROOT, timeout=300, **extra):
+    def run(
+        script,
+        config,
+        *arguments,
+        processes=None,
+        flags=(),
+        code=0,
+        cwd=ROOT,
+        timeout=LIMIT,
+        real=False,
+        **variables,
+    ):
         script = script if str(script).endswith(".py") else ROOT / "examples" / f"{script}.py"
         config = config if str(config).endswith(".yaml") else ROOT / "configs" / f"{config}.yaml"
-        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", config]
-        command += ["--main_process_port", 0, *flags]
+        command = [*ACCELERATE, "--config_file", config, *flags]
         command += [] if processes is None else ["--num_processes", processes]
         command = [str(word) for word in (*command, script, *arguments)]
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        process = subprocess.Popen(command, cwd=cwd, env=environment | extra, **streams)
-        try:
-            output, _ = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # the launcher then ends its processes, which SIGKILL would leave behind
-            process.communicate()
-            raise
-        if code is not None:
-            assert process.returncode == code, f"exit code {process.returncode}\n{' '.join(command)}\n{output}"
-        return subprocess.CompletedProcess(command, process.returncode, output)
+        assert real or set(variables) <= READ_LATE, "the libraries have read these: give real"
+        if real:
+            done = run_real(command, environment | variables, cwd, timeout)
+        else:
+            done = forks.run(*command, cwd=cwd, timeout=timeout, **variables)
+        said = f"exit code {done.returncode}\n{' '.join(command)}\n{done.stdout}"
+        assert code in (None, done.returncode), said
+        return done
 
     return run
+
+
+def run_real(command, environment, cwd, timeout):
+    """Start `python *command`; return the finished process, its output as one text."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen([sys.executable, *command], cwd=cwd, env=environment, **streams)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # a launcher then ends its processes, which SIGKILL would leave behind
+        process.communicate()
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, output)
 
 
 def read_metrics(folder):

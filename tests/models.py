@@ -161,8 +161,6 @@ def make_data(folder, train=160, validation=17, noise=0.0):
 
 def teach(folder, steps, seed=3):
     """Train every weight of the model in the folder on rows of its own, so that it answers and now and then errs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # faster than several on matrices of this size
     tokenizer = AutoTokenizer.from_pretrained(folder)
     seq2seq = AutoConfig.from_pretrained(folder).is_encoder_decoder
     model = (AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM).from_pretrained(folder).train()
@@ -182,7 +180,6 @@ def teach(folder, steps, seed=3):
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(folder)
-    torch.set_num_threads(threads)
     return Path(folder)
 
 

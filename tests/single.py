@@ -1,39 +1,46 @@
-"""Run scripts as one process each, one after the other in one interpreter, which saves the seconds that a start takes.
+"""Run scripts as one process each, one after the other in one interpreter.
 
-`python tests/single.py RUNS.json`, where the file holds command lines, prints after each run a line with its exit
-code. What such a run does is what `python examples/NAME.py` does; the strategies go through `accelerate launch`.
+`python tests/single.py RUNS.json OUTPUT ...` runs lists of command lines side by side. The file
+holds one list for each output. After each run the output gets a line with the exit code. What such
+a run does is what `python examples/NAME.py` does.
 """
 
 import gc
 import json
 import os
 import runpy
-import subprocess
 import sys
 import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 END = "\x1eexit code "
+LIMIT = 1800  # seconds
 
 
-def run_single(environment, folder, *commands):
-    """Run (script, argument, ...) commands and return for each its exit code and its output."""
+def run_single(forks, folder, *commands, side_by_side=1):
+    """Run (script, argument, ...) commands and return for each its exit code and its output.
+
+    Args:
+        forks: the `ForkServer`.
+        folder: where the outputs are written.
+        side_by_side: processes that share the commands, of which none may need another one's files.
+    """
+    parts = [commands[number::side_by_side] for number in range(side_by_side)]
+    outputs = [Path(folder) / f"runs_{number}.txt" for number in range(side_by_side)]
     file = Path(folder) / "runs.json"
-    file.write_text(json.dumps([list(map(str, command)) for command in commands]))
-    done = subprocess.run(
-        [sys.executable, __file__, file],
-        cwd=ROOT,
-        env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},  # as the launcher sets it
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    outputs = done.stdout.split(END)
-    assert len(outputs) == len(commands) + 1, done.stdout
-    codes = [int(output.partition("\n")[0]) for output in outputs[1:]]
-    texts = [outputs[0], *(output.partition("\n")[2] for output in outputs[1:])]
-    return list(zip(codes, texts))
+    file.write_text(json.dumps([[list(map(str, command)) for command in part] for part in parts]))
+    variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # as the launcher sets it
+    done = forks.run(__file__, file, *outputs, cwd=ROOT, timeout=LIMIT, **variables)
+    assert done.returncode == 0, done.stdout + "".join(output.read_text() for output in outputs)
+    results = []
+    for output, part in zip(outputs, parts):
+        texts = output.read_text().split(END)
+        assert len(texts) == len(part) + 1
+        codes = [int(text.partition("\n")[0]) for text in texts[1:]]
+        texts = [texts[0], *(text.partition("\n")[2] for text in texts[1:])]
+        results.append(list(zip(codes, texts)))
+    return [results[n % side_by_side][n // side_by_side] for n in range(len(commands))]
 
 
 def run_one(script, *arguments):
@@ -57,10 +64,25 @@ def run_one(script, *arguments):
     return code
 
 
-if __name__ == "__main__":
-    os.environ.pop("RANK", None)
+def run_all(commands, output):
+    """Run the commands one after the other, all that they print into the file `output`."""
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), 1)
     os.dup2(1, 2)
-    for command in json.loads(Path(sys.argv[1]).read_text()):
+    for command in commands:
         code = run_one(*command)
         sys.stderr.flush()
         print(f"{END}{code}", flush=True)
+
+
+def main(file, *outputs):
+    os.environ.pop("RANK", None)
+    children = []
+    for commands, output in zip(json.loads(Path(file).read_text()), outputs, strict=True):
+        if (pid := os.fork()) == 0:
+            return run_all(commands, output)
+        children.append(pid)
+    return any([os.waitpid(pid, 0)[1] for pid in children])
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

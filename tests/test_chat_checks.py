@@ -67,7 +67,7 @@ TOO_LONG = 300 * "o"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, environment):
+def made(tmp_path_factory, forks):
     """A folder with models, data and runs, good ones and bad ones; exit codes and outputs of those of ACCEPTED."""
     place = tmp_path_factory.mktemp("place")
     for name, text in FILES.items():
@@ -101,7 +101,7 @@ def made(tmp_path_factory, environment):
 
     accepted = [f"{words} --output_dir {{p}}/accepted/{n}" for n, words in enumerate(ACCEPTED)]
     commands = [["chat_sft", *words_of(place, GOOD + words)] for words in (RUN, *accepted)]
-    (code, output), *accepted = run_single(environment, place, *commands)
+    (code, output), *accepted = run_single(forks, place, *commands, side_by_side=2)
     assert code == 0, output
     for name in ("changed", "missing", "pickle", "no_state", "empty_state", "list_state"):
         shutil.copytree(place / "run/checkpoint-1", place / name / "checkpoint-1")
@@ -304,7 +304,7 @@ def listing(folder):
 
 
 @pytest.fixture(scope="module")
-def refused(place, environment, tmp_path_factory):
+def refused(place, forks, tmp_path_factory):
     """Run all cases: number -> (output folder, exit code, output); and the files of the place before and after."""
     folder, before = tmp_path_factory.mktemp("refused"), listing(place)
     commands = [
@@ -312,7 +312,7 @@ def refused(place, environment, tmp_path_factory):
         for number, case in enumerate(CASES)
     ]
     (tmp := folder / "runs").mkdir()
-    done = run_single(environment, tmp, *commands)
+    done = run_single(forks, tmp, *commands, side_by_side=2)
     return {n: (folder / str(n), *one) for n, one in enumerate(done)}, before, listing(place)
 
 

@@ -27,7 +27,8 @@ from accelerate.utils import launch as launchers
 from conftest import ROOT, write_csv
 from guides import GUIDES
 from models import make_data, make_model, make_rows
-from processes import running
+from processes import plant, running
+from torch.distributed import TCPStore
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from utils import checks
@@ -502,13 +503,38 @@ def test_a_hub_that_answers_whatever_it_says_is_not_refused(monkeypatch, scheme)
     server.shutdown()
 
 
-def test_the_first_process_speaks_and_the_others_leave_it_time(monkeypatch, capfd):
-    order = []
-    monkeypatch.setattr(checks.time, "sleep", lambda seconds: order.append(capfd.readouterr().err))
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit):
-        checks.refuse("what is wrong: what to do")
-    assert order == [""] and capfd.readouterr().err == "error: what is wrong: what to do\n"
+@pytest.fixture
+def refuse_as(monkeypatch, capfd):
+    """Return a function that refuses as the process of a rank and returns what that prints."""
+
+    def refuse_as(rank):
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(SystemExit) as ended:
+            checks.refuse("what is wrong: what to do")
+        assert ended.value.code == 1
+        return capfd.readouterr().err
+
+    return refuse_as
+
+
+LINE = "error: what is wrong: what to do\n"
+
+
+def test_the_process_that_comes_first_refuses_for_all(monkeypatch, refuse_as):
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torch's launcher
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    assert [refuse_as(rank) for rank in (1, 0, 2)] == [LINE, "", ""]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert [refuse_as(rank) for rank in (0, 1)] == [LINE, ""]
+
+
+def test_without_a_store_the_others_leave_the_first_process_time(monkeypatch, capfd, refuse_as):
+    waits = []
+    monkeypatch.setattr(checks.time, "sleep", lambda s: waits.append((s, capfd.readouterr().err)))
+    assert (refuse_as(0), waits) == (LINE, [])
+    assert (refuse_as(1), waits) == (LINE, [(60, "")])
 
 
 # What is accepted ---------------------------------------------------------------------------------
@@ -573,6 +599,8 @@ def test_launches_that_fit_are_accepted(run, script, config, flags, words):
 
 
 # The real launcher --------------------------------------------------------------------------------
+# refused in a real launch: a flag, data, a model, a launch config
+REAL = ["--learning_rat", "nothing.csv", "nobody/nothing", "use_cpu"]
 LAUNCHED = [  # script, config, flags; what the one line must say
     (OFFLOAD, "zero3_offload", "--learning_rat 0.1", "--learning_rat 0.1 is no flag"),
     (OFFLOAD, "zero3_offload", "--lora_r 0", "--lora_r is 0"),
@@ -589,11 +617,32 @@ LAUNCHED = [  # script, config, flags; what the one line must say
 def test_a_launch_of_two_processes_ends_with_one_line(launch, place, tmp_path, script, config, words, fragment):
     arguments = [*shlex.split(GOOD + words), "--output_dir", tmp_path / "new"]
     no_network = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    real = any(part in f"{config} {words}" for part in REAL)
     config = place / config if config.endswith(".yaml") else config
-    done = launch(script, config, *arguments, processes=2, code=None, cwd=place, timeout=120, **no_network)
+    variables = no_network if real else {}
+    options = {"processes": 2, "code": None, "cwd": place, "real": real, **variables}
+    done = launch(script, config, *arguments, **options)
     assert done.returncode != 0
     (line,) = re.findall("^error: .*", done.stdout, re.MULTILINE)
     assert fragment in line
     assert "Traceback" not in done.stdout.partition("torch/distributed/elastic")[0], done.stdout
     assert running(tmp_path) == {}
     assert list(tmp_path.iterdir()) == []
+
+
+# Process 0 is late, and process 1 takes long to end after it has refused.
+LATE = """
+import atexit, os, time
+time.sleep({seconds} if os.environ["RANK"] == "0" else 0)
+atexit.register(time.sleep, 2 * {seconds})
+"""
+
+
+@pytest.mark.parametrize("seconds", [3, pytest.param(30, marks=pytest.mark.slow)])
+def test_the_line_is_printed_once_though_a_process_is_late(launch, place, tmp_path, seconds):
+    late = LATE.format(seconds=seconds)
+    copy = plant(tmp_path, "causal_lm_lora", ("\nimport math\n", f"\nimport math\n{late}"))
+    done = launch(copy, "ddp", *shlex.split(GOOD), "--lora_r", 0, processes=2, code=None, cwd=place)
+    assert done.returncode == 1
+    line = "error: --lora_r is 0: give a number above 0"
+    assert re.findall("^error: .*", done.stdout, re.MULTILINE) == [line]

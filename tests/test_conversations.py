@@ -331,7 +331,7 @@ def test_rows_that_cannot_be_trained_on(row, shape, words):
     assert words in str(error.value) and "row 7" in str(error.value)
 
 
-@pytest.mark.parametrize("rows", [[], iter([]), [{}]], ids=str)
+@pytest.mark.parametrize("rows", [[], iter([]), [{}]], ids=["empty", "iterator", "no column"])
 def test_no_rows(rows):
     with pytest.raises(DataError, match="the data has no rows"):
         shape_of(rows)

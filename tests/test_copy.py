@@ -2,8 +2,6 @@
 
 import ast
 import shutil
-import subprocess
-import sys
 
 import pytest
 from conftest import ROOT, read_metrics
@@ -25,7 +23,7 @@ def imported(path):
 
 
 @pytest.fixture
-def copy_out(tmp_path, environment):
+def copy_out(tmp_path):
     """Return a function that copies a script out and gives its new path, its folder and the environment of its run."""
 
     def copy(script):
@@ -57,14 +55,14 @@ def test_copied_script_runs(copy_out, launch, tmp_path, name):
     make_model(place / "model", "llama")
     make_data(place / "data", train=24, validation=8)
     flags = ("--model_name_or_path", "model", "--dataset_name", "data", "--output_dir", "run", "--max_steps", 2)
-    launch(script, config, *flags, "--warmup_ratio", 0, processes=2, cwd=place, **environment)
+    real = {"processes": 2, "cwd": place, "real": True, **environment}
+    launch(script, config, *flags, "--warmup_ratio", 0, **real)
     assert read_metrics(place / "run")["strategy"] == LAUNCHED[name]
 
 
 @pytest.mark.parametrize("name", STARTED)
-def test_copied_script_starts(copy_out, environment, name):
+def test_copied_script_starts(copy_out, forks, name):
     copied, place, extra = copy_out(ROOT / "examples" / f"{name}.py")
-    command = [sys.executable, copied, "--help"]
-    done = subprocess.run(command, cwd=place, env=environment | extra, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = forks.run(copied, "--help", cwd=place, **extra)
+    assert done.returncode == 0, done.stdout
     assert "--model_name_or_path" in done.stdout

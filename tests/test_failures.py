@@ -45,7 +45,7 @@ KILL = "__import__('os').kill(__import__('os').getpid(), 9)"
 
 def launched_until(pool, launch, copy, config, flags, started):
     """Start a launch in the background and return it once it has come to the planted line, which touches a file."""
-    launched = pool.submit(launch, copy, config, *flags, processes=2, code=None)
+    launched = pool.submit(launch, copy, config, *flags, processes=2, code=None, real=True)
     while not started.exists() and not launched.done():
         time.sleep(0.1)
     return launched
@@ -127,7 +127,8 @@ def test_repeated_runs_end_well_and_alike(offloaded):
 @pytest.mark.slow
 def test_twenty_runs_end_well(launch, arguments, tmp_path):
     for number in range(20):
-        done = launch(OFFLOAD, "zero3_offload", *arguments, tmp_path / str(number), processes=2)
+        flags = (*arguments, tmp_path / str(number))
+        done = launch(OFFLOAD, "zero3_offload", *flags, processes=2, real=True)
         assert [word for word in ABORTS if word in done.stdout] == []
 
 

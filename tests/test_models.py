@@ -78,7 +78,7 @@ def flags(model, dataset, output):
 
 
 @pytest.fixture(scope="module")
-def single(environment, models, data, tmp_path_factory):
+def single(forks, models, data, tmp_path_factory):
     """A run in one process of every architecture, each on one of the data sets: architecture -> code and output."""
     folder = tmp_path_factory.mktemp("single")
     sets = [*data.values()] * len(models)
@@ -86,7 +86,8 @@ def single(environment, models, data, tmp_path_factory):
         (script_of(architecture), *flags(model, dataset, folder / architecture))
         for (architecture, model), dataset in zip(models.items(), sets)
     ]
-    return {name: (folder / name, *done) for name, done in zip(models, run_single(environment, folder, *commands))}
+    done = run_single(forks, folder, *commands, side_by_side=2)
+    return {name: (folder / name, *result) for name, result in zip(models, done)}
 
 
 @pytest.mark.parametrize("architecture", [*CAUSAL, *SEQ2SEQ])

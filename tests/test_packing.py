@@ -15,15 +15,6 @@ from utils.loss import add_token_loss, check_token_loss
 from utils.packing import best_fit, build_loader, join, pack, shuffled_places, split_evenly, stream_places
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Several are slower on matrices of this size."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_documents(lengths, seed=0, vocabulary=600):
     """Return documents of random tokens, of which two in three carry a label."""
     draw = random.Random(seed)

@@ -74,7 +74,7 @@ def arguments(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def single(arguments, environment, tmp_path_factory):
+def single(arguments, forks, tmp_path_factory):
     """The runs in one process that the others are compared with: name -> Run."""
     folder = tmp_path_factory.mktemp("single")
     commands = {}
@@ -94,9 +94,10 @@ def single(arguments, environment, tmp_path_factory):
         commands[f"{script} on {rows} rows"] = (script, *flags)
     folders = [folder / str(number) for number in range(len(commands))]
     done = run_single(
-        environment,
+        forks,
         folder,
         *((*command, "--output_dir", output) for command, output in zip(commands.values(), folders)),
+        side_by_side=2,
     )
     assert [code for code, _ in done] == [0] * len(commands), "".join(output for _, output in done)
     runs = {name: Run(output, text) for name, output, (_, text) in zip(commands, folders, done)}
@@ -135,7 +136,10 @@ def test_reference_is_worth_comparing_with(single, script):
 @pytest.mark.parametrize(("script", "config", "reference"), PARITY)
 def test_parity(launch, arguments, single, tmp_path, script, config, reference):
     clip = ("--max_grad_norm", CLIP[reference], "--output_dir", tmp_path / "run")
-    done = launch(script, config, *arguments(script), *SETTINGS, *HALF, *clip, processes=2)
+    # other tests launch the other strategies for real
+    real = config in ("zero1", "fsdp2_offload")
+    flags = (*arguments(script), *SETTINGS, *HALF, *clip)
+    done = launch(script, config, *flags, processes=2, real=real)
     run = Run(tmp_path / "run", done.stdout)
     assert (run.metrics["strategy"], run.metrics["num_processes"]) == (config.split("_")[0], 2)
     text = (ROOT / "configs" / f"{config}.yaml").read_text()

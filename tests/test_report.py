@@ -1,10 +1,13 @@
 """What a finished run must not lose, and what a written model is checked for."""
 
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import save_file
 
 from utils import report
@@ -88,3 +91,48 @@ def test_the_card_names_a_base_of_the_hub_and_no_path(tmp_path, name, in_card):
     report.write_metrics(tmp_path, run)
     assert ("base_model: " in (tmp_path / "README.md").read_text()) == in_card
     assert json.loads((tmp_path / "metrics.json").read_text())["losses"] == [None, 1.0]
+
+
+GROUPS = """
+import sys
+import torch
+from torch import distributed
+from utils.report import end_run
+
+class Accelerator:
+    distributed_type = "MULTI_CPU"
+    wait_for_everyone = staticmethod(distributed.barrier)
+    end_training = staticmethod(distributed.destroy_process_group)
+
+def main(store, number):
+    store = distributed.PrefixStore(str(number), store)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+    model(torch.ones(1, 4)).sum().backward()
+    end_run(Accelerator)
+
+rank, port = int(sys.argv[1]), int(sys.argv[2])
+store = distributed.TCPStore("127.0.0.1", port, 2, rank == 0, wait_for_workers=False)
+print(store.port, flush=True)
+for number in range(200):
+    main(store, number)
+store.add("ended", 1)
+while rank == 0 and int(store.get("ended")) < 2:  # it holds the store
+    pass
+"""
+
+
+def test_the_end_of_a_run_never_hangs():
+    """Two processes end 200 process groups. They hang before the 100th if end_run keeps none."""
+
+    def start(rank, port):
+        command = [sys.executable, "-c", GROUPS, str(rank), str(port)]
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+    first = start(0, 0)
+    second = start(1, int(first.stdout.readline()))
+    try:
+        assert [process.wait(timeout=600) for process in (first, second)] == [0, 0]
+    finally:
+        first.kill()
+        second.kill()

@@ -46,16 +46,17 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def single(environment, small, folder):
-    """Run commands (script, name of the output, flag, ...) in one process; return their codes and outputs."""
+def single(forks, small, folder):
+    """Run commands (script, name of the output, flag, ...) and return their codes and outputs.
+
+    Each is one process, and none may need the files of another.
+    """
 
     def run(*commands):
-        common = (*small, *WHOLE)
-        return run_single(
-            environment,
-            folder,
-            *((script, *common, "--output_dir", folder / name, *flags) for script, name, *flags in commands),
-        )
+        def full(script, name, *flags):
+            return (script, *small, *WHOLE, "--output_dir", folder / name, *flags)
+
+        return run_single(forks, folder, *(full(*command) for command in commands), side_by_side=2)
 
     return run
 
@@ -67,7 +68,10 @@ def whole(single, folder):
     Beside it: a run of the base, runs that go on from each of the checkpoints, and runs that forget something then.
     """
     checkpoints = folder / "checkpoints"
-    commands = [(BASE, "base"), (SCRIPT, "whole", "--checkpoint_dir", checkpoints, "--save_steps", 2)]
+    saving = ("--checkpoint_dir", checkpoints, "--save_steps", 2)
+    done = single((BASE, "base"), (SCRIPT, "whole", *saving))
+    assert [code for code, _ in done] == [0, 0], done
+    commands = []
     for step in (2, 4, 6):
         mine = ("--checkpoint_dir", folder / f"checkpoints_from_{step}", "--save_steps", 3)
         commands.append(
@@ -80,7 +84,7 @@ def whole(single, folder):
         commands.append((script, f"{name}/run", "--resume_from_checkpoint", checkpoints / "checkpoint-2", *mine))
     done = single(*commands)
     assert [code for code, _ in done] == [0] * len(commands), done
-    for step, (_, output) in zip((2, 4, 6), done[2:]):
+    for step, (_, output) in zip((2, 4, 6), done):
         assert f"checkpoint-{step}, after update {step} of 6" in output
     return checkpoints
 

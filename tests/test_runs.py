@@ -33,7 +33,7 @@ REPORT = [
 def main_job(launch, tmp_path_factory):
     """The run of the README's first command, into a folder of its own: its output, folder and metrics."""
     folder = tmp_path_factory.mktemp("main_job") / "run"
-    done = launch(MAIN, "zero3_offload", "--output_dir", folder, processes=2, timeout=600)
+    done = launch(MAIN, "zero3_offload", "--output_dir", folder, processes=2, real=True)
     return done.stdout, folder, read_metrics(folder)
 
 
@@ -110,7 +110,8 @@ def test_main_job_runs_the_real_engine(main_job):
 
 
 def test_facts_come_from_the_engine(launch, small, tmp_path):
-    launch("causal_lm_lora", "zero2", *small, "--output_dir", tmp_path / "run", processes=2)
+    flags = (*small, "--output_dir", tmp_path / "run")
+    launch("causal_lm_lora", "zero2", *flags, processes=2, real=True)
     metrics = read_metrics(tmp_path / "run")
     engine = metrics["engine"]
     assert (metrics["strategy"], metrics["offload"], engine["offload_param"]) == ("zero2", "none", "none")
@@ -120,7 +121,7 @@ def test_facts_come_from_the_engine(launch, small, tmp_path):
 
 
 def test_causal_lm_lora_learns(launch, tmp_path):
-    launch("causal_lm_lora", "ddp", "--output_dir", tmp_path / "run", processes=2, timeout=600)
+    launch("causal_lm_lora", "ddp", "--output_dir", tmp_path / "run", processes=2)
     metrics = read_metrics(tmp_path / "run")
     assert metrics["score"]["before"] <= 0.65 and metrics["score"]["after"] >= 0.90
     assert_complete(metrics, 2, "causal_lm_lora")
@@ -149,7 +150,7 @@ def test_main_job_leaves_complete_metrics(main_job):
 
 
 @pytest.fixture(scope="module")
-def repeated(environment, small, tmp_path_factory):
+def repeated(forks, small, tmp_path_factory):
     """Runs in one process: twice the same, another seed, again into the first folder, and another script."""
     folder = tmp_path_factory.mktemp("repeated")
     lora = ("causal_lm_lora", *small, "--output_dir", folder / "one")
@@ -160,14 +161,14 @@ def repeated(environment, small, tmp_path_factory):
         ("causal_lm_lora", *small, *dropout, "--output_dir", folder / "three", "--seed", 43),
         ("causal_lm_full", *small, "--output_dir", folder / "full"),
     ]
-    first = run_single(environment, folder, *runs)
+    first = run_single(forks, folder, *runs, side_by_side=2)
     assert [code for code, _ in first] == [0] * 4, first
     (folder / "one" / "notes.txt").write_text("mine")
     (folder / "one" / "sub").mkdir()
     (folder / "one" / "sub" / "more.txt").write_text("mine too")
     before = {file: file.read_bytes() for file in (folder / "one").rglob("*") if file.is_file()}
     refused, full = run_single(
-        environment,
+        forks,
         folder,
         lora,
         ("causal_lm_full", *small, "--output_dir", folder / "one", "--overwrite_output_dir"),

@@ -215,7 +215,7 @@ def test_saving_gathers_what_was_trained_alone(launch, bases, tmp_path, config):
     end = "    phase.__exit__(None, None, None)\n    print('tracked', tracker.entries['save'])\n" + END
     copy = plant(tmp_path, SHARDED[config], (SAVE, begin), (END, end))
     arguments = flags(bases | {"large": tmp_path / "large"}, "large", tmp_path / "run")
-    done = launch(copy, config, *arguments, "--max_length", 48, processes=2, timeout=900)
+    done = launch(copy, config, *arguments, "--max_length", 48, processes=2, timeout=3600)
     entries = [
         ast.literal_eval(line.removeprefix("tracked "))
         for line in done.stdout.splitlines()

@@ -1,7 +1,7 @@
 """Refuse bad settings in one sentence, before a model is loaded.
 
 Every refusal is one line, `error: ` and what is wrong and what to do, and ends the process with exit code 1. Settings
-and files look the same to all processes, so that all of them refuse; the first one speaks.
+and files look the same to all processes, so all of them refuse. The first one prints the line.
 
 This file imports no other file of the project and can be copied along with a script. What it needs of transformers is
 handed in by the script.
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +29,7 @@ import torch
 from accelerate.utils import LoggerType
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
+from torch.distributed import TCPStore
 from torch.utils import cpp_extension
 
 FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json"}
@@ -53,12 +55,26 @@ POSITIVE = (
 
 
 def refuse(message):
-    """Print `error: message` from one process and end this one with exit code 1."""
-    if int(os.environ.get("RANK", 0)) > 0:
-        # the launcher ends this process once the first has refused; if that one did not, this one speaks
-        time.sleep(5)
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    """Print `error: message` once for all processes of the launch; end this one with code 1."""
+    if is_first_to_refuse():
+        print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(1)
+
+
+def is_first_to_refuse():
+    """Return whether no other process of the launch has refused before, however late this one is.
+
+    The launchers of torch and accelerate keep a store. All processes reach it, even before there is
+    a process group (torch.distributed.elastic). The processes count themselves there.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        with contextlib.suppress(RuntimeError):  # the launcher is gone
+            store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))
+            return store.add(f"refused/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
+    elif int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(60)  # there is no store; a launcher ends this process once another has failed
+    return True
 
 
 def say(text):

@@ -25,6 +25,10 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 LIBRARIES = ("torch", "accelerate", "deepspeed", "peft", "transformers", "datasets", "bitsandbytes")
+# Process groups that have ended, kept until the interpreter ends. If the last reference to a gloo
+# group goes right after a collective, torch holds the GIL and waits for a thread of the group, and
+# that thread may be waiting for the GIL.
+ENDED = []
 
 
 def fail(message):
@@ -440,6 +444,8 @@ def push_to_hub(config):
 def end_run(accelerator):
     """End trackers, engine and process group. Every process calls it."""
     accelerator.wait_for_everyone()
+    if torch.distributed.is_initialized():
+        ENDED.append(torch.distributed.group.WORLD)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.deepspeed_engine_wrapped.engine.destroy()  # left alive, it now and then aborts the process at exit
     accelerator.end_training()
