@@ -55,7 +55,7 @@ def kill(process, folder, only_one):
     for number in [random.choice(trains)] if only_one else [process.pid, *trains]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(number, signal.SIGKILL)
-    process.wait(timeout=120)
+    process.wait(timeout=600)
     while running(folder):
         time.sleep(0.05)
 

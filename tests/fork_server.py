@@ -2,21 +2,21 @@
 
 A server imports the libraries once, initialises nothing, and forks itself for every command.
 `accelerate launch` runs in such a fork with its own code: accelerate reads the config and makes the
-environment, torch starts, watches and ends the processes. One thing differs. Where they would start
-`python SCRIPT`, a process runs the script that was forked from the launcher before the launcher had
-initialised anything.
+environment, torch starts, watches and ends the processes. One thing differs. They do not start
+`python SCRIPT`. A process that the launcher forked before it initialised anything runs the script.
 
-A fork cannot show three things, and tests of these need a real launch: what a library reads from
-the environment when it is imported, the command line of a process, and sets whose order differs
+Tests of the following need a real launch, for a fork cannot show them: what libraries read from the
+environment at import, an import that a script forgets, what an import prints, the command line of a
+process, what an interpreter does while it frees its memory at the end, and sets whose order differs
 between processes (all forks have the hash seed of the server).
 """
 
+import atexit
 import ctypes
 import functools
 import gc
 import importlib
 import json
-import math
 import os
 import random
 import runpy
@@ -24,6 +24,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +39,8 @@ transformers.optimization""".split()
 LAUNCHERS = ("simple_launcher", "multi_gpu_launcher", "deepspeed_launcher")
 PR_SET_CHILD_SUBREAPER = 36  # of Linux' prctl
 LIMIT = 900  # seconds, more than ten times what any command needs on a quiet machine
+# libraries read these at each use, not at import; OMP_NUM_THREADS must be 1, as in the server
+READ_LATE = {"PATH", "PYTHONPATH", "TORCH_EXTENSIONS_DIR", "OMP_NUM_THREADS"}
 
 
 # The side of the tests ----------------------------------------------------------------------------
@@ -51,11 +54,11 @@ class ForkServer:
 
     def __init__(self, environment, folder):
         self.environment, self.folder, self.commands = environment, Path(folder), 0
-        environment = environment | {"OMP_NUM_THREADS": "1"}  # as launchers set it
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen([sys.executable, __file__], env=environment, **pipes)
+        variables = environment | {"OMP_NUM_THREADS": "1"}  # as launchers set it
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+        self.process = subprocess.Popen([sys.executable, __file__], env=variables, **pipes)
 
-    def run(self, *arguments, cwd, timeout=LIMIT, patience=60, **variables):
+    def run(self, *arguments, cwd, timeout=LIMIT, patience=30, **variables):
         """Run `python *arguments`; return the finished process, its output as one text.
 
         Args:
@@ -64,34 +67,45 @@ class ForkServer:
             variables: environment variables beside those of the server.
 
         Raises:
-            subprocess.TimeoutExpired: the command did not end in time.
+            subprocess.TimeoutExpired: the command did not end in time. Its output is printed.
             RuntimeError: the command ended and left processes behind. They are killed.
         """
+        assert set(variables) <= READ_LATE, "the libraries read these at import: start a process"
         output, self.commands = self.folder / f"{self.commands}.txt", self.commands + 1
-        request = {"arguments": list(map(str, arguments)), "output": str(output), "cwd": str(cwd)}
+        command = list(map(str, arguments))
+        request = {"arguments": command, "output": str(output), "cwd": str(cwd)}
         request |= {"environment": self.environment | variables, "patience": patience}
         self.process.stdin.write(json.dumps(request).encode() + b"\n")
-        self.process.stdin.flush()
-        pid = self.answer(LIMIT)["pid"]
-        ended = self.answer(timeout)
-        if ended is None:
+        pid = self.answer(LIMIT)
+        code = self.answer(timeout)
+        if code is None:
+            print(output.read_text())
             os.kill(pid, signal.SIGTERM)  # a launcher ends its processes, too
+            if self.answer(60) is None:
+                os.kill(pid, signal.SIGKILL)
+                self.answer(60)
             self.answer(LIMIT)
-            raise subprocess.TimeoutExpired(request["arguments"], timeout)
-        if ended["left"]:
-            raise RuntimeError(f"{request['arguments']} left processes behind: {ended['left']}")
-        done = (request["arguments"], ended["code"], output.read_text())
-        return subprocess.CompletedProcess(*done)
+            raise subprocess.TimeoutExpired(command, timeout)
+        left = self.answer(LIMIT)
+        if left:
+            raise RuntimeError(f"{command} left processes behind: {left}\n{output.read_text()}")
+        return subprocess.CompletedProcess(command, code, output.read_text())
 
     def answer(self, timeout):
         """Return the next answer of the server, or None if none comes within `timeout` seconds."""
         if not select.select([self.process.stdout], [], [], timeout)[0]:
             return None
-        return json.loads(self.process.stdout.readline())
+        line = self.process.stdout.readline()
+        assert line, "the fork server has ended: see what it printed"
+        return json.loads(line)
 
     def close(self):
         self.process.stdin.close()
-        self.process.wait()
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 
 # The side of the server ---------------------------------------------------------------------------
@@ -101,6 +115,7 @@ class Forked(subprocess.Popen):
     waiting = []  # (process id, the end of a pipe to it)
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):
+        assert cwd is None, "the process was forked in the folder of the launcher"
         self.pid, pipe = self.waiting.pop(0)
         self._child_created = True
         with open(pipe, "w") as file:
@@ -127,6 +142,7 @@ def fork_first(launcher):
             os.close(ours)
             Forked.waiting.append((pid, theirs))
         launcher(args)
+        end_well()
 
     return launch
 
@@ -138,13 +154,23 @@ def run_when_told(pipe):
     if text:
         Forked.waiting.clear()
         run_python(**json.loads(text))
+        end_well()
+
+
+def end_well():
+    """End this process with exit code 0, without the long time in which Python frees everything."""
+    threading._shutdown()  # these are the first steps of Python's own end
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def run_python(arguments, environment):
     """Do in this process what `python *arguments` does."""
     os.environ.clear()
     os.environ.update(environment)
-    random.seed()  # forks have the state of the server, other processes have one of their own
+    random.seed()  # else all forks draw the same numbers
     sys.modules["numpy"].random.seed()
     sys.stdout.reconfigure(write_through=True)  # as of `python -u`
     arguments = [word for word in arguments if word != "-u"]
@@ -172,19 +198,19 @@ def end_leftovers(seconds):
             return left
         if pid == 0 and time.monotonic() > end:
             for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
-                left.append(Path(f"/proc/{child}/cmdline").read_text().replace("\0", " "))
+                command = Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ")
+                left += [f"{child} {command}"] if command else []  # without one it has ended
                 os.kill(int(child), signal.SIGKILL)
-            end = math.inf
         time.sleep(0.01 if pid == 0 else 0)
 
 
 def serve():
     """Answer requests from standard input, a line of JSON each, until it ends."""
     answers = os.dup(1)
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # keeps what libraries print off the pipe of the answers
     for name in LIBRARIES:
         importlib.import_module(name)
-    # DeepSpeed asks again and again, and each answer takes a second
+    # DeepSpeed calls this often, and each call takes a second
     cpuinfo.get_cpu_info = functools.partial(dict, cpuinfo.get_cpu_info())
     launch = sys.modules["accelerate.commands.launch"]
     for name in LAUNCHERS:
@@ -193,7 +219,8 @@ def serve():
     handler = "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"
     sys.modules[handler].Popen = popen
     gc.collect()
-    gc.freeze()  # a run collects its own garbage alone
+    gc.freeze()  # the collector of a fork skips the objects of the server
+    sys.stdout.flush()
     # what a command leaves behind becomes a child of the server
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     for line in open(0, "rb", buffering=0):
@@ -205,10 +232,13 @@ def serve():
             os.dup2(1, 2)
             os.chdir(request["cwd"])
             return run_python(request["arguments"], request["environment"])
-        os.write(answers, json.dumps({"pid": pid}).encode() + b"\n")
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        answer = {"code": code, "left": end_leftovers(request["patience"])}
-        os.write(answers, json.dumps(answer).encode() + b"\n")
+        tell(answers, pid)
+        tell(answers, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        tell(answers, end_leftovers(request["patience"]))
+
+
+def tell(answers, value):
+    os.write(answers, json.dumps(value).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -505,7 +505,7 @@ def test_a_hub_that_answers_whatever_it_says_is_not_refused(monkeypatch, scheme)
 
 @pytest.fixture
 def refuse_as(monkeypatch, capfd):
-    """Return a function that refuses as the process of a rank and returns what that prints."""
+    """Return a function that calls `refuse` with RANK set and returns what it prints."""
 
     def refuse_as(rank):
         monkeypatch.setenv("RANK", str(rank))
@@ -599,25 +599,33 @@ def test_launches_that_fit_are_accepted(run, script, config, flags, words):
 
 
 # The real launcher --------------------------------------------------------------------------------
-# refused in a real launch: a flag, data, a model, a launch config
-REAL = ["--learning_rat", "nothing.csv", "nobody/nothing", "use_cpu"]
-LAUNCHED = [  # script, config, flags; what the one line must say
-    (OFFLOAD, "zero3_offload", "--learning_rat 0.1", "--learning_rat 0.1 is no flag"),
-    (OFFLOAD, "zero3_offload", "--lora_r 0", "--lora_r is 0"),
-    (OFFLOAD, "zero3_offload", "--dataset_name data/nothing.csv", "data/nothing.csv is not there"),
-    (OFFLOAD, "zero3_offload", "--label_column label", "the columns are 'Tweet text', 'Label'"),
-    (OFFLOAD, "zero3_offload", "--model_name_or_path nobody/nothing", "the Hub cannot be reached"),
-    (OFFLOAD, "use_cpu.yaml", "", "use_cpu: true"),
-    (OFFLOAD, "ddp", "", "was launched with ddp"),
-    ("causal_lm_lora", "ddp", "--model_name_or_path data", "data holds no config.json"),
+ZERO3 = (OFFLOAD, "zero3_offload")
+LAUNCHED = [  # whether the launch is a real one, script, config, flags; what the one line must say
+    (True, *ZERO3, "--learning_rat 0.1", "--learning_rat 0.1 is no flag"),
+    (False, *ZERO3, "--lora_r 0", "--lora_r is 0"),
+    (True, *ZERO3, "--dataset_name data/nothing.csv", "data/nothing.csv is not there"),
+    (False, *ZERO3, "--label_column label", "the columns are 'Tweet text', 'Label'"),
+    (True, *ZERO3, f"{MODEL} nobody/nothing", "the Hub cannot be reached"),
+    (True, OFFLOAD, "use_cpu.yaml", "", "use_cpu: true"),
+    (False, OFFLOAD, "ddp", "", "was launched with ddp"),
+    (False, "causal_lm_lora", "ddp", f"{MODEL} data", "data holds no config.json"),
 ]
+LAUNCHED_IDS = ["-".join(map(str, case[1:])) for case in LAUNCHED]
 
 
-@pytest.mark.parametrize("script, config, words, fragment", LAUNCHED)
-def test_a_launch_of_two_processes_ends_with_one_line(launch, place, tmp_path, script, config, words, fragment):
+@pytest.mark.parametrize("real, script, config, words, fragment", LAUNCHED, ids=LAUNCHED_IDS)
+def test_a_launch_of_two_processes_ends_with_one_line(
+    launch,
+    place,
+    tmp_path,
+    real,
+    script,
+    config,
+    words,
+    fragment,
+):
     arguments = [*shlex.split(GOOD + words), "--output_dir", tmp_path / "new"]
     no_network = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    real = any(part in f"{config} {words}" for part in REAL)
     config = place / config if config.endswith(".yaml") else config
     variables = no_network if real else {}
     options = {"processes": 2, "code": None, "cwd": place, "real": real, **variables}

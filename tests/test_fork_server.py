@@ -9,7 +9,7 @@ from models import make_data, make_model
 
 SHOW = """
 import os, sys
-print(sys.argv, sys.path[:2], os.getcwd(), os.environ.get("COLOR"), __name__)
+print(sys.argv, sys.path[:2], os.getcwd(), os.environ.get("TORCH_EXTENSIONS_DIR"), __name__)
 """
 CODES = {"raise ValueError": 1, "import sys; sys.exit(7)": 7}
 CODES["import os; os.kill(os.getpid(), 9)"] = -9
@@ -32,7 +32,7 @@ def test_arguments_paths_and_variables_are_those_of_python(run, environment, tmp
     (tmp_path / "show.py").write_text(SHOW)
     (tmp_path / "folder" / "show.py").write_text(SHOW)
     command = {"-c": ["-c", SHOW], "-m": ["-m", "show"], "file": ["folder/show.py"]}[kind]
-    variables = {"PYTHONPATH": str(tmp_path / "elsewhere"), "COLOR": "red"}
+    variables = {"PYTHONPATH": str(tmp_path / "elsewhere"), "TORCH_EXTENSIONS_DIR": "else"}
     code, output = run(*command, "a", "--b", **variables)
     command = [sys.executable, *command, "a", "--b"]
     options = {"cwd": tmp_path, "env": environment | variables, "text": True}
@@ -65,7 +65,7 @@ def test_a_command_that_hangs_is_ended(run):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """Flags of a run of two updates, but for its output_dir."""
+    """Flags of a run of two updates. The output folder comes after them."""
     folder = tmp_path_factory.mktemp("small")
     model = make_model(folder / "llama", "llama")
     data = make_data(folder / "data", train=16, validation=4)
@@ -74,7 +74,7 @@ def small(tmp_path_factory):
 
 
 def test_a_forked_launch_trains_as_a_real_one(launch, small, tmp_path):
-    """Also the real launch of the strategy single."""
+    """This is also the real launch with configs/single.yaml."""
     runs = {}
     for name in ("forked", "real"):
         launch("causal_lm_lora", "single", *small, tmp_path / name, real=name == "real")

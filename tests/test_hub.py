@@ -142,7 +142,7 @@ def test_after_too_many_failures_the_next_push_is_tried(run, hub, files):
 def test_what_will_not_pass_is_said_once_and_at_once(run, hub, name, extra, reason, requests):
     output = run(
         f"""
-        pusher = HubPusher("{name}", True)
+        pusher = HubPusher("{name}", True, wait=1000)
         pusher.push("run", "first")
         while not pusher.closed:
             time.sleep(0.01)
@@ -190,6 +190,7 @@ def test_a_hub_that_hangs_holds_up_neither_finish_nor_the_end(run, hub, path):
     hub.hang(100, seconds=1000, path=path)
     output = run(
         """
+        utils.hub.SIGN_OF_LIFE = utils.hub.SILENCE = 1000
         pusher = HubPusher("run", False)
         pusher.push("run", "the end")
         pusher.push("run", "another", "another")
@@ -206,7 +207,8 @@ def test_a_hub_that_hangs_holds_up_neither_finish_nor_the_end(run, hub, path):
 
 def test_an_end_without_finish_waits_for_nothing(run, hub):
     hub.hang(100, seconds=1000)
-    assert run('HubPusher("run", True).push("run", "the end")') == ""
+    patient = "utils.hub.SIGN_OF_LIFE = utils.hub.SILENCE = 1000"
+    assert run(f'{patient}\nHubPusher("run", True).push("run", "the end")') == ""
 
 
 def test_a_hub_that_is_not_there(run):

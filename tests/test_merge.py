@@ -532,7 +532,8 @@ sys.argv[1:] = {[str(folder / "adapter"), "--output_dir", str(folder / "out"), *
 runpy.run_module("utils.merge_adapter", run_name="__main__", alter_sys=True)
 print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024)
 """
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    streams = {"capture_output": True, "text": True}
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=600, **streams)
 
 
 def test_memory(large):

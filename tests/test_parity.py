@@ -136,7 +136,7 @@ def test_reference_is_worth_comparing_with(single, script):
 @pytest.mark.parametrize(("script", "config", "reference"), PARITY)
 def test_parity(launch, arguments, single, tmp_path, script, config, reference):
     clip = ("--max_grad_norm", CLIP[reference], "--output_dir", tmp_path / "run")
-    # other tests launch the other strategies for real
+    # the others have real launches in test_fork_server, test_chat, test_copy and test_runs
     real = config in ("zero1", "fsdp2_offload")
     flags = (*arguments(script), *SETTINGS, *HALF, *clip)
     done = launch(script, config, *flags, processes=2, real=real)

@@ -95,6 +95,7 @@ def test_the_card_names_a_base_of_the_hub_and_no_path(tmp_path, name, in_card):
 
 GROUPS = """
 import sys
+import time
 import torch
 from torch import distributed
 from utils.report import end_run
@@ -114,25 +115,28 @@ def main(store, number):
 rank, port = int(sys.argv[1]), int(sys.argv[2])
 store = distributed.TCPStore("127.0.0.1", port, 2, rank == 0, wait_for_workers=False)
 print(store.port, flush=True)
-for number in range(200):
+for number in range(100):
     main(store, number)
-store.add("ended", 1)
-while rank == 0 and int(store.get("ended")) < 2:  # it holds the store
-    pass
+store.set(f"ended {rank}", "")
+store.wait(["ended 0", "ended 1"])  # process 0 hosts the store
+store.add("left", 1)
+while rank == 0 and store.add("left", 0) < 2:
+    time.sleep(0.01)
 """
 
 
 def test_the_end_of_a_run_never_hangs():
-    """Two processes end 200 process groups. They hang before the 100th if end_run keeps none."""
+    """Two processes end 100 process groups. They hang before that if end_run keeps none."""
 
     def start(rank, port):
         command = [sys.executable, "-c", GROUPS, str(rank), str(port)]
         return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
-    first = start(0, 0)
-    second = start(1, int(first.stdout.readline()))
+    processes = [start(0, 0)]
     try:
-        assert [process.wait(timeout=600) for process in (first, second)] == [0, 0]
+        processes.append(start(1, int(processes[0].stdout.readline())))
+        assert [process.wait(timeout=600) for process in processes] == [0, 0]
     finally:
-        first.kill()
-        second.kill()
+        for process in processes:
+            process.kill()
+            process.wait()

@@ -62,7 +62,7 @@ def refuse(message):
 
 
 def is_first_to_refuse():
-    """Return whether no other process of the launch has refused before, however late this one is.
+    """Return True in the first process of the launch that refuses, False in all later ones.
 
     The launchers of torch and accelerate keep a store. All processes reach it, even before there is
     a process group (torch.distributed.elastic). The processes count themselves there.
@@ -71,7 +71,8 @@ def is_first_to_refuse():
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         with contextlib.suppress(RuntimeError):  # the launcher is gone
             store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))
-            return store.add(f"refused/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
+            restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+            return store.add(f"refused by {sys.argv[0]}, restart {restart}", 1) == 1
     elif int(os.environ.get("RANK", 0)) > 0:
         time.sleep(60)  # there is no store; a launcher ends this process once another has failed
     return True
