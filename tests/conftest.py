@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import gc
 import json
 import os
 import signal
@@ -44,6 +45,12 @@ def pytest_collection_modifyitems(config, items):
     # files that launch nothing come first: meanwhile the extension is built
     launching = {item.path for item in items if "environment" in item.fixturenames}
     items.sort(key=lambda item: (item.path in launching, item.path.stem not in LONGEST))
+
+
+def pytest_collection_finish():
+    """Let the garbage collector skip what the imports made: tests and scripts collect often."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter):
