@@ -24,7 +24,7 @@ def run_single(forks, folder, *commands, side_by_side=1):
     Args:
         forks: the `ForkServer`.
         folder: where the outputs are written.
-        side_by_side: processes that share the commands, of which none may need another one's files.
+        side_by_side: number of processes. No command may read the output of another.
     """
     parts = [commands[number::side_by_side] for number in range(side_by_side)]
     outputs = [Path(folder) / f"runs_{number}.txt" for number in range(side_by_side)]

@@ -90,7 +90,7 @@ def test_fresh_process_gives_the_same_answers(run, bases, forks, environment, tm
     script = tmp_path / "reload.py"
     script.write_text(RELOAD.format(before=before, lines=lines))
     command = (script, folder, bases["data"] / "validation.csv")
-    if base == bases["t5"]:  # one that has imported nothing else
+    if base == bases["t5"]:  # a fresh process, without the imports of the fork server
         done = run_real(command, environment, tmp_path, LIMIT)
     else:
         done = forks.run(*command, cwd=tmp_path)

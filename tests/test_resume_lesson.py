@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
 def single(forks, small, folder):
     """Run commands (script, name of the output, flag, ...) and return their codes and outputs.
 
-    Each is one process, and none may need the files of another.
+    Each is one process. None may read the output of another.
     """
 
     def run(*commands):

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 GPUS = torch.cuda.device_count()
 two_gpus = pytest.mark.skipif(GPUS < 2, reason=f"needs two GPUs, there are {GPUS}")
 VISIBLE = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(GPUS))))}
-VISIBLE |= {"real": True}  # the environment decides at the imports
+VISIBLE |= {"real": True}  # libraries read it at import
 BF16 = ("--mixed_precision", "bf16")
 UPDATES = ("--max_steps", 8, "--learning_rate", 1e-2, "--warmup_ratio", 0.25, "--weight_decay", 0.1)
 CLIP = 0.2  # between the norms of the updates
