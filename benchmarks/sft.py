@@ -1,6 +1,7 @@
 """Tokens per second and peak memory of supervised fine-tuning with LoRA: chat_sft.py, TRL, Trainer, a padded loop.
 
-Run:  python benchmarks/sft.py [--repeats 3] [--legs chat_sft trl trainer padded] [--gpu]      (pip install trl)
+Run:  python benchmarks/sft.py [--repeats 3] [--legs chat_sft trl trainer padded] [--gpu]
+The leg trl alone needs TRL: pip install trl.
 
 The same model, data, batches, tokens and updates in turn, each leg a process of its own:
   chat_sft  examples/chat_sft.py through `accelerate launch`
@@ -14,8 +15,11 @@ count the tokens of questions and answers, never padding. Peak memory is the lar
 ru_maxrss, loading included; on a GPU that of torch's allocator. The losses, mean per answer token of each update, must
 agree in all legs, and the counts of tokens be equal. Cores is the CPU time of a leg over its whole duration: far below
 the number of threads, other work ran beside it, and its seconds tell nothing. Prints minimum and median of each leg
-and of chat_sft's ratio to it within a round. Goals on a CPU: 3.5 times the tokens per second of TRL and 4 times those
-of the padded loop, 0.6 and 0.3 times their memory.
+and of chat_sft's ratio to it within a round. On a GPU the first 2 updates are not counted, and
+activations are not computed again unless --gradient_checkpointing says so. Utilisation is 4 x the
+parameters without the embedding look-up x tokens per second, over the peak of an H100.
+Goals on a CPU: 3.5 times the tokens per second of TRL and 4 times those of the padded loop, 0.6 and 0.3 times their
+memory.
 """
 
 import argparse
@@ -45,10 +49,13 @@ GOALS = {"trl": (3.5, 0.6), "padded": (4, 0.3)}  # ratios of tokens per second, 
 # Largest relative difference of an update's losses. In float32 legs that agree differ by 3e-7; two swapped rows by
 # 3e-4, no eos token by 4e-4, another seed of LoRA by 2e-3 (second update), losses of the questions, too, by 4e-3.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2}  # the second is not measured
+# warmup: the first updates, which no figure counts; checkpointing: activations are computed again
 CPU = SimpleNamespace(batch=8, dtype="float32", attention="sdpa", learning_rate=1e-3)
+CPU.warmup, CPU.checkpointing = 0, True
 CPU.shape = dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8)
 CPU.shape |= dict(num_key_value_heads=8, tie_word_embeddings=False)  # 157 million parameters, 131 of them at the ends
 GPU = SimpleNamespace(batch=24, dtype="bfloat16", attention="sdpa", learning_rate=1e-4)  # 24 rows: about 4,096 tokens
+GPU.warmup, GPU.checkpointing = 2, False
 GPU.shape = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32)
 GPU.shape |= dict(num_key_value_heads=8, tie_word_embeddings=False)  # Llama 3.1 8B
 if importlib.util.find_spec("flash_attn"):
@@ -71,6 +78,11 @@ def problem(draw):
     return {"prompt": " ".join(question) + "\nAnswer:", "completion": " " + "\n".join([*answer, f"#### {total}"])}
 
 
+def updates_of(setting):
+    """Return the number of updates of a leg, those of the warm-up included."""
+    return setting.warmup + UPDATES
+
+
 def make_inputs(folder, setting):
     """Write a model of random weights with the shipped tokenizer, and the rows in the order of training."""
     import torch
@@ -86,13 +98,14 @@ def make_inputs(folder, setting):
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     draw = random.Random(SEED)
-    rows = [json.dumps(problem(draw)) for _ in range(UPDATES * setting.batch)]
+    rows = [json.dumps(problem(draw)) for _ in range(updates_of(setting) * setting.batch)]
     (folder / "train.jsonl").write_text("\n".join(rows))
-    return {"parameters": model.num_parameters()}
+    look_up = model.get_input_embeddings().weight.numel()  # does no arithmetic
+    return {"parameters": model.num_parameters(), "working": model.num_parameters() - look_up}
 
 
-def load(folder, setting):
-    """Return the model with its LoRA, the tokenizer and the rows as ids and labels, which count for answers only."""
+def load_model(folder, setting):
+    """Return the model with its LoRA, and the tokenizer."""
     import torch
     from accelerate.utils import set_seed
     from peft import LoraConfig, get_peft_model
@@ -103,7 +116,12 @@ def load(folder, setting):
     options = dict(dtype=getattr(torch, setting.dtype), attn_implementation=setting.attention)
     model = AutoModelForCausalLM.from_pretrained(folder / "model", **options)
     lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0, target_modules="all-linear")
-    model = get_peft_model(model.cuda() if setting is GPU else model, lora)
+    return get_peft_model(model.cuda() if setting is GPU else model, lora), tokenizer
+
+
+def load(folder, setting):
+    """Return model and tokenizer, and the rows as ids and labels; only answers have labels."""
+    model, tokenizer = load_model(folder, setting)
     rows = []
     for row in map(json.loads, (folder / "train.jsonl").read_text().splitlines()):
         ids = tokenizer(row["prompt"] + row["completion"]).input_ids + [tokenizer.eos_token_id]
@@ -112,31 +130,49 @@ def load(folder, setting):
     return model, tokenizer, rows
 
 
-def run_trainer(folder, setting, trainer_class, config_class, overrides, **options):
-    """Train with a Trainer and return what is measured."""
+def now():
+    """Return the time at which all that was asked of a GPU is done."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def run_trainer(folder, setting, trainer_class, config_class, overrides, counted=None, **options):
+    """Train with a Trainer; return the losses, the seconds of the counted updates, and the Trainer.
+
+    Args:
+        counted: the number of updates before those that are counted, and the last of them.
+    """
     from transformers import TrainerCallback
 
-    times, losses = [], []
+    first, last = counted or (setting.warmup, updates_of(setting))
+    times, losses = {}, []
 
     class Timer(TrainerCallback):
-        def on_step_begin(self, *args, **kwargs):
-            times.append(time.perf_counter())
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == first:
+                times["begin"] = now()
 
-        def on_step_end(self, *args, **kwargs):
-            times.append(time.perf_counter())
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == last:
+                times["end"] = now()
 
         def on_log(self, args, state, control, logs, **kwargs):
             losses.extend([logs["loss"]] if "loss" in logs else [])
 
-    config = dict(max_steps=UPDATES, per_device_train_batch_size=setting.batch, train_sampling_strategy="sequential")
-    config |= dict(learning_rate=setting.learning_rate, lr_scheduler_type="constant", gradient_checkpointing=True)
+    config = dict(max_steps=last, per_device_train_batch_size=setting.batch)
+    config |= dict(train_sampling_strategy="sequential")
+    config |= dict(learning_rate=setting.learning_rate, lr_scheduler_type="constant")
+    config |= dict(gradient_checkpointing=setting.checkpointing)
     config |= dict(bf16=setting is GPU, use_cpu=setting is CPU, seed=SEED, output_dir=folder / trainer_class.__name__)
     config |= dict(logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True)
     config["use_liger_kernel"] = setting is GPU and bool(importlib.util.find_spec("liger_kernel"))
     args = config_class(**config | overrides)
     trainer = trainer_class(args=args, callbacks=[Timer()], **options)
     trainer.train()
-    return losses, times[-1] - times[0], trainer.train_dataset
+    return losses, times["end"] - times["begin"], trainer
 
 
 def train_trl(folder, setting, overrides):
@@ -147,7 +183,9 @@ def train_trl(folder, setting, overrides):
     data = load_dataset("json", data_files=str(folder / "train.jsonl"), split="train")
     overrides = dict(padding_free=True, max_length=None) | overrides
     options = dict(model=model, processing_class=tokenizer, train_dataset=data)
-    return run_trainer(folder, setting, SFTTrainer, SFTConfig, overrides, **options)
+    classes = (SFTTrainer, SFTConfig)
+    losses, seconds, trainer = run_trainer(folder, setting, *classes, overrides, **options)
+    return losses, seconds, trainer.train_dataset
 
 
 def train_trainer(folder, setting, _):
@@ -156,7 +194,9 @@ def train_trainer(folder, setting, _):
 
     model, tokenizer, rows = load(folder, setting)
     options = dict(train_dataset=Dataset.from_list(rows), data_collator=DataCollatorForSeq2Seq(tokenizer))
-    return run_trainer(folder, setting, Trainer, TrainingArguments, {}, model=model, **options)
+    options |= dict(model=model)
+    losses, seconds, _ = run_trainer(folder, setting, Trainer, TrainingArguments, {}, **options)
+    return losses, seconds, rows
 
 
 def train_padded(folder, setting, _):
@@ -165,16 +205,19 @@ def train_padded(folder, setting, _):
     from transformers import DataCollatorForSeq2Seq
 
     model, tokenizer, rows = load(folder, setting)
-    model.gradient_checkpointing_enable()
-    model.enable_input_require_grads()
+    if setting.checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
     model.config.use_cache = False
     model.train()
     collator = DataCollatorForSeq2Seq(tokenizer, padding="max_length", max_length=MAX_LENGTH)
     loader = DataLoader(rows, batch_size=setting.batch, collate_fn=collator)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=setting.learning_rate, weight_decay=0)
-    losses, start = [], time.perf_counter()
-    for batch in loader:
+    losses, start = [], now()
+    for number, batch in enumerate(loader):
+        if number == setting.warmup:
+            start = now()
         with torch.autocast(model.device.type, torch.bfloat16, enabled=setting is GPU):
             loss = model(**batch.to(model.device)).loss
         loss.backward()
@@ -182,7 +225,7 @@ def train_padded(folder, setting, _):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return losses, time.perf_counter() - start, rows
+    return losses, now() - start, rows
 
 
 def run_leg(leg, folder, setting, overrides):
@@ -190,10 +233,12 @@ def run_leg(leg, folder, setting, overrides):
     import torch
 
     losses, seconds, rows = globals()[f"train_{leg}"](folder, setting, overrides)
+    sizes = [len(row["input_ids"]) for row in rows]
     return {
         "losses": losses,
         "train_seconds": seconds,
-        "input_tokens": sum(len(row["input_ids"]) for row in rows),
+        "input_tokens": sum(sizes),
+        "counted_tokens": sum(sizes[setting.warmup * setting.batch :]),
         "target_tokens": sum(label != -100 for row in rows for label in row["labels"]),
         "memory": {"train": [{"gpu_peak": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0}]},
     }
@@ -202,8 +247,10 @@ def run_leg(leg, folder, setting, overrides):
 def chat_sft(folder, setting):
     """Return the command of the leg that the others are compared with."""
     flags = dict(model_name_or_path=folder / "model", dataset_name=folder / "train.jsonl", splits="train")
-    flags |= dict(dtype=setting.dtype, max_length=MAX_LENGTH, max_steps=UPDATES, shuffle=False, seed=SEED)
-    flags |= dict(per_device_train_batch_size=setting.batch, gradient_checkpointing=True, report_to="none")
+    flags |= dict(dtype=setting.dtype, max_length=MAX_LENGTH, max_steps=updates_of(setting))
+    flags |= dict(shuffle=False, seed=SEED, gradient_checkpointing=setting.checkpointing)
+    flags |= dict(per_device_train_batch_size=setting.batch, report_to="none")
+    flags |= dict(logging_steps=1) if setting.warmup else {}  # for the seconds of each update
     flags |= dict(learning_rate=setting.learning_rate, lr_scheduler_type="constant", warmup_ratio=0)
     flags |= dict(use_peft_lora=True, lora_r=8, lora_alpha=16, lora_dropout=0, lora_target_modules="all-linear")
     flags |= dict(save_strategy="no", eval_strategy="no", use_flash_attn="flash" in setting.attention)
@@ -213,12 +260,24 @@ def chat_sft(folder, setting):
     return command + [word for name, value in flags.items() for word in (f"--{name}", value)]
 
 
+def without_warmup(folder, metrics, setting):
+    """Return chat_sft's metrics with the seconds and tokens of the counted updates."""
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    seconds, tokens = metrics["train_seconds"], metrics["input_tokens"]
+    for entry in [entry for entry in entries if "tokens_per_second" in entry][: setting.warmup]:
+        taken = entry["seconds_left"] / (updates_of(setting) - entry["step"])  # of one update
+        seconds, tokens = seconds - taken, tokens - taken * entry["tokens_per_second"]
+    return metrics | {"train_seconds": seconds, "counted_tokens": tokens}
+
+
 def launch(leg, folder, options):
     """Run a leg, or `inputs`, and return what it wrote with the peak memory of its largest process."""
     output = folder / leg / "metrics.json"
+    setting = GPU if options.gpu else CPU
     command = [__file__, "--leg", leg, "--folder", folder, "--trl", options.trl] + ["--gpu"] * options.gpu
+    command += [f"--{'' if setting.checkpointing else 'no-'}gradient_checkpointing"]
     if leg == "chat_sft":
-        command = chat_sft(folder, GPU if options.gpu else CPU)
+        command = chat_sft(folder, setting)
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
     start = time.perf_counter()
     with open(folder / f"{leg}.log", "w+") as log:
@@ -228,7 +287,10 @@ def launch(leg, folder, options):
             log.seek(0)
             sys.exit(f"error: {leg} failed:\n{log.read()}")
     cores = (usage.ru_utime + usage.ru_stime) / (time.perf_counter() - start)
-    return json.loads(output.read_text()) | {"peak": usage.ru_maxrss * 1024, "cores": cores}
+    metrics = json.loads(output.read_text())
+    if leg == "chat_sft":
+        metrics = without_warmup(output.parent, metrics, setting)
+    return metrics | {"peak": usage.ru_maxrss * 1024, "cores": cores}
 
 
 def check(leg, found, reference, tolerance):
@@ -253,11 +315,18 @@ def main():
     parser.add_argument("--legs", nargs="+", default=LEGS, choices=LEGS, help="the first is compared with the others")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every leg")
     parser.add_argument("--gpu", action="store_true", help="Llama 3.1 8B in bfloat16, on one GPU")
+    parser.add_argument(
+        "--gradient_checkpointing",
+        action=argparse.BooleanOptionalAction,
+        help="compute activations again in the backward; without the flag on a CPU alone",
+    )
     parser.add_argument("--trl", default="{}", help="settings of SFTConfig instead of the fastest, as JSON")
     parser.add_argument("--leg", help=argparse.SUPPRESS)  # in a leg's process
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     setting = GPU if options.gpu else CPU
+    if options.gradient_checkpointing is not None:
+        setting.checkpointing = options.gradient_checkpointing
     if options.leg:
         (options.folder / options.leg).mkdir(exist_ok=True)
         if options.leg == "inputs":
@@ -266,23 +335,27 @@ def main():
             metrics = run_leg(options.leg, options.folder, setting, json.loads(options.trl))
         (options.folder / options.leg / "metrics.json").write_text(json.dumps(metrics))
         return
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "peft", "trl")]
+    packages = ["torch", "transformers", "peft"] + ["trl"] * ("trl" in options.legs)
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
     print(f"{datetime.date.today()}, {os.cpu_count()} cores, {cpu()}, {', '.join(versions)}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        parameters = launch("inputs", folder, options)["parameters"]
+        inputs = launch("inputs", folder, options)
         rounds = []
         for _ in range(options.repeats):
             rounds.append({leg: launch(leg, folder, options) for leg in options.legs})  # in turn: noise meets all
             for leg, found in rounds[-1].items():
                 found["difference"] = check(leg, found, rounds[0][options.legs[0]], TOLERANCES[setting.dtype])
-                found["rate"] = found["input_tokens"] / found["train_seconds"]
+                found["rate"] = found["counted_tokens"] / found["train_seconds"]
                 peaks = [device["gpu_peak"] for phase in found["memory"].values() for device in phase]
                 found["memory"] = max(peaks) if options.gpu else found["peak"]
     first, *others = options.legs
     one = rounds[0][first]
-    print(f"{parameters:,} parameters, {one['input_tokens']:,} tokens, of them {one['target_tokens']:,} of answers,")
-    print(f"{UPDATES} updates, {options.threads} threads, {options.repeats} runs of each leg in turn")
+    tokens = f"{one['input_tokens']:,} tokens, of them {one['target_tokens']:,} of answers"
+    print(f"{inputs['parameters']:,} parameters, {tokens},")
+    print(f"{updates_of(setting)} updates, of which the first {setting.warmup} are not counted,")
+    again = "computed again" if setting.checkpointing else "kept"
+    print(f"activations {again}, {options.threads} threads, {options.repeats} runs of each leg")
     print(f"losses of {first}: {' '.join(f'{loss:.4f}' for loss in one['losses'])}")
     for leg in options.legs:
         runs = [each[leg] for each in rounds]
@@ -292,7 +365,7 @@ def main():
         print(f"{leg:8} cores        {spread([run['cores'] for run in runs], '8.2f')}")
         print(f"{leg:8} losses differ by at most {max(run['difference'] for run in runs):.1e}")
         if options.gpu:
-            utilisation = [4 * parameters * run["rate"] / PEAK_FLOPS for run in runs]
+            utilisation = [4 * inputs["working"] * run["rate"] / PEAK_FLOPS for run in runs]
             print(f"{leg:8} utilisation  {spread(utilisation, '8.1%')}")
     for leg in others:
         for goal, (what, key) in enumerate((("tokens/s", "rate"), ("memory", "memory"))):

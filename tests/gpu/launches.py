@@ -1,0 +1,150 @@
+"""Start scripts as users do: on one process, or on two that share a GPU.
+
+NCCL refuses two processes on one GPU. So they are started as two machines of one process each, and
+TEST_BACKEND makes gloo their backend; nothing else changes. Where there are two GPUs or more, one
+launch starts both over NCCL. Where there is none, the two machines run on the CPU.
+"""
+
+import fcntl
+import json
+import math
+import os
+import random
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ACCELERATE = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch")
+DROPPED = ("ACCELERATE_", "FSDP_", "OMP_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_")
+COMPARED = ("losses", "grad_norms", "learning_rates")
+
+
+def count_gpus():
+    """Return the number of GPUs, which tests/gpu/run.py has counted for its steps."""
+    if "TEST_GPUS" in os.environ:
+        return int(os.environ["TEST_GPUS"])
+    import torch
+
+    return torch.cuda.device_count()
+
+
+GPUS = count_gpus()
+
+
+@dataclass
+class Run:
+    """A launch of a script that writes into the folder runs/NAME of a work folder."""
+
+    name: str
+    script: str  # of examples/, or the path of a .py
+    config: str  # of configs/, or the path of a .yaml
+    arguments: tuple = ()
+    processes: int = 1
+    precision: str = "no"
+    shared: bool = False  # several steps compare with it, and the first of them runs it
+    before: Callable | None = None  # called before the launch
+
+    def commands(self, work):
+        """Return the command of each machine."""
+        config = self.config if self.config.endswith(".yaml") else f"configs/{self.config}.yaml"
+        machines = 2 if self.processes == 2 and GPUS < 2 else 1
+        port = free_port() if machines == 2 else 0
+        output = ("--output_dir", work / "runs" / self.name)
+        commands = []
+        for machine in range(machines):
+            words = [*ACCELERATE, "--config_file", config, "--num_processes", self.processes]
+            words += ["--mixed_precision", self.precision, "--main_process_port", port]
+            if machines == 2:
+                words += ["--num_machines", 2, "--machine_rank", machine]
+                words += ["--main_process_ip", "127.0.0.1"]
+            script = self.script if self.script.endswith(".py") else f"examples/{self.script}.py"
+            words += [script, *self.arguments, *output]
+            commands.append([str(word) for word in words])
+        return commands
+
+    def environment(self, work, machine, machines):
+        """Return the variables of a machine, which has caches of its own."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(DROPPED)}
+        folder = work / "huggingface" / str(machine)
+        kept |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder), "PYTHONUNBUFFERED": "1"}
+        if machines == 2:
+            kept = {"GLOO_SOCKET_IFNAME": "lo"} | kept
+            kept |= {"TEST_BACKEND": "gloo"}
+        return kept
+
+
+def free_port():
+    """Return a port that is free, below those that systems hand out to outgoing connections."""
+    while True:
+        port = random.randint(20_000, 30_000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):  # nobody answers
+                return port
+
+
+def run(work, one):
+    """Launch a Run, unless it is shared and done; return its metrics.json."""
+    if not one.shared:
+        return launch(work, one)
+    locks = work / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with (locks / one.name).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        file = work / "runs" / one.name / "metrics.json"
+        return json.loads(file.read_text()) if file.is_file() else launch(work, one)
+
+
+def launch(work, one):
+    """Launch a Run and return its metrics.json; what it prints goes where this process prints."""
+    commands = one.commands(work)
+    machines = []
+    for number, command in enumerate(commands):
+        print(shlex.join(command), flush=True)
+        variables = one.environment(work, number, len(commands))
+        machines.append(subprocess.Popen(command, cwd=ROOT, env=variables))
+    wait_for(machines)
+    codes = [machine.returncode for machine in machines]
+    assert not any(codes), f"{one.name} ended with exit codes {codes}"
+    metrics = json.loads((work / "runs" / one.name / "metrics.json").read_text())
+    assert metrics["num_processes"] == one.processes, metrics["num_processes"]
+    assert metrics["mixed_precision"] == one.precision, metrics["mixed_precision"]
+    assert GPUS == 0 or metrics["device"] != "cpu", metrics["device"]
+    for key in COMPARED:
+        assert metrics[key] and all(map(math.isfinite, metrics[key])), f"{key}: {metrics[key]}"
+    return metrics
+
+
+def wait_for(machines):
+    """Wait until all have ended; once one has failed, end the others, which would wait for it."""
+    while any(machine.poll() is None for machine in machines):
+        if any(machine.returncode for machine in machines):
+            time.sleep(10)  # for the others' own messages
+            for machine in machines:
+                machine.terminate()  # a launcher then ends its processes
+            for machine in machines:
+                try:
+                    machine.wait(10)
+                except subprocess.TimeoutExpired:
+                    machine.kill()
+        time.sleep(0.1)
+
+
+def difference(ours, theirs):
+    """Return the largest relative difference of two lists of numbers."""
+    assert len(ours) == len(theirs) > 0, (len(ours), len(theirs))
+    pairs = zip(ours, theirs)
+    return max(abs(one - other) / max(abs(other), 1e-12) for one, other in pairs)
+
+
+def compare(metrics, reference, tolerance):
+    """Assert that two runs trained alike; return a line with the largest relative differences."""
+    found = {key: difference(metrics[key], reference[key]) for key in COMPARED}
+    line = ", ".join(f"{key} differ by {value:.1e}" for key, value in found.items())
+    assert max(found.values()) <= tolerance, f"{line}, more than {tolerance:.0e}"
+    return line
