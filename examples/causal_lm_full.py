@@ -22,9 +22,10 @@ from transformers.optimization import get_scheduler
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # holds utils/; one beside the script comes first
 from utils.checks import check_columns, check_rows, check_settings, check_targets, data_files, or_refuse, read_settings
-from utils.launch import start_accelerator
+from utils.launch import device_map, size_buckets, start_accelerator
 from utils.memory import MemoryTracker, plot_memory
-from utils.report import check_model, check_sharding, collect_metrics, finish_run, new_folder, write_metrics
+from utils.report import check_model, check_sharding, collect_metrics, finish_run, new_folder
+from utils.report import read_numbers, write_metrics
 
 
 # 1. Settings --------------------------------------------------------------------------------------
@@ -49,6 +50,7 @@ class Config:  # what is trained; where it runs (processes, precision, sharding,
     num_train_epochs: float = HfArg(default=6.0, help="passes over the training rows, rounded up to whole updates")
     max_steps: int = HfArg(default=-1, help="updates, in place of num_train_epochs; -1 leaves it to those")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, more time")
+    tf32: bool = HfArg(default=False, help="multiply float32 in TF32 on GPUs: faster, less exact")
     seed: int = HfArg(default=42, help="of new weights, dropout, the order of the rows and their split")
     output_dir: str = HfArg(default=f"outputs/{Path(__file__).stem}", help="new folder for all that the run leaves")
     overwrite_output_dir: bool = HfArg(default=False, help="replace what an earlier run left in output_dir")
@@ -104,6 +106,7 @@ def build_dataloaders(config, tokenizer, accelerator):
 def build_model(config, tokenizer):
     """Return the pretrained model, every weight of it to be trained."""
     options = {"dtype": config.dtype, "attn_implementation": config.attn_implementation, "use_safetensors": True}
+    options["device_map"] = device_map()  # the process's device, or none where a strategy shards
     model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, **options)
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model.generation_config = GenerationConfig(**ends)  # greedy, whatever beams or penalties the checkpoint brings
@@ -132,7 +135,7 @@ def main():
     config = read_settings(HfArgumentParser(Config))
     check_settings(config, ("single", "ddp", "zero1", "zero2"), (AutoConfig, AutoTokenizer, AutoModelForCausalLM))
     accumulation = GradientAccumulationPlugin(config.gradient_accumulation_steps, sync_with_dataloader=False)
-    accelerator = start_accelerator(gradient_accumulation_plugin=accumulation)
+    accelerator = start_accelerator(tf32=config.tf32, gradient_accumulation_plugin=accumulation)
     if accelerator.deepspeed_plugin is not None:  # DeepSpeed accumulates and clips by its own config
         accelerator.deepspeed_plugin.deepspeed_config.update(
             gradient_accumulation_steps=config.gradient_accumulation_steps, gradient_clipping=config.max_grad_norm
@@ -145,7 +148,10 @@ def main():
     with tracker.phase("load"):
         model = build_model(config, tokenizer)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+        options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+        options["fused"] = accelerator.device.type == "cuda"  # a step in one kernel
+        optimizer = torch.optim.AdamW(trained, **options)
+        size_buckets(accelerator, trained)  # DeepSpeed's, else without effect
         model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
         valid_loader = accelerator.prepare_data_loader(valid_loader)  # apart: DeepSpeed takes its batch size from one
         check_sharding(accelerator, model)
@@ -174,8 +180,11 @@ def main():
                         grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
                     optimizer.step()
                     optimizer.zero_grad()
-            step_loss = accelerator.reduce(step_loss).item()
-            updates.append((step_loss, scheduler.get_last_lr()[0], float(grad_norm), *step_tokens.tolist()))
+            values = (accelerator.reduce(step_loss), grad_norm, step_tokens)
+            # all at once, for the CPU waits for the GPU here
+            step_loss, grad_norm, targets, inputs = read_numbers(accelerator.device, *values)
+            rate = scheduler.get_last_lr()[0]
+            updates.append((step_loss, rate, grad_norm, int(targets), int(inputs)))
             scheduler.step()
     with tracker.phase("eval"):
         after, predictions, labels = evaluate(accelerator, model, tokenizer, valid_loader)

@@ -27,9 +27,10 @@ from transformers.optimization import get_scheduler
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # holds utils/; one beside the script comes first
 from utils.checks import check_columns, check_rows, check_settings, check_targets, data_files, or_refuse, read_settings
-from utils.launch import start_accelerator
+from utils.launch import device_map, start_accelerator
 from utils.memory import MemoryTracker, fits_whole, plot_memory
-from utils.report import check_adapter, check_sharding, collect_metrics, finish_run, new_folder, write_metrics
+from utils.report import check_adapter, check_sharding, collect_metrics, finish_run, new_folder
+from utils.report import read_numbers, write_metrics
 
 
 # 1. Settings --------------------------------------------------------------------------------------
@@ -54,6 +55,7 @@ class Config:  # what is trained; where it runs (processes, precision, sharding,
     num_train_epochs: float = HfArg(default=6.0, help="passes over the training rows, rounded up to whole updates")
     max_steps: int = HfArg(default=-1, help="updates, in place of num_train_epochs; -1 leaves it to those")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, more time")
+    tf32: bool = HfArg(default=False, help="multiply float32 in TF32 on GPUs: faster, less exact")
     layerwise_generation: bool = HfArg(default=False, help="answer from a layer at a time, not the whole model; slow")
     lora_r: int = HfArg(default=8, help="rank of the two matrices that are learned beside each target layer")
     lora_alpha: int = HfArg(default=32, help="their product is scaled by lora_alpha / lora_r")
@@ -115,6 +117,7 @@ def build_dataloaders(config, tokenizer, accelerator):
 def build_model(config, tokenizer):
     """Return the pretrained model, frozen, with LoRA layers to be trained."""
     options = {"dtype": config.dtype, "attn_implementation": config.attn_implementation, "use_safetensors": True}
+    options["device_map"] = device_map()  # the process's device, or none where a strategy shards
     model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, **options)
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model.generation_config = GenerationConfig(**ends)  # greedy, whatever beams or penalties the checkpoint brings
@@ -156,7 +159,7 @@ def main():
     if config.modules_to_save:  # loaded by one process, tied weights would be lost beside layers trained whole
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     accumulation = GradientAccumulationPlugin(config.gradient_accumulation_steps, sync_with_dataloader=False)
-    accelerator = start_accelerator(gradient_accumulation_plugin=accumulation)
+    accelerator = start_accelerator(tf32=config.tf32, gradient_accumulation_plugin=accumulation)
     set_seed(config.seed)
     tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # always masked, so any token will do
@@ -167,7 +170,9 @@ def main():
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for wrapper in [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]:
             wrapper.original_module = torch.nn.Identity()  # unused, and where tied in two units, which FSDP2 refuses
-        optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+        options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+        options["fused"] = accelerator.device.type == "cuda"  # a step in one kernel
+        optimizer = torch.optim.AdamW(trained, **options)
         loaders = (train_loader, valid_loader)
         model, optimizer, train_loader, valid_loader = accelerator.prepare(model, optimizer, *loaders)
         register_fsdp_forward_method(model, "generate")  # gathers what lies in no layer, as forward does
@@ -198,8 +203,11 @@ def main():
                         grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
                     optimizer.step()
                     optimizer.zero_grad()
-            step_loss = accelerator.reduce(step_loss).item()
-            updates.append((step_loss, scheduler.get_last_lr()[0], float(grad_norm), *step_tokens.tolist()))
+            values = (accelerator.reduce(step_loss), grad_norm, step_tokens)
+            # all at once, for the CPU waits for the GPU here
+            step_loss, grad_norm, targets, inputs = read_numbers(accelerator.device, *values)
+            rate = scheduler.get_last_lr()[0]
+            updates.append((step_loss, rate, grad_norm, int(targets), int(inputs)))
             scheduler.step()
     with tracker.phase("eval"):
         after, predictions, labels = evaluate(accelerator, model, tokenizer, valid_loader)

@@ -1,4 +1,4 @@
-"""Fine-tune a causal language model with LoRA, and after an interruption go on bit for bit from a checkpoint.
+"""Fine-tune a causal language model with LoRA and resume bit for bit (on GPUs: --deterministic).
 
 Base:    causal_lm_lora.py
 Changes: 1. Settings, 5. Setup, 6. Training loop, 7. Save
@@ -27,9 +27,10 @@ from transformers.optimization import get_scheduler
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # holds utils/; one beside the script comes first
 from utils.checks import check_columns, check_rows, check_settings, check_targets, data_files, or_refuse, read_settings
 from utils.checks import refuse
-from utils.launch import start_accelerator
+from utils.launch import device_map, start_accelerator
 from utils.memory import MemoryTracker, plot_memory
-from utils.report import check_adapter, check_sharding, collect_metrics, finish_run, new_folder, write_metrics
+from utils.report import check_adapter, check_sharding, collect_metrics, finish_run, new_folder
+from utils.report import read_numbers, write_metrics
 
 
 # 1. Settings --------------------------------------------------------------------------------------
@@ -54,12 +55,14 @@ class Config:  # what is trained; where it runs (processes, precision, sharding,
     num_train_epochs: float = HfArg(default=6.0, help="passes over the training rows, rounded up to whole updates")
     max_steps: int = HfArg(default=-1, help="updates, in place of num_train_epochs; -1 leaves it to those")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, more time")
+    tf32: bool = HfArg(default=False, help="multiply float32 in TF32 on GPUs: faster, less exact")
     lora_r: int = HfArg(default=8, help="rank of the two matrices that are learned beside each target layer")
     lora_alpha: int = HfArg(default=32, help="their product is scaled by lora_alpha / lora_r")
     lora_dropout: float = HfArg(default=0.0, help="share of its input that a LoRA layer does not see, 0 to below 1")
     target_modules: list[str] = HfArg(default_factory=lambda: ["all-linear"], help="names of layers, or all-linear")
     modules_to_save: list[str] = HfArg(default_factory=list, help="layers to train whole: lm_head, embed_tokens, ...")
     seed: int = HfArg(default=42, help="of new weights, dropout, the order of the rows and their split")
+    deterministic: bool = HfArg(default=False, help="the same bits in every run on GPUs, slower")
     save_steps: int = HfArg(default=25, help="updates between two checkpoints")
     checkpoint_dir: str = HfArg(default=f"outputs/{Path(__file__).stem}-checkpoints", help="folder that they go into")
     resume_from_checkpoint: str = HfArg(default="", help="True for the newest in checkpoint_dir, or the folder of one")
@@ -117,6 +120,7 @@ def build_dataloaders(config, tokenizer, accelerator):
 def build_model(config, tokenizer):
     """Return the pretrained model, frozen, with LoRA layers to be trained."""
     options = {"dtype": config.dtype, "attn_implementation": config.attn_implementation, "use_safetensors": True}
+    options["device_map"] = device_map()  # the process's device, or none where a strategy shards
     model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, **options)
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model.generation_config = GenerationConfig(**ends)  # greedy, whatever beams or penalties the checkpoint brings
@@ -148,7 +152,8 @@ def main():
     config = read_settings(HfArgumentParser(Config))
     check_settings(config, ("single", "ddp"), (AutoConfig, AutoTokenizer, AutoModelForCausalLM))
     accumulation = GradientAccumulationPlugin(config.gradient_accumulation_steps, sync_with_dataloader=False)
-    accelerator = start_accelerator(gradient_accumulation_plugin=accumulation)
+    bits = {"tf32": config.tf32, "deterministic": config.deterministic}
+    accelerator = start_accelerator(gradient_accumulation_plugin=accumulation, **bits)
     newest = max(Path(config.checkpoint_dir).glob("checkpoint-*"), key=lambda p: (len(p.name), p), default="")  # 9, 10
     resumed = newest if config.resume_from_checkpoint == "True" else config.resume_from_checkpoint
     if newest and not resumed:
@@ -170,7 +175,9 @@ def main():
     with tracker.phase("load"):
         model = build_model(config, tokenizer)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+        options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+        options["fused"] = accelerator.device.type == "cuda"  # a step in one kernel
+        optimizer = torch.optim.AdamW(trained, **options)
         model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
         valid_loader = accelerator.prepare_data_loader(valid_loader)  # apart: DeepSpeed takes its batch size from one
         check_sharding(accelerator, model)
@@ -214,8 +221,11 @@ def main():
                         grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
                     optimizer.step()
                     optimizer.zero_grad()
-            step_loss = accelerator.reduce(step_loss).item()
-            updates.append((step_loss, scheduler.get_last_lr()[0], float(grad_norm), *step_tokens.tolist()))
+            values = (accelerator.reduce(step_loss), grad_norm, step_tokens)
+            # all at once, for the CPU waits for the GPU here
+            step_loss, grad_norm, targets, inputs = read_numbers(accelerator.device, *values)
+            rate = scheduler.get_last_lr()[0]
+            updates.append((step_loss, rate, grad_norm, int(targets), int(inputs)))
             scheduler.step()
             if len(updates) % config.save_steps == 0:
                 state = {"run": run, "before": before, "updates": updates, "seconds": seconds + perf_counter() - begin}

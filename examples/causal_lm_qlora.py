@@ -25,10 +25,10 @@ from transformers.optimization import get_scheduler
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # holds utils/; one beside the script comes first
 from utils.checks import check_columns, check_rows, check_settings, check_targets, data_files, or_refuse, read_settings
-from utils.launch import adamw, start_accelerator
+from utils.launch import adamw, size_buckets, start_accelerator
 from utils.memory import MemoryTracker, plot_memory
-from utils.report import check_adapter, check_sharding, collect_metrics, finish_run
-from utils.report import new_folder, save_optimizer_once, write_metrics
+from utils.report import check_adapter, check_sharding, collect_metrics, finish_run, new_folder
+from utils.report import read_numbers, save_optimizer_once, write_metrics
 
 
 # 1. Settings --------------------------------------------------------------------------------------
@@ -55,6 +55,7 @@ class Config:  # what is trained; where it runs (processes, precision, sharding,
     num_train_epochs: float = HfArg(default=6.0, help="passes over the training rows, rounded up to whole updates")
     max_steps: int = HfArg(default=-1, help="updates, in place of num_train_epochs; -1 leaves it to those")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, more time")
+    tf32: bool = HfArg(default=False, help="multiply float32 in TF32 on GPUs: faster, less exact")
     lora_r: int = HfArg(default=8, help="rank of the two matrices that are learned beside each target layer")
     lora_alpha: int = HfArg(default=32, help="their product is scaled by lora_alpha / lora_r")
     lora_dropout: float = HfArg(default=0.0, help="share of its input that a LoRA layer does not see, 0 to below 1")
@@ -150,7 +151,7 @@ def main():
     config = read_settings(HfArgumentParser(Config))
     check_settings(config, ("single", "ddp", "zero1", "zero2"), (AutoConfig, AutoTokenizer, AutoModelForCausalLM))
     accumulation = GradientAccumulationPlugin(config.gradient_accumulation_steps, sync_with_dataloader=False)
-    accelerator = start_accelerator(gradient_accumulation_plugin=accumulation)
+    accelerator = start_accelerator(tf32=config.tf32, gradient_accumulation_plugin=accumulation)
     if accelerator.deepspeed_plugin is not None:  # DeepSpeed accumulates and clips by its own config
         accelerator.deepspeed_plugin.deepspeed_config.update(
             gradient_accumulation_steps=config.gradient_accumulation_steps, gradient_clipping=config.max_grad_norm
@@ -164,6 +165,7 @@ def main():
         model = build_model(config, tokenizer)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = adamw(config.optim)(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+        size_buckets(accelerator, trained)  # DeepSpeed's, else without effect
         model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
         valid_loader = accelerator.prepare_data_loader(valid_loader)  # apart: DeepSpeed takes its batch size from one
         check_sharding(accelerator, model)
@@ -193,8 +195,11 @@ def main():
                         grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
                     optimizer.step()
                     optimizer.zero_grad()
-            step_loss = accelerator.reduce(step_loss).item()
-            updates.append((step_loss, scheduler.get_last_lr()[0], float(grad_norm), *step_tokens.tolist()))
+            values = (accelerator.reduce(step_loss), grad_norm, step_tokens)
+            # all at once, for the CPU waits for the GPU here
+            step_loss, grad_norm, targets, inputs = read_numbers(accelerator.device, *values)
+            rate = scheduler.get_last_lr()[0]
+            updates.append((step_loss, rate, grad_norm, int(targets), int(inputs)))
             scheduler.step()
     with tracker.phase("eval"):
         after, predictions, labels = evaluate(accelerator, model, tokenizer, valid_loader)

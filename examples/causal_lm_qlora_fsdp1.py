@@ -1,7 +1,7 @@
 """Fine-tune a causal language model with QLoRA, its 4-bit weights sharded by FSDP1 and kept on the CPU.
 
 Base:    causal_lm_qlora.py
-Changes: 1. Settings, 4. Evaluation, 5. Setup, 7. Save
+Changes: 1. Settings, 3. Model, 4. Evaluation, 5. Setup, 7. Save
 Run:     accelerate launch --config_file configs/fsdp1_qlora.yaml examples/causal_lm_qlora_fsdp1.py
 Needs:   2 CPU processes with 685 MB each for the shipped model; on GPUs not measured
 Expect:  accuracy 0.00 -> 0.99 in 66 s, start included (2 cores of an AMD EPYC, 2026-11-21)
@@ -28,10 +28,10 @@ from transformers.optimization import get_scheduler
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # holds utils/; one beside the script comes first
 from utils.checks import check_columns, check_rows, check_settings, check_targets, data_files, or_refuse, read_settings
-from utils.launch import adamw, start_accelerator
+from utils.launch import adamw, move_quant_states, start_accelerator
 from utils.memory import MemoryTracker, fits_whole, plot_memory
-from utils.report import check_adapter, check_sharding, collect_metrics, finish_run
-from utils.report import name_in_file, new_folder, save_optimizer_once, write_metrics
+from utils.report import check_adapter, check_sharding, collect_metrics, finish_run, name_in_file
+from utils.report import new_folder, read_numbers, save_optimizer_once, write_metrics
 
 
 # 1. Settings --------------------------------------------------------------------------------------
@@ -58,6 +58,7 @@ class Config:  # what is trained; where it runs (processes, precision, sharding,
     num_train_epochs: float = HfArg(default=6.0, help="passes over the training rows, rounded up to whole updates")
     max_steps: int = HfArg(default=-1, help="updates, in place of num_train_epochs; -1 leaves it to those")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, more time")
+    tf32: bool = HfArg(default=False, help="multiply float32 in TF32 on GPUs: faster, less exact")
     layerwise_generation: bool = HfArg(default=False, help="answer from a layer at a time, not the whole model; slow")
     lora_r: int = HfArg(default=8, help="rank of the two matrices that are learned beside each target layer")
     lora_alpha: int = HfArg(default=32, help="their product is scaled by lora_alpha / lora_r")
@@ -123,6 +124,7 @@ def build_model(config, tokenizer):
     quantization["bnb_4bit_quant_storage"] = config.bnb_4bit_quant_storage or config.dtype  # sharded as such numbers
     options = {"dtype": config.dtype, "attn_implementation": config.attn_implementation, "use_safetensors": True}
     options["quantization_config"] = BitsAndBytesConfig(**quantization)
+    options["device_map"] = {"": "cpu"}  # else transformers packs the full model on every GPU
     model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, **options)
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model.generation_config = GenerationConfig(**ends)  # greedy, whatever beams or penalties the checkpoint brings
@@ -160,7 +162,7 @@ def main():
     config = read_settings(HfArgumentParser(Config))
     check_settings(config, ("fsdp1",), (AutoConfig, AutoTokenizer, AutoModelForCausalLM))
     accumulation = GradientAccumulationPlugin(config.gradient_accumulation_steps, sync_with_dataloader=False)
-    accelerator = start_accelerator(gradient_accumulation_plugin=accumulation)
+    accelerator = start_accelerator(tf32=config.tf32, gradient_accumulation_plugin=accumulation)
     set_seed(config.seed)
     tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # always masked, so any token will do
@@ -174,6 +176,7 @@ def main():
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # made by prepare
         optimizer = adamw(config.optim)(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         optimizer, train_loader, valid_loader = accelerator.prepare(optimizer, train_loader, valid_loader)
+        move_quant_states(model, accelerator.device)  # FSDP shards the packed weights alone
         check_sharding(accelerator, model)
         save_optimizer_once(accelerator, model, optimizer)
         model.gather_for_generation = not config.layerwise_generation and fits_whole(accelerator, model)
@@ -202,8 +205,11 @@ def main():
                         grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
                     optimizer.step()
                     optimizer.zero_grad()
-            step_loss = accelerator.reduce(step_loss).item()
-            updates.append((step_loss, scheduler.get_last_lr()[0], float(grad_norm), *step_tokens.tolist()))
+            values = (accelerator.reduce(step_loss), grad_norm, step_tokens)
+            # all at once, for the CPU waits for the GPU here
+            step_loss, grad_norm, targets, inputs = read_numbers(accelerator.device, *values)
+            rate = scheduler.get_last_lr()[0]
+            updates.append((step_loss, rate, grad_norm, int(targets), int(inputs)))
             scheduler.step()
     with tracker.phase("eval"):
         after, predictions, labels = evaluate(accelerator, model, tokenizer, valid_loader)

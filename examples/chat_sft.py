@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 import zlib
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -33,6 +34,8 @@ from tqdm import tqdm
 from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import BitsAndBytesConfig, GenerationConfig, HfArgumentParser
 from transformers.hf_argparser import HfArg
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.integrations.liger import apply_liger_kernel
 from transformers.optimization import get_scheduler
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # holds utils/; one beside the script comes first
@@ -43,7 +46,8 @@ from utils.checks import refusing, say
 from utils.conversations import DataError, as_document, read_splits, shape_of
 from utils.generation import generating
 from utils.hub import HubPusher
-from utils.launch import adamw, start_accelerator
+from utils.launch import adamw, device_map, move_quant_states, shard_4bit_model, size_buckets
+from utils.launch import start_accelerator
 from utils.loss import add_token_loss, check_token_loss
 from utils.memory import MemoryTracker, fits_whole, plot_memory
 from utils.packing import build_loader, join, pack, shuffled_places, split_evenly, stream_places
@@ -57,6 +61,7 @@ from utils.report import (
     new_folder,
     note,
     print_saved,
+    read_numbers,
     write_metrics,
 )
 
@@ -116,6 +121,12 @@ class Config:  # what is trained; where it runs stands in the launch config, of 
     )
     bf16: bool = HfArg(default=False, help="mixed precision bf16, whatever the launch config says")
     fp16: bool = HfArg(default=False, help="mixed precision fp16, on GPUs")
+    tf32: bool = HfArg(default=False, help="multiply float32 in TF32 on GPUs: faster, less exact")
+    torch_compile: bool = HfArg(default=False, help="compile each decoder layer with torch.compile")
+    use_liger_kernel: bool | None = HfArg(
+        default=None, help="Liger's RMSNorm, RoPE and SwiGLU; unset: on GPUs, where it is installed"
+    )
+    deterministic: bool = HfArg(default=False, help="the same bits in every run on GPUs, slower")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, more time")
     use_reentrant: bool = HfArg(default=False, help="its older implementation")
     per_device_train_batch_size: int = HfArg(default=8, help="documents (packing: packs) in a process's micro-batch")
@@ -161,6 +172,12 @@ def resolve(config):
         if launched_precision() != precision:
             refuse(f"--{precision} contradicts {launched_precision()} in the deepspeed_config_file: change that file")
     half = {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
+    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false") != "true"
+    if config.use_liger_kernel is None:
+        config.use_liger_kernel = on_gpu and find_spec("liger_kernel") is not None
+    elif config.use_liger_kernel and not (on_gpu and find_spec("liger_kernel")):
+        needs = "a GPU" if not on_gpu else "the package liger-kernel"
+        refuse(f"--use_liger_kernel needs {needs}, which is not here: drop the flag")
     if config.dtype == "auto":
         config.dtype = half if config.use_peft_lora else "float32"
     if config.use_flash_attn and torch.cuda.is_available() and find_spec("flash_attn") and half != "float32":
@@ -264,8 +281,12 @@ def build_documents(config, accelerator, rows, split, **encoding):
     # no more of the settings: by what is handed over, a later run finds what this one has encoded
     known = ("max_length", "train_on", "add_special_tokens", "append_concat_token")
     encoding |= {"config": SimpleNamespace(**{name: getattr(config, name) for name in known}), "split": split}
-    with accelerator.main_process_first():  # the others read what it wrote into the cache
-        encoded = rows.map(encode, with_indices=True, fn_kwargs=encoding, remove_columns=rows.column_names)
+    options = {"with_indices": True, "remove_columns": rows.column_names, "fn_kwargs": encoding}
+    workers = min(len(os.sched_getaffinity(0)), len(rows) // 1000)  # few rows are faster without
+    if workers > 1:
+        options["num_proc"] = workers
+    with accelerator.local_main_process_first():  # the others on its machine read its cache
+        encoded = rows.map(encode, **options)
     kept, tokens, trained, long, checksum = [], 0, 0, 0, 0
     for number, document in enumerate(encoded):
         long += document["length"] > config.max_length
@@ -352,6 +373,10 @@ def build_model(config, tokenizer, added):
             bnb_4bit_compute_dtype=config.bnb_4bit_compute_dtype or config.dtype,
             bnb_4bit_quant_storage=config.bnb_4bit_quant_storage_dtype or config.dtype,  # sharded as such numbers
         )
+    options["device_map"] = device_map()
+    if config.use_4bit_quantization and launched_strategy() in ("zero3", "fsdp1", "fsdp2"):
+        options["device_map"] = {"": "cpu"}  # else transformers packs the full model on every GPU
+        unset_hf_deepspeed_config()  # under ZeRO-3 transformers takes no device_map
     model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, **options)
     whole = []
     if added:  # rows of their own for the new tokens, which nothing has trained yet
@@ -380,6 +405,8 @@ def build_model(config, tokenizer, added):
         if launched_precision() != "no":  # autocast does it; PEFT would cast to a dtype that changes as FSDP gathers
             for layer in (layer for layer in model.modules() if hasattr(layer, "cast_input_dtype_enabled")):
                 layer.cast_input_dtype_enabled = False
+    if config.use_liger_kernel:  # not its loss, which would be another chunked one
+        apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
     add_token_loss(model)
     return model
 
@@ -390,10 +417,18 @@ def prepare(config, accelerator, model):
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     shapes = {name: torch.empty(full_shape(weight), device="meta") for name, weight in trained.items()}
     options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    size_buckets(accelerator, list(trained.values()))
+    if config.torch_compile:  # layer by layer: all layers share one compilation, and names stay
+        for module in model.modules():
+            if type(module).__name__ in (model._no_split_modules or ()):
+                module.compile(dynamic=True)  # rows differ in length
+    if kind == "zero3" and config.use_4bit_quantization:
+        shard_4bit_model(accelerator, model)  # else the engine moves all of it to every GPU
     if kind == "fsdp1":  # makes the parameters that an optimizer can step
         if config.use_peft_lora:
             accelerator.state.fsdp_plugin.auto_wrap_policy = fsdp_auto_wrap_policy(model)  # a unit per LoRA matrix
         model = accelerator.prepare(model)
+        move_quant_states(model, accelerator.device)  # FSDP shards the packed weights alone
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         return model, accelerator.prepare(adamw(config.optim)(trained, **options)), shapes
     if kind == "fsdp2":
@@ -401,8 +436,30 @@ def prepare(config, accelerator, model):
             wrapper.original_module = torch.nn.Identity()  # unused, and where tied in two units, which FSDP2 refuses
     model, optimizer = accelerator.prepare(model, adamw(config.optim)(list(trained.values()), **options))
     if kind == "fsdp2":
+        move_quant_states(model, accelerator.device)
         register_fsdp_forward_method(model, "generate")  # gathers what lies in no layer, as forward does
     return model, optimizer, shapes
+
+
+def uncompiled(config):
+    """Return a context in which compiled layers run uncompiled, for a few batches."""
+    return torch.compiler.set_stance("force_eager") if config.torch_compile else nullcontext()
+
+
+def flop_per_token(model, model_config, tokens, is_lora):
+    """Return the floating-point operations per input token, and those of the head per label token.
+
+    Of a weight: 2 in the forward, 2 for the gradient of its input, 2 for its own gradient, unless it
+    is frozen. The embedding is looked up. Not counted: attention scores, LoRA's own gradients, and
+    what activation checkpointing computes again.
+
+    Args:
+        tokens: how many the tokenizer has.
+    """
+    per_weight = 4 if is_lora else 6
+    head = max(model_config.vocab_size, tokens) * model_config.hidden_size
+    body = count_elements(model) - head * (1 if model_config.tie_word_embeddings else 2)
+    return per_weight * body, per_weight * head
 
 
 # 4. Evaluation ------------------------------------------------------------------------------------
@@ -497,8 +554,9 @@ def main():
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     accumulation = GradientAccumulationPlugin(config.gradient_accumulation_steps, sync_with_dataloader=False)
     trackers = None if config.report_to == "none" else config.report_to.split(",")
-    folders = {"log_with": trackers, "project_dir": f"{config.output_dir}/runs"}
-    accelerator = start_accelerator(gradient_accumulation_plugin=accumulation, **folders)
+    options = {"log_with": trackers, "project_dir": f"{config.output_dir}/runs"}
+    options |= {"tf32": config.tf32, "deterministic": config.deterministic}
+    accelerator = start_accelerator(gradient_accumulation_plugin=accumulation, **options)
     if accelerator.deepspeed_plugin is not None:  # DeepSpeed accumulates and clips by its own config
         accelerator.deepspeed_plugin.deepspeed_config.update(
             gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -548,9 +606,12 @@ def main():
         for document in pair:
             document["labels"] = document["input_ids"]
         pair = pair if config.packing or config.per_device_train_batch_size > 1 else pair[:1]
-        if reason := check_token_loss(accelerator, model, join(pair), [join([document]) for document in pair]):
+        with uncompiled(config):
+            alone = [join([document]) for document in pair]
+            reason = check_token_loss(accelerator, model, join(pair), alone)
+        if reason:
             fail_together(accelerator, reason)
-    flops = (4 if config.use_peft_lora else 6) * count_elements(model)  # of a token, without what is computed again
+    body, head = flop_per_token(model, model_config, len(tokenizer), config.use_peft_lora)
     name = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu"
     peak = next((peak for known, peak in PEAKS.items() if known in name), 0) * accelerator.num_processes
     hub = None
@@ -572,10 +633,11 @@ def main():
     state["identity"], updates, logged = identity, state["updates"], start
 
     def evaluate_now():
-        measured = {"step": step, **evaluate(accelerator, model, evaluation)}
-        state["evaluations"].append(measured)
-        note(accelerator, config.output_dir, measured)
-        answer(accelerator, model, tokenizer, prompts, config.max_new_tokens)
+        with uncompiled(config):
+            measured = {"step": step, **evaluate(accelerator, model, evaluation)}
+            state["evaluations"].append(measured)
+            note(accelerator, config.output_dir, measured)
+            answer(accelerator, model, tokenizer, prompts, config.max_new_tokens)
 
     def save_now():
         state_dict = gather_trained(accelerator, model, name_in_file)
@@ -599,16 +661,15 @@ def main():
         while step < max_steps:
             begin = time.perf_counter()
             with refusing(DataError):  # of a stream, whose rows nobody has seen yet
-                micro_batches = [send_to_device(next(batches), accelerator.device) for _ in range(accumulated)]
-            counts = [(b["labels"].ne(-100).sum(), b["labels"].numel(), len(signals)) for b in micro_batches]
-            counts = torch.tensor(counts, device=accelerator.device).sum(0)
-            targets, inputs, asked = accelerator.reduce(counts).tolist()  # of all processes
-            if stopped := asked > 0:
-                break
+                micro_batches = [next(batches) for _ in range(accumulated)]
+            targets = sum(len(batch["label_positions"]) for batch in micro_batches)
+            inputs = sum(batch["labels"].numel() for batch in micro_batches)
+            counts = torch.tensor([targets, inputs], device=accelerator.device)
+            counts = accelerator.reduce(counts)  # of all processes
             step_loss = torch.zeros((), device=accelerator.device)
-            for batch in micro_batches:
+            for batch in send_to_device(micro_batches, accelerator.device):
                 with accelerator.accumulate(model):
-                    loss = model(**batch)["loss"] / targets  # so that all targets of the update count alike
+                    loss = model(**batch)["loss"] / counts[0]  # every label of the update counts alike
                     step_loss += loss.detach()
                     # takes back the means to come: accelerate's over micro-batches, the strategy's over processes
                     accelerator.backward(loss * accumulated * accelerator.num_processes)
@@ -616,27 +677,38 @@ def main():
                         grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
                     optimizer.step()
                     optimizer.zero_grad()
-            step_loss = accelerator.reduce(step_loss).item()
-            rate, norm, step = scheduler.get_last_lr()[0], float(grad_norm), step + 1
-            if not math.isfinite(step_loss) or step_loss == 0 or (math.isnan(norm) and not config.fp16):
+            asked = torch.tensor(float(len(signals)), device=accelerator.device)
+            sums = accelerator.reduce(torch.stack([step_loss, asked]))
+            # all at once, for the CPU waits for the GPU here
+            numbers = read_numbers(accelerator.device, sums, grad_norm, counts)
+            step_loss, asked, norm, targets, inputs = numbers
+            rate, step = scheduler.get_last_lr()[0], step + 1
+            is_nan = math.isnan(norm) and launched_precision() != "fp16"  # whose scaler skips it
+            if not math.isfinite(step_loss) or step_loss == 0 or is_nan:
                 told = f"the loss of update {step} is {step_loss}, and the norm of its gradient {norm}"
                 remedy = f"lower --learning_rate, look at the data; the last good checkpoint is {saved or 'none'}"
                 bar.close()
                 fail_together(accelerator, f"{told}: {remedy}")
             scheduler.step()
-            updates.append((step_loss, rate, norm, targets, inputs))
+            updates.append((step_loss, rate, norm, int(targets), int(inputs)))
             seconds = time.perf_counter() - begin
             state["seconds"] += seconds
             clock.append(seconds)
             bar.update()
+            if stopped := asked > 0 and step < max_steps:
+                break
             when = (step, max_steps, per_epoch)
             if is_due(config.logging_strategy, config.logging_steps, *when):
                 part = updates[logged:]
-                speed = sum(update[4] for update in part) / sum(clock[-len(part) :])
+                time_of_part = sum(clock[-len(part) :])
+                speed = sum(update[4] for update in part) / time_of_part
+                work = sum(head * update[3] + body * update[4] for update in part)
                 values = {"loss": sum(update[0] * update[3] for update in part) / sum(update[3] for update in part)}
                 values |= {"learning_rate": rate, "grad_norm": norm, "epoch": step / per_epoch}
-                values |= {"tokens_per_second": speed} | ({"flops_utilisation": speed * flops / peak} if peak else {})
-                values["seconds_left"] = (max_steps - step) * sum(clock[-len(part) :]) / len(part)
+                values["tokens_per_second"] = speed
+                if peak:
+                    values["flops_utilisation"] = work / time_of_part / peak
+                values["seconds_left"] = (max_steps - step) * time_of_part / len(part)
                 note(accelerator, config.output_dir, {"step": step, **values})
                 logged = step
             if evaluation and is_due(config.eval_strategy, config.eval_steps, *when):

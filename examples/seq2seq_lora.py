@@ -24,9 +24,10 @@ from transformers.optimization import get_scheduler
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # holds utils/; one beside the script comes first
 from utils.checks import check_columns, check_rows, check_settings, check_targets, data_files, or_refuse, read_settings
-from utils.launch import start_accelerator
+from utils.launch import device_map, size_buckets, start_accelerator
 from utils.memory import MemoryTracker, plot_memory
-from utils.report import check_adapter, check_sharding, collect_metrics, finish_run, new_folder, write_metrics
+from utils.report import check_adapter, check_sharding, collect_metrics, finish_run, new_folder
+from utils.report import read_numbers, write_metrics
 
 
 # 1. Settings --------------------------------------------------------------------------------------
@@ -51,6 +52,7 @@ class Config:  # what is trained; where it runs (processes, precision, sharding,
     num_train_epochs: float = HfArg(default=6.0, help="passes over the training rows, rounded up to whole updates")
     max_steps: int = HfArg(default=-1, help="updates, in place of num_train_epochs; -1 leaves it to those")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, more time")
+    tf32: bool = HfArg(default=False, help="multiply float32 in TF32 on GPUs: faster, less exact")
     lora_r: int = HfArg(default=8, help="rank of the two matrices that are learned beside each target layer")
     lora_alpha: int = HfArg(default=32, help="their product is scaled by lora_alpha / lora_r")
     lora_dropout: float = HfArg(default=0.0, help="share of its input that a LoRA layer does not see, 0 to below 1")
@@ -113,6 +115,7 @@ def build_dataloaders(config, tokenizer, accelerator):
 def build_model(config, tokenizer):
     """Return the pretrained model, frozen, with LoRA layers to be trained."""
     options = {"dtype": config.dtype, "attn_implementation": config.attn_implementation, "use_safetensors": True}
+    options["device_map"] = device_map()  # the process's device, or none where a strategy shards
     model = AutoModelForSeq2SeqLM.from_pretrained(config.model_name_or_path, **options)
     # greedy, whatever beams, sampling or penalties the checkpoint brings
     model.generation_config = GenerationConfig(
@@ -150,7 +153,7 @@ def main():
     config = read_settings(HfArgumentParser(Config))
     check_settings(config, ("single", "ddp", "zero1", "zero2"), (AutoConfig, AutoTokenizer, AutoModelForSeq2SeqLM))
     accumulation = GradientAccumulationPlugin(config.gradient_accumulation_steps, sync_with_dataloader=False)
-    accelerator = start_accelerator(gradient_accumulation_plugin=accumulation)
+    accelerator = start_accelerator(tf32=config.tf32, gradient_accumulation_plugin=accumulation)
     if accelerator.deepspeed_plugin is not None:  # DeepSpeed accumulates and clips by its own config
         accelerator.deepspeed_plugin.deepspeed_config.update(
             gradient_accumulation_steps=config.gradient_accumulation_steps, gradient_clipping=config.max_grad_norm
@@ -163,7 +166,10 @@ def main():
     with tracker.phase("load"):
         model = build_model(config, tokenizer)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+        options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+        options["fused"] = accelerator.device.type == "cuda"  # a step in one kernel
+        optimizer = torch.optim.AdamW(trained, **options)
+        size_buckets(accelerator, trained)  # DeepSpeed's, else without effect
         model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
         valid_loader = accelerator.prepare_data_loader(valid_loader)  # apart: DeepSpeed takes its batch size from one
         check_sharding(accelerator, model)
@@ -192,8 +198,11 @@ def main():
                         grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
                     optimizer.step()
                     optimizer.zero_grad()
-            step_loss = accelerator.reduce(step_loss).item()
-            updates.append((step_loss, scheduler.get_last_lr()[0], float(grad_norm), *step_tokens.tolist()))
+            values = (accelerator.reduce(step_loss), grad_norm, step_tokens)
+            # all at once, for the CPU waits for the GPU here
+            step_loss, grad_norm, targets, inputs = read_numbers(accelerator.device, *values)
+            rate = scheduler.get_last_lr()[0]
+            updates.append((step_loss, rate, grad_norm, int(targets), int(inputs)))
             scheduler.step()
     with tracker.phase("eval"):
         after, predictions, labels = evaluate(accelerator, model, tokenizer, valid_loader)

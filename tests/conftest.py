@@ -33,6 +33,7 @@ torch.set_num_threads(1)  # several are slower on the small models here
 
 def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="run what is marked slow, too")
+    parser.addoption("--extensions", help="folder to keep the built CPU Adam in, for the next run")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -82,13 +83,14 @@ def started(request, tmp_path_factory):
     dropped = ("ACCELERATE_", "HF_", "FSDP_", "OMP_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "VIRTUAL_ENV")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     path = [folder for folder in kept["PATH"].split(os.pathsep) if folder != str(Path(sys.executable).parent)]
+    extensions = request.config.getoption("--extensions") or shared / "torch_extensions"
     environment = kept | {
         "PATH": os.pathsep.join(path),
         "HF_HOME": str(tmp_path_factory.mktemp("huggingface")),
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",  # two processes run also where there is one GPU; tests/gpu says otherwise
         # a killed compilation of another run leaves a lock in the shared folder, on which every later run would wait
-        "TORCH_EXTENSIONS_DIR": str(shared / "torch_extensions"),
+        "TORCH_EXTENSIONS_DIR": str(extensions),
     }
     build = start_build(environment)
     forks = ForkServer(environment, tmp_path_factory.mktemp("forks"))

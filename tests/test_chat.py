@@ -221,7 +221,7 @@ def test_streaming_trains_alike_on_two_processes(launch, forks, tmp_path):
 def test_a_loss_that_is_none_stops_the_run(forks, tmp_path, broken):
     from processes import plant
 
-    line = '                    loss = model(**batch)["loss"] / targets'
+    line = '                    loss = model(**batch)["loss"] / counts[0]'
     worse = f"{line} * (float('nan') if step == 2 else 1)" if broken == "nan" else f"{line} * (step != 2)"
     script = plant(tmp_path, "chat_sft", (line, worse))
     flags = ("--use_peft_lora", "--max_steps", 6, "--save_strategy", "steps", "--save_steps", 1, "--num_samples", 0)

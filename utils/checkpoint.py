@@ -1,4 +1,7 @@
-"""Checkpoints of what is trained, from which a run goes on bit for bit; complete under their name, or not there.
+"""Checkpoints of what is trained, from which a run resumes bit for bit; complete under their name, or not there.
+
+On a GPU bit for bit also needs deterministic operations (`start_accelerator(deterministic=True)`):
+the backward of its attention adds in any order.
 
 A folder `checkpoint-<update>` holds the trained weights as the script writes them, and of each process a safetensors
 file with what it steps: its part of the values in full precision, the optimizer's state of them, its random numbers'
@@ -107,6 +110,7 @@ def restore_training_state(accelerator, optimizer, tensors, numbers):
     """Put back what `training_state` returned, in place. CheckpointError: tensors of other shapes or names."""
     inner, masters = stepped(accelerator, optimizer)
     numbers = dict(numbers)
+    on_device = any(group.get("fused") or group.get("capturable") for group in inner.param_groups)
     with torch.no_grad():
         for index, master in enumerate(masters):
             own = {name.split(".", 1)[1]: name for name in tensors if name.startswith(f"{index}.")}
@@ -116,7 +120,7 @@ def restore_training_state(accelerator, optimizer, tensors, numbers):
             local(master).copy_(value)
             for key, name in own.items():
                 state = tensors[name]
-                if key != "step":  # a count, which AdamW keeps on the CPU
+                if key != "step" or on_device:  # a count, on the CPU unless AdamW is fused
                     state = state.to(local(master).device)
                 if isinstance(master, DTensor) and state.shape == local(master).shape:
                     layout = {"shape": master.shape, "stride": master.stride()}

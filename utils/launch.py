@@ -13,22 +13,36 @@ import os
 import signal
 import sys
 import warnings
+from datetime import timedelta
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 import transformers
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, gather_object
 from datasets import disable_progress_bars
+from torch.distributed import distributed_c10d
 
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent dies
+# How long a collective waits for the other processes. NCCL's default is 10 minutes and gloo's 30,
+# but one process may tokenize, save or hash for longer than that.
+TIMEOUT = timedelta(hours=24)
+BUCKET = 500_000_000  # DeepSpeed's default for reduce_bucket_size, in elements
 
 
-def start_accelerator(**kwargs):
+def start_accelerator(tf32=False, deterministic=False, **kwargs):
     """Return `accelerate.Accelerator(**kwargs)`, running the launched strategy also where there is no GPU.
 
     Prints one line that says what really runs, read from the Accelerator: strategy, processes, device, backend.
+
+    Args:
+        tf32: let GPUs multiply float32 matrices in TF32, with 10 bits of mantissa in place of 23.
+        deterministic: only use operations that give the same bits in every run. A GPU is slower
+            then, and an operation without such a variant raises RuntimeError
+            (torch.use_deterministic_algorithms).
 
     Raises:
         RuntimeError: the Accelerator runs another number of processes than were launched, as happens when a
@@ -39,6 +53,13 @@ def start_accelerator(**kwargs):
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     # peft's, where both of two tied layers are trained whole: they part, and the file holds both
     warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True` and a tied layer is part of", UserWarning)
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+    # packed rows differ in length from one update to the next; in segments that can grow, memory is
+    # not lost to gaps. Read when CUDA starts.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the name until torch 2.9
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     disable_progress_bars()  # of datasets and of transformers: the one bar is that of the training
     transformers.utils.logging.disable_progress_bar()
     # both set by `accelerate launch`, the first for one process, too
@@ -49,23 +70,35 @@ def start_accelerator(**kwargs):
     if use_deepspeed:
         # DeepSpeed builds its extensions with ninja, which lies beside python in an environment that is not activated
         os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    # for groups that libraries make later: DeepSpeed's copy of the world, the meshes of hybrid FSDP
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = TIMEOUT
     turned_off = []
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said here, DeepSpeed need not warn that it found none
         if "bitsandbytes" in sys.modules:  # some CPUs would repack 4-bit weights to answer, in place and coarser
             sys.modules["bitsandbytes.nn.modules"].has_avx512bf16 = lambda: False
-    if not torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false") != "true"
+    if on_gpu:
+        use_all_cores()
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    if on_gpu and "LOCAL_RANK" in os.environ:
+        join_group_on_gpu(use_deepspeed)
+    elif "LOCAL_RANK" in os.environ:
         if use_deepspeed:
+            import cpuinfo
             import deepspeed.ops
 
+            # DeepSpeed asks three times for the CPU's name; py-cpuinfo takes a second each time
+            cpuinfo.get_cpu_info = cache(cpuinfo.get_cpu_info)
             # an optional extension for CPU collectives that takes longer to compile than a small run takes in all
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-            PartialState(backend="gloo")
+            PartialState(backend="gloo", timeout=TIMEOUT)
         elif use_fsdp:
             turned_off = turn_off_gpu_settings()
-            PartialState(backend="gloo").distributed_type = DistributedType.MULTI_GPU  # what FSDP is made from
+            state = PartialState(backend="gloo", timeout=TIMEOUT)
+            state.distributed_type = DistributedType.MULTI_GPU  # what accelerate makes FSDP from
         else:
-            PartialState(cpu=True, backend="gloo")
+            PartialState(cpu=True, backend="gloo", timeout=TIMEOUT)
 
     accelerator = Accelerator(**kwargs)
     launched = int(os.environ.get("WORLD_SIZE", 1))
@@ -86,21 +119,127 @@ def start_accelerator(**kwargs):
     if turned_off:
         accelerator.print(f"Turned off, for FSDP knows them only on GPUs: {', '.join(turned_off)}.")
     accelerator.print(describe(accelerator))
+    if hint := precision_hint(accelerator.device.type, accelerator.mixed_precision, tf32):
+        accelerator.print(hint)
     return accelerator
+
+
+def precision_hint(device, mixed_precision, tf32):
+    """Return a line that names a faster precision, or "" where there is nothing to say."""
+    if tf32 and device != "cuda":
+        return "--tf32: unused without a GPU."
+    if device == "cuda" and mixed_precision == "no" and not tf32:
+        return (
+            "float32 matrices are multiplied without TF32, which is the slowest way on a GPU: "
+            "launch with --mixed_precision bf16, or give the script --tf32."
+        )
+    return ""
+
+
+def join_group_on_gpu(use_deepspeed):
+    """Set the process's GPU, then make the process group; accelerate finds both.
+
+    Without this order FSDP's plugin asks for the current device too early, and every process starts
+    CUDA on GPU 0. The environment variable TEST_BACKEND is for tests: with gloo, two processes that
+    are launched as two machines can share one GPU, which NCCL refuses.
+    """
+    rank = int(os.environ["LOCAL_RANK"])
+    torch.cuda.set_device(rank)
+    options = {"timeout": TIMEOUT}
+    if backend := os.environ.get("TEST_BACKEND"):
+        options["backend"] = backend
+    elif not use_deepspeed:  # whose init_distributed does not take it; NCCL connects at once then
+        options["device_id"] = torch.device("cuda", rank)
+    PartialState(**options)
+
+
+def use_all_cores():
+    """Share the machine's cores among its processes.
+
+    `accelerate launch` gives every process one thread (OMP_NUM_THREADS=1), unless the user set a
+    number. With a GPU the CPU's threads pack 4-bit weights and do the optimizer's steps in offload.
+    """
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # for CPU Adam, which brings its own OpenMP
+        torch.set_num_threads(threads)
+
+
+def size_buckets(accelerator, trained):
+    """Make DeepSpeed's buffer for gradients as large as all trained gradients, if that is smaller.
+
+    ZeRO-3 allocates `reduce_bucket_size` elements on every GPU: 5e8 by default, 1 to 2 GB, also for
+    a small adapter. A number in the user's own deepspeed_config_file stays. Call it before
+    `prepare`.
+
+    Args:
+        trained: the trained parameters, sharded by zero.Init or not.
+    """
+    if accelerator.deepspeed_plugin is not None:
+        total = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
+        settings = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        even = total + total % 2  # as ZeRO-1 and ZeRO-2 ask
+        settings.setdefault("reduce_bucket_size", min(BUCKET, even))
 
 
 def adamw(name):
     """Return the class of an AdamW, by the name that transformers gives it; those in few bits are bitsandbytes'.
 
-    Its arguments are those of torch.optim.AdamW: parameters, lr, weight_decay. Paged states move to the CPU while the
-    GPU is full; without a GPU they are not paged.
+    Its arguments are those of torch.optim.AdamW: parameters, lr, weight_decay. On a GPU torch's own
+    does a step in one kernel (`fused`). Paged states move to the CPU while the GPU is full; without
+    a GPU they are not paged.
     """
     if name == "adamw_torch":
-        return torch.optim.AdamW
+        return partial(torch.optim.AdamW, fused=PartialState().device.type == "cuda")
     import bitsandbytes
 
     classes = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw_32bit": "PagedAdamW32bit"}
     return getattr(bitsandbytes.optim, classes[name])
+
+
+def device_map():
+    """Return the `device_map` with which `from_pretrained` loads weights to where they are needed.
+
+    The process's own device where it holds the whole model. None under FSDP and ZeRO-3, which shard
+    the weights before they move them.
+    """
+    state = AcceleratorState()
+    is_zero3 = state.deepspeed_plugin is not None and state.deepspeed_plugin.zero_stage == 3
+    if is_zero3 or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        return None
+    return {"": state.device}
+
+
+def move_quant_states(model, device):
+    """Move what unpacks the 4-bit weights, scales and codes, to the device that computes.
+
+    FSDP and ZeRO-3 shard and offload parameters. These tensors are none, so that every GPU holds
+    all of them: 1/16 byte per weight, 1/64 with nested quantization.
+    """
+    for layer in model.modules():
+        if getattr(layer, "quant_state", None) is not None:
+            layer.quant_state.to(device)
+
+
+def shard_4bit_model(accelerator, model):
+    """Shard a 4-bit model that was loaded on the CPU as ZeRO-3 does, before `accelerator.prepare`.
+
+    Each parameter in turn is moved to the GPU, broadcast by the first process and sliced. Without
+    this, DeepSpeed's engine moves the full model to every GPU before it shards it. Collective.
+    """
+    import deepspeed
+    from transformers.integrations.deepspeed import deepspeed_config
+
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    for weight in model.parameters():
+        if half is not None and weight.is_floating_point():  # packed weights have this dtype
+            weight.data = weight.data.to(half)  # the engine casts no parameter that is sharded
+    accelerator.deepspeed_plugin.set_deepspeed_weakref()  # transformers knows of ZeRO-3 again
+    deepspeed.zero.Init(module=model, config_dict_or_path=deepspeed_config())
+    for layer in model.modules():
+        for name, buffer in layer.named_buffers(recurse=False):
+            setattr(layer, name, buffer.to(accelerator.device))
+    move_quant_states(model, accelerator.device)
 
 
 def turn_off_gpu_settings():

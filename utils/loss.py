@@ -9,13 +9,16 @@ This file imports no other file of the project and can be copied along with a sc
 """
 
 from functools import wraps
-from importlib.util import find_spec
 
 import torch
+from accelerate.utils import send_to_device
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 MB = 2**20
+# How large the float32 logits of a chunk may be. Every chunk reads the head's weight once; a chunk
+# of few rows makes a GPU wait for its memory.
+GPU_CHUNK, CPU_CHUNK = 512 * MB, 64 * MB
 # how far the two may differ: the sum of a few dozen terms in the arithmetic of the run
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 # the loss of one document, by which it may change with another's tokens: by nothing, but for experts' roundings
@@ -93,19 +96,22 @@ def head_options(config):
     return scale, getattr(config, "final_logit_softcapping", None)
 
 
-def add_token_loss(model, chunk_bytes=64 * MB):
+def add_token_loss(model, chunk_bytes=None):
     """Let `model(input_ids=..., labels=...)` return {"loss", "correct"}, each a sum over the labels that are not -100.
 
     To be called once on a causal language model of transformers, bare or in a `PeftModel`, before
     `accelerator.prepare`: nothing is added to the modules, so every strategy shards them as before. Without labels the
     model answers as ever, so that it still generates. A label stands where its token stands, as in transformers.
+    `label_positions` [n], as `join` in packing.py makes them, say which positions of a single row
+    have a next token with a label. Without them the labels are searched, and the CPU waits for the
+    GPU.
 
     A head that is one linear layer, frozen or trained, computes its own loss in one call, so that ZeRO-3 and FSDP
     gather it once for all chunks. Any other head (LoRA on it, 4 bits) is called for each chunk, and again in the
     backward; the processes then agree on the number of chunks, for each call may be a collective.
 
     Args:
-        chunk_bytes: how large the float32 logits of a chunk may be.
+        chunk_bytes: how large the float32 logits of a chunk may be; None chooses by device.
     """
     causal = model.get_base_model() if hasattr(model, "peft_config") else model
     config = causal.config.get_text_config()
@@ -115,18 +121,20 @@ def add_token_loss(model, chunk_bytes=64 * MB):
     if hasattr(leaf, "modules_to_save"):  # PEFT's copy of a head that is trained whole
         leaf = leaf.modules_to_save["default"]
     vocabulary = leaf.weight.ds_shape[0] if hasattr(leaf.weight, "ds_shape") else leaf.out_features
-    chunk = max(1, int(chunk_bytes / 4 / vocabulary))
     is_linear = type(leaf) is torch.nn.Linear
+
+    def rows_of_chunk(hidden):
+        limit = chunk_bytes or (GPU_CHUNK if hidden.is_cuda else CPU_CHUNK)
+        return max(1, int(limit / 4 / vocabulary))
+
     if is_linear:
-        has_liger, logits_of = find_spec("liger_kernel") is not None, leaf.forward
+        logits_of = leaf.forward
 
         def head_forward(hidden, labels=None):
             if labels is None:
                 return logits_of(hidden)
-            loss_function = liger_loss if has_liger and hidden.is_cuda else HeadLoss.apply
-            return loss_function(
-                hidden, leaf.weight, leaf.bias, labels, scale, softcap, chunk, torch.is_grad_enabled()
-            )
+            options = (scale, softcap, rows_of_chunk(hidden), torch.is_grad_enabled())
+            return HeadLoss.apply(hidden, leaf.weight, leaf.bias, labels, *options)
 
         leaf.forward = head_forward
 
@@ -138,17 +146,18 @@ def add_token_loss(model, chunk_bytes=64 * MB):
         return functional.cross_entropy(logits, labels, reduction="sum"), correct
 
     @wraps(plain)  # whose arguments generate looks at, to ask for the logits of the last token alone
-    def forward(input_ids=None, labels=None, full_logits=False, **kwargs):
+    def forward(input_ids=None, labels=None, full_logits=False, label_positions=None, **kwargs):
         if labels is None or full_logits:
             return plain(input_ids=input_ids, labels=labels, **kwargs)
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         hidden = causal.base_model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
-        at = labels[:, 1:].ne(-100)
-        rows, labels = hidden[:, :-1][at], labels[:, 1:][at]
+        hidden, labels = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        at = labels.ne(-100) if label_positions is None else label_positions
+        rows, labels = hidden[at], labels[at]
         if is_linear:
             loss, correct = causal.get_output_embeddings()(rows, labels=labels)
             return {"loss": loss, "correct": correct}
-        chunks = torch.tensor(max(1, -(-len(labels) // chunk)), device=rows.device)
+        chunks = torch.tensor(max(1, -(-len(labels) // rows_of_chunk(rows))), device=rows.device)
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(chunks, torch.distributed.ReduceOp.MAX)
         losses = [
@@ -158,16 +167,6 @@ def add_token_loss(model, chunk_bytes=64 * MB):
         return {"loss": sum(loss for loss, _ in losses), "correct": sum(correct for _, correct in losses)}
 
     causal.forward = forward
-
-
-def liger_loss(hidden, weight, bias, labels, scale, softcap, chunk, gradients):
-    """Return what HeadLoss does, in training from Liger's fused kernel, which scales nothing and counts nothing."""
-    if scale != 1 or not gradients or not len(labels):
-        return HeadLoss.apply(hidden, weight, bias, labels, scale, softcap, chunk, gradients)
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=softcap)(weight, hidden, labels, bias)
-    return loss, hidden.new_zeros(())
 
 
 def check_token_loss(accelerator, model, packed, alone):
@@ -180,7 +179,10 @@ def check_token_loss(accelerator, model, packed, alone):
     Args:
         packed: a batch of several short documents, at least two tokens each.
         alone: for each of these a batch of its own, of which `input_ids` and `labels` are used.
+            Both may be on any device: they are moved here. A bare model and DeepSpeed's engine move
+            no inputs.
     """
+    packed, alone = send_to_device((packed, alone), accelerator.device)
     causal = accelerator.unwrap_model(model)
     causal = causal.get_base_model() if hasattr(causal, "peft_config") else causal
     was_training, attention = model.training, causal.config._attn_implementation
@@ -191,15 +193,15 @@ def check_token_loss(accelerator, model, packed, alone):
         theirs = 0.0
         for batch in alone:
             inputs = {"input_ids": batch["input_ids"], "labels": batch["labels"], "use_cache": False}
-            count = int(batch["labels"][:, 1:].ne(-100).sum())
-            theirs += float(model(**inputs, full_logits=True).loss) * count
+            mean = float(model(**inputs, full_logits=True).loss)
+            theirs += mean * int(batch["labels"][:, 1:].ne(-100).sum())
         causal.set_attn_implementation(attention)
         first = int(packed["cu_seq_lens_q"][1])
         ids, labels = packed["input_ids"].clone(), packed["labels"].clone()
         ids[:, :first], labels[:, :first] = ids[:, :first].flip(1), -100
-        kept, changed = (
-            float(model(**packed | {"labels": labels} | other)["loss"]) for other in ({}, {"input_ids": ids})
-        )
+        others = packed | {"labels": labels, "label_positions": None}
+        kept = float(model(**others)["loss"])
+        changed = float(model(**others | {"input_ids": ids})["loss"])
     model.train(was_training)
     weight = causal.get_input_embeddings().weight
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, weight.dtype)

@@ -3,12 +3,15 @@
 A batch is one row of all its documents, whether each has a place of its own or several share one (packing): so the
 linear layers compute nothing but tokens. Positions restart with every document, and attention is computed for each
 document alone: by torch's attention for sequences of any length (torch.nn.attention.varlen, FlashAttention) where the
-GPU and the dtype allow it, by one scaled dot product attention per document elsewhere.
+GPU, the dtype and the head size allow it, by one scaled dot product attention per document
+elsewhere. Works with torch 2.11 and newer.
 
 This file imports no other file of the project and can be copied along with a script.
 """
 
+import inspect
 from bisect import bisect_left, insort
+from functools import cache
 from itertools import count, islice
 
 import torch
@@ -55,17 +58,24 @@ def join(documents):
         input_ids, labels, position_ids, and what transformers calls the flash attention kwargs: cu_seq_lens_q and _k
         (int32, where each document begins, and the end), max_length_q and _k (int, tokens of the longest). The first
         token of a document has no label, for the position before it belongs to another.
+        document_lengths (list of int) and label_positions (int64 [labels], the positions whose next
+        token has a label) say the same once more: to read them from tensors on a GPU, the CPU would
+        have to wait for it.
     """
-    lengths = torch.tensor([len(document["input_ids"]) for document in documents])
-    starts = functional.pad(lengths.cumsum(0), (1, 0)).int()
+    lengths = [len(document["input_ids"]) for document in documents]
+    starts = functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
+    labels = [label for document in documents for label in [-100, *document["labels"][1:]]]
+    positions = [place for place, label in enumerate(labels[1:]) if label != -100]
     return {
         "input_ids": torch.tensor([[token for document in documents for token in document["input_ids"]]]),
-        "labels": torch.tensor([[label for document in documents for label in [-100, *document["labels"][1:]]]]),
+        "labels": torch.tensor([labels]),
+        "label_positions": torch.tensor(positions, dtype=torch.int64),
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "document_lengths": lengths,
         "cu_seq_lens_q": starts,
         "cu_seq_lens_k": starts,
-        "max_length_q": int(lengths.max()),
-        "max_length_k": int(lengths.max()),
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
     }
 
 
@@ -146,6 +156,36 @@ def fetch(places, documents):
     return found if documents is None else [documents[index] for index in found]
 
 
+@cache
+def varlen_attention():
+    """Return torch's attention for sequences of any length, and what it needs for grouped queries.
+
+    torch 2.11 groups the queries by itself; from 2.12 on the caller has to allow it (`enable_gqa`).
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    must_ask = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return varlen_attn, {"enable_gqa": True} if must_ask else {}
+
+
+def fits_varlen(query, value):
+    """Return whether FlashAttention, torch's kernel for sequences of any length, takes the queries.
+
+    It needs bf16 or fp16, a GPU of compute capability 8.0 (Ampere) or newer, and one head size of
+    queries and values, at most 256 and a multiple of 8 (in torch's source:
+    aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp). The gradient for head sizes
+    above 192 needs the shared memory of capability 8.0 or 9.0.
+    """
+    size = query.shape[-1]
+    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if value.shape[-1] != size or size % 8:
+        return False
+    capability = torch.cuda.get_device_capability(query.device)
+    most = 256 if capability in ((8, 0), (9, 0)) else 192
+    return capability >= (8, 0) and size <= most
+
+
 def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     """Attention within each document of a row that `join` made; of one document alone where no borders are given.
 
@@ -155,23 +195,33 @@ def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
     unknown = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
     if unknown or len(query) != 1 or not getattr(module, "is_causal", True):
         raise ValueError(f"{type(module).__name__} attends in a way ({unknown}) that this function does not know")
+    # the rotary embedding multiplies by float32 numbers; under autocast the values are bf16 or fp16
+    query, key = query.to(value.dtype), key.to(value.dtype)
     window, softcap, starts = kwargs.get("sliding_window"), kwargs.get("softcap"), kwargs.get("cu_seq_lens_q")
-    options = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     if starts is None:  # generation: one document, perhaps with the keys of what came before
-        return one_document(query, key, value, window, softcap, dropout, options).transpose(1, 2), None
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout and softcap is None:
-        from torch.nn.attention.varlen import varlen_attn
-
+        whole = one_document(query, key, value, window, softcap, dropout, scaling)
+        return whole.transpose(1, 2), None
+    if fits_varlen(query, value) and not dropout and softcap is None:
+        varlen_attn, grouped = varlen_attention()
         rows = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]
-        longest, reach = kwargs["max_length_q"], (-1 if window is None else window - 1, 0)
-        return varlen_attn(*rows, starts, starts, longest, longest, window_size=reach, **options)[None], None
-    sizes = starts.diff().tolist()
+        options = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}
+        if query.shape[1] != key.shape[1]:
+            options |= grouped
+        longest = kwargs["max_length_q"]
+        return varlen_attn(*rows, starts, starts, longest, longest, **options)[None], None
+    sizes = kwargs.get("document_lengths") or starts.diff().tolist()
+    rows = document_by_document(query, key, value, sizes, window, softcap, dropout, scaling)
+    return rows.transpose(1, 2), None
+
+
+@torch.compiler.disable  # it would be compiled anew for every number of documents
+def document_by_document(query, key, value, sizes, *options):
+    """Return the causal attention of documents of these sizes, [1, heads, tokens, size]."""
     parts = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)))
-    rows = [one_document(*part, window, softcap, dropout, options) for part in parts]
-    return torch.cat(rows, dim=2).transpose(1, 2), None
+    return torch.cat([one_document(*part, *options) for part in parts], dim=2)
 
 
-def one_document(query, key, value, window, softcap, dropout, options):
+def one_document(query, key, value, window, softcap, dropout, scaling):
     """Return the causal attention of one document, [1, heads, tokens, size], by torch's best kernel for it."""
     queries, keys = query.shape[2], key.shape[2]
     mask = None
@@ -180,12 +230,15 @@ def one_document(query, key, value, window, softcap, dropout, options):
             torch.arange(keys, device=query.device) - torch.arange(keys - queries, keys, device=query.device)[:, None]
         )
         mask = back <= 0 if window is None else (back <= 0) & (back > -window)
+    if (query.is_cuda or softcap is not None) and query.shape[1] != key.shape[1]:
+        # SDPA's memory-efficient kernel, the only one for float32 or a mask, knows no groups
+        repeats = query.shape[1] // key.shape[1]
+        key, value = (tensor.repeat_interleave(repeats, 1) for tensor in (key, value))
     if softcap is None:
         causal = mask is None and queries > 1
+        options = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
         return functional.scaled_dot_product_attention(query, key, value, mask, dropout, causal, **options)
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    scores = query @ key.transpose(2, 3) * options["scale"]
+    scores = query @ key.transpose(2, 3) * scaling
     scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, -torch.inf)
     weights = functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     return functional.dropout(weights, dropout) @ value

@@ -183,6 +183,21 @@ def note(accelerator, output_dir, values):
         tqdm.write(", ".join(f"{name} {value:.5g}" for name, value in values.items()))
 
 
+def read_numbers(device, *values):
+    """Return the numbers that lie in tensors on the device, as a list of floats.
+
+    Every read of a tensor on a GPU makes the CPU wait until the GPU has done all its work. So read
+    all numbers of an update at once.
+
+    Args:
+        device: where the tensors lie; others are moved there.
+        values: tensors of no or one dimension, DTensors of FSDP2 among them, or numbers.
+    """
+    values = [value.full_tensor() if isinstance(value, DTensor) else value for value in values]
+    values = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in values]
+    return torch.hstack(values).tolist()
+
+
 def collect_metrics(accelerator, model, config, tracker, score, updates, metric="accuracy"):
     """Return the content of metrics.json. Collective: every process must call it.
 

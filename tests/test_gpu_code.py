@@ -1,0 +1,484 @@
+"""The code for GPUs, as far as a CPU can test it: tensors here only claim to lie on a GPU."""
+
+import ast
+import inspect
+import json
+import os
+import random
+import textwrap
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.commands import launch as launch_command
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
+from conftest import ROOT
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from examples import chat_sft
+from utils import checkpoint, launch, loss, packing
+
+SIZE = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+SIZE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+SIZE |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+ROTARY = ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "phi3"]
+
+
+# what the CPU learns from such an operation it has to wait for
+WAITS = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero", "aten.item")
+
+
+class Stop(Exception):
+    pass
+
+
+class NoWaits(TorchDispatchMode):
+    """Raises where the CPU would wait for a GPU: at a read of values, and at a shape that depends on them."""
+
+    def __enter__(self):
+        self.patch = pytest.MonkeyPatch()
+        for name in ("tolist", "item", "numpy", "cpu"):
+            self.patch.setattr(torch.Tensor, name, self.refuse)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patch.undo()
+        return super().__exit__(*error)
+
+    def refuse(self, *args):
+        raise AssertionError("a read waits for the GPU")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        if name.startswith(WAITS) or (name.startswith("aten.index.") and args[1][0].dtype == torch.bool):
+            raise AssertionError(f"{name} waits for the GPU")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """Every tensor claims to lie on a GPU of compute capability 9.0."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+
+
+@pytest.fixture
+def varlen(monkeypatch):
+    """Stand-in for torch 2.11's varlen_attn, which has no enable_gqa; yields what it was called with."""
+    calls = []
+
+    def varlen_attn(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *,
+        return_aux=None, scale=None, window_size=(-1, -1),
+    ):  # fmt: skip
+        calls.append((query, key, value, max_q, scale, window_size))
+        return query.clone()
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    packing.varlen_attention.cache_clear()
+    yield calls
+    packing.varlen_attention.cache_clear()
+
+
+def make_documents(lengths=(9, 5, 14)):
+    draw = random.Random(0)
+    rows = [[draw.randrange(3, 300) for _ in range(length)] for length in lengths]
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def make_causal(architecture, **settings):
+    config = AutoConfig.for_model(architecture, **SIZE, **settings)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=packing.NAME)
+    loss.add_token_loss(model)
+    return model
+
+
+# Devices and waits --------------------------------------------------------------------------------
+@pytest.mark.parametrize("calls", [1, 2])
+def test_the_check_of_the_loss_moves_its_batches(calls):
+    """One that holds several documents, and one for each."""
+    pair = make_documents((9, 5))
+    model, forwards = make_causal("llama"), []
+
+    def forward(**batch):
+        forwards.append({value.device.type for value in batch.values() if isinstance(value, torch.Tensor)})
+        if len(forwards) == calls:
+            raise Stop
+        return loss_of_one
+
+    loss_of_one = {"loss": torch.ones(())}
+    model.forward = forward
+    accelerator = SimpleNamespace(device=torch.device("meta"), unwrap_model=lambda model: model)
+    with pytest.raises(Stop):
+        batches = packing.join(pair), [packing.join([document]) for document in pair]
+        loss.check_token_loss(accelerator, model, *batches)
+    assert forwards == [{"meta"}] * calls
+
+
+@pytest.mark.parametrize("architecture", ROTARY)
+@pytest.mark.parametrize("capability", [(9, 0), (7, 5)])
+def test_a_forward_never_waits_for_the_gpu(fake_gpu, varlen, monkeypatch, capability, architecture):
+    """Under bf16, with float32 weights: on an H100 in the varlen kernel, on a T4 document by document."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    model = make_causal(architecture)
+    batch = packing.join(make_documents())
+    with NoWaits(), torch.autocast("cpu", torch.bfloat16):
+        outputs = model(**batch)
+        outputs["loss"].backward()
+    uses_kernel = capability == (9, 0) and architecture != "gemma2"  # which has a soft cap
+    assert len(varlen) == 2 * uses_kernel
+    for query, key, value, *_ in varlen:
+        assert query.dtype == key.dtype == value.dtype == torch.bfloat16
+
+
+def test_a_wait_is_found():
+    batch = packing.join(make_documents())
+    for part in ("label_positions", "document_lengths"):
+        model = make_causal("llama")
+        with NoWaits(), pytest.raises(AssertionError, match="waits"):
+            model(**{name: value for name, value in batch.items() if name != part})
+
+
+def test_an_evaluation_moves_its_batches():
+    def model(**batch):
+        assert {value.device.type for value in batch.values() if isinstance(value, torch.Tensor)} == {"meta"}
+        raise Stop
+
+    model.eval = lambda: None
+    with pytest.raises(Stop):
+        chat_sft.evaluate(SimpleNamespace(device=torch.device("meta")), model, [packing.join(make_documents())])
+
+
+def read_calls(body):
+    """Return the calls in a part of a script that read the value of a tensor."""
+    reads = []
+    for node in ast.walk(body):
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            is_number = name in ("float", "int", "bool") and isinstance(node.func, ast.Name)
+            if name in ("item", "tolist", "read_numbers", "cpu", "numpy") or is_number:
+                reads.append(node)
+    return reads
+
+
+@pytest.mark.parametrize("script", sorted(file.stem for file in (ROOT / "examples").glob("*.py")))
+def test_an_update_reads_from_the_device_once(script):
+    tree = ast.parse((ROOT / "examples" / f"{script}.py").read_text())
+    functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    kinds = (ast.For, ast.While)
+    loop = next(
+        node for node in ast.walk(functions["main"])
+        if isinstance(node, kinds) and any(is_backward(inner) for inner in ast.walk(node))
+    )  # fmt: skip
+    reads = [read for part in loop.body if not is_occasional(part) for read in read_calls(part)]
+    numbers = {"targets", "inputs"}  # have been read
+    reads = [
+        read for read in reads
+        if not (isinstance(read.args[0] if read.args else None, ast.Name) and read.args[0].id in numbers)
+        and not (isinstance(read.args[0] if read.args else None, ast.Call))
+    ]  # fmt: skip
+    assert [ast.unparse(read.func) for read in reads] == ["read_numbers"]
+
+
+def is_backward(node):
+    return isinstance(node, ast.Attribute) and node.attr == "backward"
+
+
+def is_occasional(node):
+    """Return whether a statement of the loop does not run in every update: a log, an evaluation, a save."""
+    return isinstance(node, ast.If)
+
+
+@pytest.mark.parametrize("function", [packing.attend, packing.one_document, packing.fits_varlen])
+def test_the_attention_reads_nothing_from_the_device(function):
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    reads = [ast.unparse(read) for read in read_calls(tree)]
+    assert reads in ([], ["starts.diff().tolist()"])  # of batches that `join` has not made
+
+
+# Attention ----------------------------------------------------------------------------------------
+def attend(query_heads=4, key_heads=2, size=64, dtype=torch.bfloat16, mixed=False, **options):
+    shape = (1, query_heads, 28, size)
+    query = torch.ones(shape, dtype=torch.float32 if mixed else dtype)
+    key = torch.ones(1, key_heads, *shape[2:], dtype=query.dtype)
+    value = torch.ones(1, key_heads, *shape[2:], dtype=dtype)
+    batch = packing.join(make_documents())
+    module = SimpleNamespace(is_causal=True)
+    output, _ = packing.attend(module, query, key, value, None, size**-0.5, **batch, **options)
+    assert output.shape == (1, 28, query_heads, size) and output.dtype == dtype
+
+
+def test_the_kernel_of_torch_2_11_takes_grouped_queries(fake_gpu, varlen):
+    attend()
+    (query, key, value, longest, scale, window), = varlen  # fmt: skip
+    assert query.shape == (28, 4, 64) and key.shape == value.shape == (28, 2, 64)
+    assert (longest, scale, window) == (14, 0.125, (-1, 0))
+
+
+def test_newer_kernels_are_asked_for_grouped_queries(fake_gpu, monkeypatch):
+    asked = []
+
+    def varlen_attn(*rows, scale, window_size, enable_gqa=False):
+        asked.append((enable_gqa, window_size))
+        return torch.empty_like(rows[0])
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    attend()
+    attend(key_heads=4, sliding_window=7)
+    assert asked == [(True, (-1, 0)), (False, (6, 0))]
+
+
+def test_rotated_queries_are_cast_to_the_values(fake_gpu, varlen):
+    attend(mixed=True)
+    assert [tensor.dtype for tensor in varlen[0][:3]] == [torch.bfloat16] * 3
+
+
+@pytest.mark.parametrize(
+    ("capability", "size", "dtype", "fits"),
+    [
+        ((7, 0), 64, torch.float16, False),  # V100
+        ((7, 5), 64, torch.float16, False),  # T4
+        ((8, 0), 64, torch.float16, True),  # A100
+        ((8, 0), 64, torch.float32, False),
+        ((8, 0), 256, torch.bfloat16, True),
+        ((8, 0), 264, torch.bfloat16, False),
+        ((8, 0), 80, torch.bfloat16, True),
+        ((8, 0), 84, torch.bfloat16, False),
+        ((8, 6), 192, torch.bfloat16, True),  # RTX 3090
+        ((8, 9), 200, torch.bfloat16, False),  # L40S
+        ((9, 0), 128, torch.bfloat16, True),  # H100
+        ((10, 0), 128, torch.bfloat16, True),  # B200
+    ],
+)
+def test_the_kernel_is_chosen_by_what_it_can_do(fake_gpu, varlen, monkeypatch, capability, size, dtype, fits):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    attend(size=size, dtype=dtype)
+    assert len(varlen) == fits
+
+
+def test_the_kernel_is_for_gpus_alone(varlen):
+    tensors = [torch.randn(1, 2, 28, 64, dtype=torch.bfloat16) for _ in range(3)]
+    packing.attend(SimpleNamespace(is_causal=True), *tensors, None, 0.125, **packing.join(make_documents()))
+    assert not varlen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 4])
+def test_document_by_document_sdpa_gets_as_many_keys_as_queries(fake_gpu, varlen, monkeypatch, window, dtype):
+    """Of grouped queries SDPA's kernels for float32, and for a mask, hold all scores."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    real, seen = functional.scaled_dot_product_attention, []
+
+    def sdpa(query, key, value, mask, dropout, causal, **options):
+        seen.append((query.shape[1], key.shape[1], value.shape[1], options["enable_gqa"]))
+        return real(query, key, value, mask, dropout, causal, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", sdpa)
+    attend(dtype=dtype, sliding_window=window)
+    assert seen == [(4, 4, 4, False)] * 3
+
+
+# Loss ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("is_cuda", "megabytes"), [(False, 64), (True, 512)])
+def test_the_chunk_of_the_loss_is_chosen_by_device(varlen, monkeypatch, is_cuda, megabytes):
+    chunks = []
+    monkeypatch.setattr(torch.Tensor, "is_cuda", is_cuda)
+
+    def apply(hidden, weight, bias, labels, scale, softcap, chunk, gradients):
+        chunks.append(chunk)
+        return hidden.sum(), hidden.sum()
+
+    monkeypatch.setattr(loss, "HeadLoss", SimpleNamespace(apply=apply))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    make_causal("llama")(**packing.join(make_documents()))
+    assert chunks == [megabytes * 2**20 // 4 // 300]
+
+
+# Optimizers ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_adamw_is_fused_on_a_gpu(monkeypatch, device):
+    monkeypatch.setattr(launch, "PartialState", lambda: SimpleNamespace(device=torch.device(device)))
+    weight = torch.nn.Parameter(torch.ones(3))
+    assert launch.adamw("adamw_torch")([weight], lr=0.1).defaults["fused"] == (device == "cuda")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_restored_step_lies_where_the_optimizer_wants_it(fused):
+    weight = torch.nn.Parameter(torch.ones(3, device="meta"))
+    optimizer = SimpleNamespace(param_groups=[{"params": [weight], "fused": fused}], state={weight: {}})
+    parts = {"distributed_type": "NO", "scaler": None}
+    tensors = {"0.value": torch.ones(3), "0.step": torch.tensor(4.0), "0.exp_avg": torch.ones(3)}
+    checkpoint.restore_training_state(SimpleNamespace(**parts), optimizer, tensors, {})
+    state = optimizer.state[weight]
+    assert state["exp_avg"].is_meta and state["step"].is_meta == fused
+
+
+def test_every_script_fuses_its_optimizer_on_a_gpu():
+    for file in sorted((ROOT / "examples").glob("*.py")):
+        text = file.read_text()
+        assert 'options["fused"] = accelerator.device.type == "cuda"' in text or "adamw(config.optim)" in text, file
+
+
+# Precision ----------------------------------------------------------------------------------------
+def test_scripts_ask_for_the_launched_precision():
+    """A flag is one way to set it, `accelerate launch --mixed_precision` another."""
+    for file in sorted((ROOT / "examples").glob("*.py")):
+        tree = ast.parse(file.read_text())
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        for function in functions:
+            asks = [ast.unparse(node) for node in ast.walk(function) if isinstance(node, ast.Attribute)]
+            if {"config.fp16", "config.bf16"} & set(asks):
+                assert function.name == "resolve", f"{file.name}: {function.name}"
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "tf32", "words"),
+    [
+        ("cuda", "no", False, ["without TF32", "--mixed_precision bf16", "--tf32"]),
+        ("cuda", "no", True, []),
+        ("cuda", "bf16", False, []),
+        ("cpu", "no", False, []),
+        ("cpu", "no", True, ["--tf32", "unused"]),
+    ],
+)
+def test_a_slow_precision_is_named(device, precision, tf32, words):
+    text = launch.precision_hint(device, precision, tf32)
+    assert bool(text) == bool(words) and all(word in text for word in words)
+
+
+# Utilisation --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("is_lora", [True, False])
+def test_flop_are_those_of_the_matrices(tied, is_lora):
+    """Counted by torch in a forward and a backward; apart from attention's scores and LoRA's own."""
+    size = SIZE | {"vocab_size": 3000, "hidden_size": 256, "intermediate_size": 700, "head_dim": 64}
+    config = AutoConfig.for_model("llama", **size, tie_word_embeddings=tied)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=packing.NAME)
+    if is_lora:
+        model.requires_grad_(False)
+        model.enable_input_require_grads()
+    loss.add_token_loss(model)
+    documents = make_documents((40, 50))
+    documents[0]["labels"] = [-100] * 30 + documents[0]["labels"][30:]
+    batch = packing.join(documents)
+    with FlopCounterMode(display=False) as counter:
+        model(**batch)["loss"].backward()
+    body, head = chat_sft.flop_per_token(model, config, 3000, is_lora)
+    counted = body * batch["labels"].numel() + head * len(batch["label_positions"])
+    # the first layer's input gradient is none of a full model's; attention computes scores
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.06)
+
+
+# Launch -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("config", sorted(file.name for file in (ROOT / "configs").glob("zero*.yaml")))
+def test_on_two_machines_every_machine_starts_its_own_processes(config):
+    """Without the setting accelerate would start `deepspeed --launcher pdsh` on each of them."""
+    parser = launch_command.launch_command_parser()
+    flags = ["--config_file", str(ROOT / "configs" / config), "--num_machines", "2", "--machine_rank", "1"]
+    flags += ["--main_process_ip", "10.0.0.1", "--main_process_port", "29500", "--num_processes", "4"]
+    arguments, defaults, _ = launch_command._validate_launch_command(parser.parse_args([*flags, "script.py"]))
+    arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    command, _ = prepare_deepspeed_cmd_env(arguments)
+    assert command is None  # torch's launcher starts them
+    assert (arguments.nnodes, arguments.nproc_per_node, arguments.node_rank) == ("2", "2", 1)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "zero", "gloo for a test"])
+def test_the_gpu_is_set_before_the_group_and_the_group_before_the_accelerator(monkeypatch, kind):
+    calls = []
+
+    def accelerator(**kwargs):
+        raise Stop
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("set_device", device)))
+    monkeypatch.setattr(launch, "PartialState", lambda **options: calls.append(("group", options)))
+    monkeypatch.setattr(launch, "Accelerator", accelerator)
+    monkeypatch.setattr(launch, "use_all_cores", lambda: None)
+    monkeypatch.setattr(os, "environ", dict(os.environ) | {"LOCAL_RANK": "1", "OMP_NUM_THREADS": "1"})
+    if kind == "fsdp":
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
+    if kind == "zero":
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    if kind == "gloo for a test":
+        os.environ["TEST_BACKEND"] = "gloo"
+    with pytest.raises(Stop):
+        launch.start_accelerator()
+    (first, device), (second, options) = calls
+    assert (first, device, second) == ("set_device", 1, "group")
+    assert options.pop("timeout").total_seconds() >= 3600
+    others = {"zero": {}, "gloo for a test": {"backend": "gloo"}}
+    assert options == others.get(kind, {"device_id": torch.device("cuda", 1)})
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+
+
+def test_a_users_setting_of_the_allocator_stays(monkeypatch):
+    def accelerator(**kwargs):
+        raise Stop
+
+    monkeypatch.setattr(launch, "Accelerator", accelerator)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setattr(os, "environ", {**os.environ, name: "max_split_size_mb:64"})
+        with pytest.raises(Stop):
+            launch.start_accelerator()
+        settings = {key: value for key, value in os.environ.items() if "ALLOC_CONF" in key}
+        assert set(settings.values()) == {"max_split_size_mb:64"}
+
+
+@pytest.mark.parametrize(("given", "processes", "threads"), [("1", 2, 4), ("1", 16, 1), (None, 1, 8), ("3", 2, 3)])
+def test_with_a_gpu_the_processes_share_the_cores(monkeypatch, given, processes, threads):
+    found = []
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8))
+    environ = {"LOCAL_WORLD_SIZE": str(processes)} | ({"OMP_NUM_THREADS": given} if given else {})
+    monkeypatch.setattr(os, "environ", environ)
+    launch.use_all_cores()
+    assert os.environ["OMP_NUM_THREADS"] == str(threads)
+    assert found == ([] if given == "3" else [threads])
+
+
+@pytest.mark.parametrize(
+    ("settings", "trained", "size"),
+    [({}, 7, 8), ({}, 144, 144), ({}, 10**9, 500_000_000), ({"reduce_bucket_size": 1000}, 7, 1000)],
+)
+def test_buckets_are_as_large_as_what_is_trained(settings, trained, size):
+    config = {"zero_optimization": {"stage": 3, **settings}}
+    plugin = SimpleNamespace(deepspeed_config=config)
+    parameters = [torch.nn.Parameter(torch.empty(trained, device="meta"))]
+    launch.size_buckets(SimpleNamespace(deepspeed_plugin=plugin), parameters)
+    assert config["zero_optimization"]["reduce_bucket_size"] == size
+    launch.size_buckets(SimpleNamespace(deepspeed_plugin=None), parameters)
+
+
+@pytest.mark.parametrize("config", ["ddp", "zero2", "zero3", "fsdp1", "fsdp2_hybrid"])
+def test_groups_wait_for_hours(launch, tmp_path, config):
+    """The world's, and those that the libraries make: an hour of one process stops none of them."""
+    processes = 4 if "hybrid" in config else 2
+    file = tmp_path / "groups.json"
+    driver = ROOT / "tests/group_driver.py"
+    launch(driver, config, file, processes=processes, PYTHONPATH=str(ROOT))
+    facts = json.loads(file.read_text())
+    assert len(facts["seconds"]) >= (2 if config in ("zero2", "zero3", "fsdp2_hybrid") else 1)
+    assert min(facts["seconds"]) >= 3600
+    if config.startswith("zero"):
+        assert facts["bucket"] == facts["trained"] + facts["trained"] % 2
+
+
+def test_data_is_encoded_once_per_machine():
+    """Caches of two machines need not be one: on each of them a process fills it."""
+    for file in sorted((ROOT / "examples").glob("*.py")):
+        assert ".main_process_first()" not in file.read_text(), file
+
+
+@pytest.mark.parametrize(
+    ("stage", "is_fsdp", "on_device"), [(0, False, True), (2, False, True), (3, False, False), (0, True, False)]
+)
+def test_weights_are_loaded_to_where_they_are_needed(monkeypatch, stage, is_fsdp, on_device):
+    device = torch.device("cuda", 1)
+    plugin = SimpleNamespace(zero_stage=stage) if stage else None
+    monkeypatch.setattr(launch, "AcceleratorState", lambda: SimpleNamespace(device=device, deepspeed_plugin=plugin))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", str(is_fsdp).lower())
+    assert launch.device_map() == ({"": device} if on_device else None)
