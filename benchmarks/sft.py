@@ -17,7 +17,8 @@ agree in all legs, and the counts of tokens be equal. Cores is the CPU time of a
 the number of threads, other work ran beside it, and its seconds tell nothing. Prints minimum and median of each leg
 and of chat_sft's ratio to it within a round. On a GPU the first 2 updates are not counted, and
 activations are not computed again unless --gradient_checkpointing says so. Utilisation is 4 x the
-parameters without the embedding look-up x tokens per second, over the peak of an H100.
+parameters without the embedding look-up x tokens per second, over the
+peak of an H100; the head is counted for every token.
 Goals on a CPU: 3.5 times the tokens per second of TRL and 4 times those of the padded loop, 0.6 and 0.3 times their
 memory.
 """

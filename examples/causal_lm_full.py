@@ -50,7 +50,7 @@ class Config:  # what is trained; where it runs (processes, precision, sharding,
     num_train_epochs: float = HfArg(default=6.0, help="passes over the training rows, rounded up to whole updates")
     max_steps: int = HfArg(default=-1, help="updates, in place of num_train_epochs; -1 leaves it to those")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, more time")
-    tf32: bool = HfArg(default=False, help="multiply float32 in TF32 on GPUs: faster, less exact")
+    tf32: bool = HfArg(default=False, help="multiply float32 in TF32 on GPUs, less exactly")
     seed: int = HfArg(default=42, help="of new weights, dropout, the order of the rows and their split")
     output_dir: str = HfArg(default=f"outputs/{Path(__file__).stem}", help="new folder for all that the run leaves")
     overwrite_output_dir: bool = HfArg(default=False, help="replace what an earlier run left in output_dir")
@@ -151,7 +151,7 @@ def main():
         options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
         options["fused"] = accelerator.device.type == "cuda"  # a step in one kernel
         optimizer = torch.optim.AdamW(trained, **options)
-        size_buckets(accelerator, trained)  # DeepSpeed's, else without effect
+        size_buckets(accelerator, trained)  # of DeepSpeed; does nothing without it
         model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
         valid_loader = accelerator.prepare_data_loader(valid_loader)  # apart: DeepSpeed takes its batch size from one
         check_sharding(accelerator, model)
@@ -181,7 +181,7 @@ def main():
                     optimizer.step()
                     optimizer.zero_grad()
             values = (accelerator.reduce(step_loss), grad_norm, step_tokens)
-            # all at once, for the CPU waits for the GPU here
+            # one read for all of them: each read makes the CPU wait for the GPU
             step_loss, grad_norm, targets, inputs = read_numbers(accelerator.device, *values)
             rate = scheduler.get_last_lr()[0]
             updates.append((step_loss, rate, grad_norm, int(targets), int(inputs)))

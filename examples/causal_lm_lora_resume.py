@@ -55,14 +55,14 @@ class Config:  # what is trained; where it runs (processes, precision, sharding,
     num_train_epochs: float = HfArg(default=6.0, help="passes over the training rows, rounded up to whole updates")
     max_steps: int = HfArg(default=-1, help="updates, in place of num_train_epochs; -1 leaves it to those")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, more time")
-    tf32: bool = HfArg(default=False, help="multiply float32 in TF32 on GPUs: faster, less exact")
+    tf32: bool = HfArg(default=False, help="multiply float32 in TF32 on GPUs, less exactly")
     lora_r: int = HfArg(default=8, help="rank of the two matrices that are learned beside each target layer")
     lora_alpha: int = HfArg(default=32, help="their product is scaled by lora_alpha / lora_r")
     lora_dropout: float = HfArg(default=0.0, help="share of its input that a LoRA layer does not see, 0 to below 1")
     target_modules: list[str] = HfArg(default_factory=lambda: ["all-linear"], help="names of layers, or all-linear")
     modules_to_save: list[str] = HfArg(default_factory=list, help="layers to train whole: lm_head, embed_tokens, ...")
     seed: int = HfArg(default=42, help="of new weights, dropout, the order of the rows and their split")
-    deterministic: bool = HfArg(default=False, help="the same bits in every run on GPUs, slower")
+    deterministic: bool = HfArg(default=False, help="bit-identical runs on GPUs, slower")
     save_steps: int = HfArg(default=25, help="updates between two checkpoints")
     checkpoint_dir: str = HfArg(default=f"outputs/{Path(__file__).stem}-checkpoints", help="folder that they go into")
     resume_from_checkpoint: str = HfArg(default="", help="True for the newest in checkpoint_dir, or the folder of one")
@@ -222,7 +222,7 @@ def main():
                     optimizer.step()
                     optimizer.zero_grad()
             values = (accelerator.reduce(step_loss), grad_norm, step_tokens)
-            # all at once, for the CPU waits for the GPU here
+            # one read for all of them: each read makes the CPU wait for the GPU
             step_loss, grad_norm, targets, inputs = read_numbers(accelerator.device, *values)
             rate = scheduler.get_last_lr()[0]
             updates.append((step_loss, rate, grad_norm, int(targets), int(inputs)))

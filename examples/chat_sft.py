@@ -121,12 +121,12 @@ class Config:  # what is trained; where it runs stands in the launch config, of 
     )
     bf16: bool = HfArg(default=False, help="mixed precision bf16, whatever the launch config says")
     fp16: bool = HfArg(default=False, help="mixed precision fp16, on GPUs")
-    tf32: bool = HfArg(default=False, help="multiply float32 in TF32 on GPUs: faster, less exact")
+    tf32: bool = HfArg(default=False, help="multiply float32 in TF32 on GPUs, less exactly")
     torch_compile: bool = HfArg(default=False, help="compile each decoder layer with torch.compile")
     use_liger_kernel: bool | None = HfArg(
         default=None, help="Liger's RMSNorm, RoPE and SwiGLU; unset: on GPUs, where it is installed"
     )
-    deterministic: bool = HfArg(default=False, help="the same bits in every run on GPUs, slower")
+    deterministic: bool = HfArg(default=False, help="bit-identical runs on GPUs, slower")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, more time")
     use_reentrant: bool = HfArg(default=False, help="its older implementation")
     per_device_train_batch_size: int = HfArg(default=8, help="documents (packing: packs) in a process's micro-batch")
@@ -285,7 +285,7 @@ def build_documents(config, accelerator, rows, split, **encoding):
     workers = min(len(os.sched_getaffinity(0)), len(rows) // 1000)  # few rows are faster without
     if workers > 1:
         options["num_proc"] = workers
-    with accelerator.local_main_process_first():  # the others on its machine read its cache
+    with accelerator.local_main_process_first():  # the others of the machine read its cache
         encoded = rows.map(encode, **options)
     kept, tokens, trained, long, checksum = [], 0, 0, 0, 0
     for number, document in enumerate(encoded):
@@ -405,7 +405,7 @@ def build_model(config, tokenizer, added):
         if launched_precision() != "no":  # autocast does it; PEFT would cast to a dtype that changes as FSDP gathers
             for layer in (layer for layer in model.modules() if hasattr(layer, "cast_input_dtype_enabled")):
                 layer.cast_input_dtype_enabled = False
-    if config.use_liger_kernel:  # not its loss, which would be another chunked one
+    if config.use_liger_kernel:  # not its loss: add_token_loss has one
         apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
     add_token_loss(model)
     return model
@@ -428,7 +428,7 @@ def prepare(config, accelerator, model):
         if config.use_peft_lora:
             accelerator.state.fsdp_plugin.auto_wrap_policy = fsdp_auto_wrap_policy(model)  # a unit per LoRA matrix
         model = accelerator.prepare(model)
-        move_quant_states(model, accelerator.device)  # FSDP shards the packed weights alone
+        move_quant_states(model, accelerator.device)  # the scales are not parameters
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         return model, accelerator.prepare(adamw(config.optim)(trained, **options)), shapes
     if kind == "fsdp2":
@@ -449,8 +449,8 @@ def uncompiled(config):
 def flop_per_token(model, model_config, tokens, is_lora):
     """Return the floating-point operations per input token, and those of the head per label token.
 
-    Of a weight: 2 in the forward, 2 for the gradient of its input, 2 for its own gradient, unless it
-    is frozen. The embedding is looked up. Not counted: attention scores, LoRA's own gradients, and
+    Of a weight: 2 in the forward, 2 for the gradient of its input, 2 for its own gradient, unless
+    it is frozen. The embedding is looked up. Not counted: attention scores, LoRA's own gradients, and
     what activation checkpointing computes again.
 
     Args:
@@ -669,7 +669,7 @@ def main():
             step_loss = torch.zeros((), device=accelerator.device)
             for batch in send_to_device(micro_batches, accelerator.device):
                 with accelerator.accumulate(model):
-                    loss = model(**batch)["loss"] / counts[0]  # every label of the update counts alike
+                    loss = model(**batch)["loss"] / counts[0]  # every label token counts alike
                     step_loss += loss.detach()
                     # takes back the means to come: accelerate's over micro-batches, the strategy's over processes
                     accelerator.backward(loss * accumulated * accelerator.num_processes)
@@ -679,11 +679,11 @@ def main():
                     optimizer.zero_grad()
             asked = torch.tensor(float(len(signals)), device=accelerator.device)
             sums = accelerator.reduce(torch.stack([step_loss, asked]))
-            # all at once, for the CPU waits for the GPU here
+            # one read for all of them: each read makes the CPU wait for the GPU
             numbers = read_numbers(accelerator.device, sums, grad_norm, counts)
             step_loss, asked, norm, targets, inputs = numbers
             rate, step = scheduler.get_last_lr()[0], step + 1
-            is_nan = math.isnan(norm) and launched_precision() != "fp16"  # whose scaler skips it
+            is_nan = math.isnan(norm) and launched_precision() != "fp16"  # its scaler skips NaN
             if not math.isfinite(step_loss) or step_loss == 0 or is_nan:
                 told = f"the loss of update {step} is {step_loss}, and the norm of its gradient {norm}"
                 remedy = f"lower --learning_rate, look at the data; the last good checkpoint is {saved or 'none'}"

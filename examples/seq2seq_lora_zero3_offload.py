@@ -54,7 +54,7 @@ class Config:  # what is trained; where it runs (processes, precision, sharding,
     num_train_epochs: float = HfArg(default=6.0, help="passes over the training rows, rounded up to whole updates")
     max_steps: int = HfArg(default=-1, help="updates, in place of num_train_epochs; -1 leaves it to those")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, more time")
-    tf32: bool = HfArg(default=False, help="multiply float32 in TF32 on GPUs: faster, less exact")
+    tf32: bool = HfArg(default=False, help="multiply float32 in TF32 on GPUs, less exactly")
     layerwise_generation: bool = HfArg(default=False, help="answer from a layer at a time, not the whole model; slow")
     lora_r: int = HfArg(default=8, help="rank of the two matrices that are learned beside each target layer")
     lora_alpha: int = HfArg(default=32, help="their product is scaled by lora_alpha / lora_r")
@@ -204,7 +204,7 @@ def main():
                     optimizer.step()
                     optimizer.zero_grad()
             values = (accelerator.reduce(step_loss), grad_norm, step_tokens)
-            # all at once, for the CPU waits for the GPU here
+            # one read for all of them: each read makes the CPU wait for the GPU
             step_loss, grad_norm, targets, inputs = read_numbers(accelerator.device, *values)
             rate = scheduler.get_last_lr()[0]
             updates.append((step_loss, rate, grad_norm, int(targets), int(inputs)))

@@ -123,7 +123,8 @@ def start_build(environment):
 def environment(started):
     """The environment of a fresh machine: no network, own caches, no activated virtual environment.
 
-    DeepSpeed's CPU Adam has been built there. The build has a limit of its own, BUILD_LIMIT.
+    Waits for the build of DeepSpeed's CPU Adam, at most BUILD_LIMIT seconds. If the build fails,
+    its output is printed and the tests go on without it.
     """
     environment, _ = started
     folder, begin = Path(environment["TORCH_EXTENSIONS_DIR"]), time.monotonic()

@@ -2,8 +2,9 @@
 
 A server imports the libraries once, initialises nothing, and forks itself for every command.
 `accelerate launch` runs in such a fork with its own code: accelerate reads the config and makes the
-environment, torch starts, watches and ends the processes. One thing differs. They do not start
-`python SCRIPT`. A process that the launcher forked before it initialised anything runs the script.
+environment, torch starts, watches and ends the processes. One thing differs. The script is
+not run by a new `python SCRIPT`, but by a process that was forked before the launcher initialised
+anything.
 
 Tests of the following need a real launch, for a fork cannot show them: what libraries read from the
 environment at import, an import that a script forgets, what an import prints, the command line of a
@@ -210,7 +211,7 @@ def serve():
     os.dup2(2, 1)  # keeps what libraries print off the pipe of the answers
     for name in LIBRARIES:
         importlib.import_module(name)
-    # DeepSpeed calls this often, and each call takes a second
+    # DeepSpeed calls this several times, and each call is slow
     cpuinfo.get_cpu_info = functools.partial(dict, cpuinfo.get_cpu_info())
     launch = sys.modules["accelerate.commands.launch"]
     for name in LAUNCHERS:

@@ -1,7 +1,7 @@
 """Prepare a small model under the launched strategy and write what its process groups are.
 
-`accelerate launch --config_file CONFIG tests/group_driver.py FILE` writes JSON: seconds (the time-outs
-of all groups), trained (numbers), bucket (DeepSpeed's reduce_bucket_size).
+`accelerate launch --config_file CONFIG tests/group_driver.py FILE` writes JSON: seconds (the
+time-outs of all groups), trained (numbers), bucket (DeepSpeed's reduce_bucket_size).
 """
 
 import json

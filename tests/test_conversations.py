@@ -563,7 +563,7 @@ def test_of_worded_problems_exactly_the_answers_are_trained_on(saved, tmp_path, 
         model_name_or_path=str(saved / kind), chat_template_format=template, max_length=10**6, output_dir=str(tmp_path)
     )
     tokenizer, _ = chat_sft.build_tokenizer(config, True)
-    accelerator = SimpleNamespace(main_process_first=nullcontext)
+    accelerator = SimpleNamespace(local_main_process_first=nullcontext)
     encoding = {"tokenizer": tokenizer, "shape": shape_of(rows)}
     documents, facts = chat_sft.build_documents(config, accelerator, rows, "train", **encoding)
     assert len(documents) == 400 and facts.startswith("400 documents")
@@ -581,7 +581,7 @@ def built(saved, rows, **values):
     config = settings(model_name_or_path=str(saved / "shipped"), chat_template_format="chatml", **values)
     tokenizer, _ = chat_sft.build_tokenizer(config, True)
     encoding = {"tokenizer": tokenizer, "shape": shape_of(rows)}
-    accelerator = SimpleNamespace(main_process_first=nullcontext)
+    accelerator = SimpleNamespace(local_main_process_first=nullcontext)
     dataset = datasets.Dataset.from_list(rows)
     return chat_sft.build_documents(config, accelerator, dataset, "the training split", **encoding)[0], tokenizer
 

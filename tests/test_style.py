@@ -18,8 +18,8 @@ NAMES = [script.stem for script in SCRIPTS if script.stem not in ROOTS]
 FLAGS = """model_name_or_path
 dtype attn_implementation dataset_name text_column label_column prompt_template max_length
 per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps learning_rate lr_scheduler_type
-warmup_ratio weight_decay max_grad_norm num_train_epochs max_steps gradient_checkpointing tf32 seed output_dir
-overwrite_output_dir hub_model_id""".split()
+warmup_ratio weight_decay max_grad_norm num_train_epochs max_steps gradient_checkpointing tf32
+seed output_dir overwrite_output_dir hub_model_id""".split()
 LORA_FLAGS = ["lora_r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save"]
 RESUME_FLAGS = ["deterministic", "save_steps", "checkpoint_dir", "resume_from_checkpoint"]
 

@@ -1,7 +1,7 @@
-"""Checkpoints of what is trained, from which a run resumes bit for bit; complete under their name, or not there.
+"""Checkpoints of the trainable parameters, complete or not there; a run resumes bit for bit.
 
-On a GPU bit for bit also needs deterministic operations (`start_accelerator(deterministic=True)`):
-the backward of its attention adds in any order.
+On a GPU this also needs deterministic operations (`start_accelerator(deterministic=True)`): the
+backward of attention sums in an order that varies.
 
 A folder `checkpoint-<update>` holds the trained weights as the script writes them, and of each process a safetensors
 file with what it steps: its part of the values in full precision, the optimizer's state of them, its random numbers'

@@ -62,10 +62,11 @@ def refuse(message):
 
 
 def is_first_to_refuse():
-    """Return True in the first process of the launch that refuses, False in all later ones.
+    """Return whether this process prints the error for all processes of the launch.
 
-    The launchers of torch and accelerate keep a store. All processes reach it, even before there is
-    a process group (torch.distributed.elastic). The processes count themselves there.
+    torch's launcher keeps a TCPStore that all processes reach, even before there is a process
+    group. The first to count itself there prints. Without the store rank 0 prints at once. Other
+    ranks wait 60 s, in which the launcher ends them, and else print too.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

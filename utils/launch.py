@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, gather_object
 from datasets import disable_progress_bars
 from torch.distributed import distributed_c10d
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent dies
@@ -56,8 +56,7 @@ def start_accelerator(tf32=False, deterministic=False, **kwargs):
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
-    # packed rows differ in length from one update to the next; in segments that can grow, memory is
-    # not lost to gaps. Read when CUDA starts.
+    # against fragmentation when packed rows differ in length; read when CUDA starts
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the name until torch 2.9
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     disable_progress_bars()  # of datasets and of transformers: the one bar is that of the training
@@ -88,7 +87,7 @@ def start_accelerator(tf32=False, deterministic=False, **kwargs):
             import cpuinfo
             import deepspeed.ops
 
-            # DeepSpeed asks three times for the CPU's name; py-cpuinfo takes a second each time
+            # DeepSpeed calls this several times, and each call is slow
             cpuinfo.get_cpu_info = cache(cpuinfo.get_cpu_info)
             # an optional extension for CPU collectives that takes longer to compile than a small run takes in all
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -130,8 +129,8 @@ def precision_hint(device, mixed_precision, tf32):
         return "--tf32: unused without a GPU."
     if device == "cuda" and mixed_precision == "no" and not tf32:
         return (
-            "float32 matrices are multiplied without TF32, which is the slowest way on a GPU: "
-            "launch with --mixed_precision bf16, or give the script --tf32."
+            "No mixed precision and no TF32: float32 matrix products are slow on a GPU. Launch "
+            "with --mixed_precision bf16, or give the script --tf32."
         )
     return ""
 
@@ -148,7 +147,7 @@ def join_group_on_gpu(use_deepspeed):
     options = {"timeout": TIMEOUT}
     if backend := os.environ.get("TEST_BACKEND"):
         options["backend"] = backend
-    elif not use_deepspeed:  # whose init_distributed does not take it; NCCL connects at once then
+    elif not use_deepspeed:  # DeepSpeed sets device_id itself; with it NCCL connects at once
         options["device_id"] = torch.device("cuda", rank)
     PartialState(**options)
 
@@ -178,7 +177,7 @@ def size_buckets(accelerator, trained):
     if accelerator.deepspeed_plugin is not None:
         total = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
         settings = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
-        even = total + total % 2  # as ZeRO-1 and ZeRO-2 ask
+        even = total + total % 2  # to be safe: ZeRO-1 and 2 assert it of another bucket
         settings.setdefault("reduce_bucket_size", min(BUCKET, even))
 
 
@@ -203,18 +202,16 @@ def device_map():
     The process's own device where it holds the whole model. None under FSDP and ZeRO-3, which shard
     the weights before they move them.
     """
-    state = AcceleratorState()
-    is_zero3 = state.deepspeed_plugin is not None and state.deepspeed_plugin.zero_stage == 3
-    if is_zero3 or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    if is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP") == "true":
         return None
-    return {"": state.device}
+    return {"": PartialState().device}
 
 
 def move_quant_states(model, device):
-    """Move what unpacks the 4-bit weights, scales and codes, to the device that computes.
+    """Move the scales and code books of 4-bit weights to the device that computes.
 
-    FSDP and ZeRO-3 shard and offload parameters. These tensors are none, so that every GPU holds
-    all of them: 1/16 byte per weight, 1/64 with nested quantization.
+    They are not parameters, so FSDP and ZeRO-3 do not shard or offload them: every GPU holds all of
+    them, 1/16 byte per weight, or 1/64 with nested quantization.
     """
     for layer in model.modules():
         if getattr(layer, "quant_state", None) is not None:
@@ -222,7 +219,7 @@ def move_quant_states(model, device):
 
 
 def shard_4bit_model(accelerator, model):
-    """Shard a 4-bit model that was loaded on the CPU as ZeRO-3 does, before `accelerator.prepare`.
+    """Shard a 4-bit model on the CPU with ZeRO-3's `zero.Init`, before `accelerator.prepare`.
 
     Each parameter in turn is moved to the GPU, broadcast by the first process and sliced. Without
     this, DeepSpeed's engine moves the full model to every GPU before it shards it. Collective.
@@ -232,9 +229,11 @@ def shard_4bit_model(accelerator, model):
 
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     for weight in model.parameters():
-        if half is not None and weight.is_floating_point():  # packed weights have this dtype
+        # packed weights already have this dtype (check_quantization); a cast would destroy them
+        if half is not None and weight.is_floating_point():
             weight.data = weight.data.to(half)  # the engine casts no parameter that is sharded
-    accelerator.deepspeed_plugin.set_deepspeed_weakref()  # transformers knows of ZeRO-3 again
+    # undoes unset_hf_deepspeed_config: transformers must know that ZeRO-3 is on
+    accelerator.deepspeed_plugin.set_deepspeed_weakref()
     deepspeed.zero.Init(module=model, config_dict_or_path=deepspeed_config())
     for layer in model.modules():
         for name, buffer in layer.named_buffers(recurse=False):

@@ -16,8 +16,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 MB = 2**20
-# How large the float32 logits of a chunk may be. Every chunk reads the head's weight once; a chunk
-# of few rows makes a GPU wait for its memory.
+# How large the float32 logits of a chunk may be. Every chunk reads the head's weight once, so a
+# GPU wants large chunks (computed, not measured).
 GPU_CHUNK, CPU_CHUNK = 512 * MB, 64 * MB
 # how far the two may differ: the sum of a few dozen terms in the arithmetic of the run
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}

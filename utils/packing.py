@@ -58,9 +58,8 @@ def join(documents):
         input_ids, labels, position_ids, and what transformers calls the flash attention kwargs: cu_seq_lens_q and _k
         (int32, where each document begins, and the end), max_length_q and _k (int, tokens of the longest). The first
         token of a document has no label, for the position before it belongs to another.
-        document_lengths (list of int) and label_positions (int64 [labels], the positions whose next
-        token has a label) say the same once more: to read them from tensors on a GPU, the CPU would
-        have to wait for it.
+        document_lengths (list of int) and label_positions (int64 [labels], positions whose next
+        token has a label) repeat what the other tensors hold: the CPU need not read it from a GPU.
     """
     lengths = [len(document["input_ids"]) for document in documents]
     starts = functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
@@ -231,7 +230,7 @@ def one_document(query, key, value, window, softcap, dropout, scaling):
         )
         mask = back <= 0 if window is None else (back <= 0) & (back > -window)
     if (query.is_cuda or softcap is not None) and query.shape[1] != key.shape[1]:
-        # SDPA's memory-efficient kernel, the only one for float32 or a mask, knows no groups
+        # SDPA's memory-efficient kernel, the only one for float32 or a mask, takes no groups
         repeats = query.shape[1] // key.shape[1]
         key, value = (tensor.repeat_interleave(repeats, 1) for tensor in (key, value))
     if softcap is None:

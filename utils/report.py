@@ -187,7 +187,8 @@ def read_numbers(device, *values):
     """Return the numbers that lie in tensors on the device, as a list of floats.
 
     Every read of a tensor on a GPU makes the CPU wait until the GPU has done all its work. So read
-    all numbers of an update at once.
+    all numbers of an update at once. Collective under FSDP2, where a value is a DTensor: every
+    process must call it.
 
     Args:
         device: where the tensors lie; others are moved there.

@@ -1,7 +1,7 @@
 """Start scripts as users do: on one process, or on two that share a GPU.
 
 NCCL refuses two processes on one GPU. So they are started as two machines of one process each, and
-TEST_BACKEND makes gloo their backend; nothing else changes. Where there are two GPUs or more, one
+TEST_BACKEND makes gloo their backend; each machine has its own cache. With two GPUs or more, one
 launch starts both over NCCL. Where there is none, the two machines run on the CPU.
 """
 
@@ -69,7 +69,7 @@ class Run:
         return commands
 
     def environment(self, work, machine, machines):
-        """Return the variables of a machine, which has caches of its own."""
+        """Return a machine's environment variables; each machine has its own cache folder."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(DROPPED)}
         folder = work / "huggingface" / str(machine)
         kept |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder), "PYTHONUNBUFFERED": "1"}

@@ -52,7 +52,7 @@ def summarize(kernels, seconds):
 
 
 class Recorder:
-    """Called after every step of an optimizer; records from the step before `update` to its own."""
+    """Called after every step of an optimizer; records one update, up to its own step."""
 
     def __init__(self, result, update):
         self.result, self.update, self.steps = Path(result), int(update), 0

@@ -87,6 +87,7 @@ CORRECT = {
     "chat_zero3_bf16": 100,
     "two_zero2": 130,
     "two_zero3_qlora": 130,
+    "two_seq2seq_fsdp1": 130,
 }
 SPEED = {"build": 75, "eager": 60, "compile": 120, "liger": 60, "checkpointing": 120, "trl": 80}
 

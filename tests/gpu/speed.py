@@ -1,18 +1,19 @@
 """Tokens per second of chat_sft and of TRL on the shape of Llama 3.1 8B, on one GPU.
 
-tests/gpu/run.sh OUT speed runs the parts one after the other: `speed.py PART WORK OUT`, of which
-`build` comes first. It writes a model of random weights, bfloat16, that all others read.
+tests/gpu/run.sh OUT speed runs the parts one after the other: `speed.py PART WORK OUT`. The part
+`build` runs first. It writes a bfloat16 model of random weights, which the others load.
 
   eager, compile, liger   chat_sft: LoRA r = 8 on all linear layers, bf16, no dropout, documents
-                          packed into 4,096 tokens, 16,384 tokens an update; as it is, with
+                          packed into 4,096 tokens, 16,384 tokens an update; without Liger, with
                           --torch_compile, with --use_liger_kernel
   checkpointing           the fastest of these, with activations computed again
   trl                     TRL's SFTTrainer on the same documents, packed, with Liger's kernels
 
 The first WARMUP updates are not counted. Utilisation is 4 x the parameters without the embedding
 look-up x tokens per second, over the peak of the data sheet: frozen weights get no gradient of
-their own, and what activation checkpointing computes again is no work. Peak memory is that of
-torch's allocator. One update after the measured ones is profiled: its seconds by cause are the gap.
+their own, and recomputation by activation checkpointing is not counted. Peak memory is that of
+torch's allocator. After the measured updates one more is profiled. The table shows where its time
+went.
 speed.json and speed.txt in OUT hold what has been measured so far.
 """
 
@@ -84,7 +85,7 @@ def build(work):
 
 
 def command(part, work, flags, micro_batch):
-    """Return the launch of chat_sft, of which profiled.py records the update after the measured."""
+    """Return the command of chat_sft under profiled.py, which records one more update."""
     updates = WARMUP + MEASURED
     settings = dict(model_name_or_path=work / "model")
     settings |= dict(dataset_name=work / "train.jsonl", splits="train")
@@ -197,7 +198,7 @@ def table(results, parameters):
             shares["matmul"] -= useful  # what is left is the gap to the peak
             cells = " ".join(f"{shares[cause]:11.1%}" for cause in CAUSES)
             lines.append(f"{part:14} {1000 * profile['seconds']:6.0f} {useful:7.1%} {cells}")
-    lines.append("useful: the counted arithmetic at the peak; matmul: the products' time beyond it")
+    lines.append("useful: time of the counted FLOPs at peak; matmul: the rest of matrix products")
     for part, entry in results.items():
         for name, seconds in (entry["profile"] or {"longest": []})["longest"][:12]:
             lines.append(f"  {part:14} {1000 * seconds:8.1f} ms  {name[:90]}")

@@ -29,7 +29,7 @@ LARGE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 14,
 LARGE |= {"num_attention_heads": 12, "num_key_value_heads": 12}  # 100 million weights
 
 
-# what two processes share -> script, config, the script of one process that it is compared with
+# name -> the script that two processes run, its config, the one-process script to compare with
 LESSONS = {
     "ddp": ("causal_lm_lora", "ddp", "causal_lm_lora"),
     "zero1": ("causal_lm_lora", "zero1", "causal_lm_lora"),
@@ -54,7 +54,7 @@ LORA, QLORA = ("--use_peft_lora",), ("--use_peft_lora", "--use_4bit_quantization
 CHAT_WHOLE = ("--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 2)
 CHAT_HALF = ("--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2)
 
-# one process that shall train -> script, config, precision, flags
+# name -> script, config, precision and flags of a run on one process
 CHAT_8 = ("--max_steps", 8, *CHAT)
 BFLOAT16 = ("--dtype", "bfloat16")
 ALONE = {
@@ -100,7 +100,7 @@ def alone(name, work):
 
 
 def small(work, model="llama"):
-    """Flags of a small model that was taught a little, and of small data."""
+    """Return the flags of a small, briefly trained model and of small data."""
     inputs = work / "inputs"
     return ("--model_name_or_path", inputs / model, "--dataset_name", inputs / "data")
 
@@ -108,7 +108,7 @@ def small(work, model="llama"):
 def lesson(work, script, precision):
     """Return the flags of a lesson that is compared: enough to see warmup, decay, clipping."""
     flags = ("--max_steps", 8, "--learning_rate", 1e-2, "--warmup_ratio", 0.25)
-    if precision != "no":  # every update adds to what rounding makes of the first
+    if precision != "no":  # rounding errors grow with every update
         flags = ("--max_steps", 4, "--learning_rate", 1e-3)
     flags += ("--weight_decay", 0.1, "--max_grad_norm", CLIP)
     model = "t5" if script.startswith("seq2seq") else "llama"

@@ -15,8 +15,9 @@ ALL = ",".join(map(str, range(GPUS)))
 # 16 layers of 8.4 MB in 4 bits, and 6 MB of other weights
 SIZE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16, "head_dim": 64}
 SIZE |= {"num_attention_heads": 16, "num_key_value_heads": 16}
-# by arithmetic, with two GPUs: of the parameters a half under ZeRO-3, none under FSDP's offload;
-# 3 % for the scales, 6 % for a layer (twice and a half under FSDP1), and a few MB for LoRA
+# Largest share of the model on one of two GPUs while it loads; computed, then rounded up.
+# Parameters: half under ZeRO-3, none under FSDP with offload. On top come the scales (3 %), one
+# layer (6 %; 2.5 layers under FSDP1) and a few MB of LoRA.
 MOST = [
     ("causal_lm_qlora_fsdp1", "fsdp1_qlora", 0.4),
     ("causal_lm_qlora_fsdp2", "fsdp2_qlora", 0.4),

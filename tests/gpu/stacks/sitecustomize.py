@@ -1,4 +1,4 @@
-"""Loaded by every Python process of tests/gpu/run.py: SIGUSR2 makes it write the stacks of its threads."""
+"""Every Python process of tests/gpu/run.py loads this: at SIGUSR2 it writes its threads' stacks."""
 
 import faulthandler
 import signal
