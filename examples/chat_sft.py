@@ -37,6 +37,7 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.optimization import get_scheduler
+from transformers.utils import is_liger_kernel_available
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # holds utils/; one beside the script comes first
 from utils.checkpoint import CheckpointError, check_same_run, checkpoints, find_checkpoint, gather_trained
@@ -47,13 +48,12 @@ from utils.conversations import DataError, as_document, read_splits, shape_of
 from utils.generation import generating
 from utils.hub import HubPusher
 from utils.launch import adamw, device_map, move_quant_states, shard_4bit_model, size_buckets
-from utils.launch import start_accelerator
+from utils.launch import start_accelerator, uses_gpu
 from utils.loss import add_token_loss, check_token_loss
 from utils.memory import MemoryTracker, fits_whole, plot_memory
 from utils.packing import build_loader, join, pack, shuffled_places, split_evenly, stream_places
 from utils.report import begin_log, earlier_files, check_adapter, check_model, check_sharding, collect_metrics, end_run
 from utils.report import (
-    count_elements,
     fail,
     fail_together,
     full_shape,
@@ -80,6 +80,7 @@ TEMPLATES = {
         None,
     ),
 }
+ROWS_PER_WORKER = 1000  # of a process that tokenizes: fewer are faster without one
 # dense bf16 FLOP per second of a GPU, from the makers' data sheets
 PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
 
@@ -172,18 +173,22 @@ def resolve(config):
         if launched_precision() != precision:
             refuse(f"--{precision} contradicts {launched_precision()} in the deepspeed_config_file: change that file")
     half = {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32")
-    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false") != "true"
     if config.use_liger_kernel is None:
-        config.use_liger_kernel = on_gpu and find_spec("liger_kernel") is not None
-    elif config.use_liger_kernel and not (on_gpu and find_spec("liger_kernel")):
-        needs = "a GPU" if not on_gpu else "the package liger-kernel"
+        config.use_liger_kernel = uses_gpu() and is_liger_kernel_available()
+    elif config.use_liger_kernel and not (uses_gpu() and is_liger_kernel_available()):
+        needs = "the package liger-kernel" if uses_gpu() else "a GPU"
         refuse(f"--use_liger_kernel needs {needs}, which is not here: drop the flag")
+    if config.torch_compile and launched_strategy() in ("fsdp1", "zero3"):
+        refuse(
+            f"--torch_compile has no effect under {launched_strategy()}, whose hooks break the graphs: "
+            "launch with configs/fsdp2.yaml, or drop the flag"
+        )
     if config.dtype == "auto":
         config.dtype = half if config.use_peft_lora else "float32"
-    if config.use_flash_attn and torch.cuda.is_available() and find_spec("flash_attn") and half != "float32":
+    if config.use_flash_attn and uses_gpu() and find_spec("flash_attn") and half != "float32":
         config.attn_implementation = "flash_attention_2"
     elif config.use_flash_attn:
-        kernel = "torch's own for variable lengths" if torch.cuda.is_available() else "sdpa, document by document"
+        kernel = "torch's own for variable lengths" if uses_gpu() else "sdpa, document by document"
         say(f"--use_flash_attn needs a GPU, bf16 or fp16, and the package flash-attn: here attention is {kernel}.")
 
 
@@ -282,7 +287,7 @@ def build_documents(config, accelerator, rows, split, **encoding):
     known = ("max_length", "train_on", "add_special_tokens", "append_concat_token")
     encoding |= {"config": SimpleNamespace(**{name: getattr(config, name) for name in known}), "split": split}
     options = {"with_indices": True, "remove_columns": rows.column_names, "fn_kwargs": encoding}
-    workers = min(len(os.sched_getaffinity(0)), len(rows) // 1000)  # few rows are faster without
+    workers = min(len(os.sched_getaffinity(0)), len(rows) // ROWS_PER_WORKER)
     if workers > 1:
         options["num_proc"] = workers
     with accelerator.local_main_process_first():  # the others of the machine read its cache
@@ -407,6 +412,8 @@ def build_model(config, tokenizer, added):
                 layer.cast_input_dtype_enabled = False
     if config.use_liger_kernel:  # not its loss: add_token_loss has one
         apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+        if not any("forward" in vars(module) for module in model.modules()):
+            say(f"Liger has no kernels for {config.model_name_or_path}: it is unused.")
     add_token_loss(model)
     return model
 
@@ -419,9 +426,11 @@ def prepare(config, accelerator, model):
     options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     size_buckets(accelerator, list(trained.values()))
     if config.torch_compile:  # layer by layer: all layers share one compilation, and names stay
-        for module in model.modules():
-            if type(module).__name__ in (model._no_split_modules or ()):
-                module.compile(dynamic=True)  # rows differ in length
+        layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
+        if not layers:
+            fail_together(accelerator, "--torch_compile finds no decoder layers here: drop it")
+        for layer in layers:
+            layer.compile(dynamic=True)  # rows differ in length
     if kind == "zero3" and config.use_4bit_quantization:
         shard_4bit_model(accelerator, model)  # else the engine moves all of it to every GPU
     if kind == "fsdp1":  # makes the parameters that an optimizer can step
@@ -446,20 +455,27 @@ def uncompiled(config):
     return torch.compiler.set_stance("force_eager") if config.torch_compile else nullcontext()
 
 
-def flop_per_token(model, model_config, tokens, is_lora):
+def flop_per_token(model):
     """Return the floating-point operations per input token, and those of the head per label token.
 
     Of a weight: 2 in the forward, 2 for the gradient of its input, 2 for its own gradient, unless
-    it is frozen. The embedding is looked up. Not counted: attention scores, LoRA's own gradients, and
-    what activation checkpointing computes again.
-
-    Args:
-        tokens: how many the tokenizer has.
+    it is frozen. The embedding is looked up. Not counted: attention scores, and what activation
+    checkpointing computes again. `model` is not prepared yet.
     """
-    per_weight = 4 if is_lora else 6
-    head = max(model_config.vocab_size, tokens) * model_config.hidden_size
-    body = count_elements(model) - head * (1 if model_config.tie_word_embeddings else 2)
-    return per_weight * body, per_weight * head
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    unused = [weight for wrapper in wrappers for weight in wrapper.original_module.parameters()]
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    ends = [getattr(end, "modules_to_save", {"default": end})["default"].weight for end in ends]
+    seen, body = set(map(id, (*unused, *ends))), 0
+    for module in model.modules():
+        for weight in module.parameters(recurse=False):
+            if id(weight) not in seen:
+                seen.add(id(weight))
+                quantized = getattr(module, "quant_state", None)  # packed, but for the bias
+                is_packed = quantized is not None and weight is module.weight
+                shape = quantized.shape if is_packed else full_shape(weight)
+                body += (6 if weight.requires_grad else 4) * math.prod(shape)
+    return body, (6 if ends[1].requires_grad else 4) * math.prod(full_shape(ends[1]))
 
 
 # 4. Evaluation ------------------------------------------------------------------------------------
@@ -588,7 +604,9 @@ def main():
     set_seed(config.seed)
     tracker = MemoryTracker()
     with tracker.phase("load"):
-        model, optimizer, shapes = prepare(config, accelerator, build_model(config, tokenizer, added))
+        model = build_model(config, tokenizer, added)
+        body, head = flop_per_token(model)
+        model, optimizer, shapes = prepare(config, accelerator, model)
         check_sharding(accelerator, model)
         is_whole = launched_strategy() not in ("zero3", "fsdp1", "fsdp2")
         gathers = is_whole or (not config.layerwise_generation and fits_whole(accelerator, model))
@@ -611,7 +629,6 @@ def main():
             reason = check_token_loss(accelerator, model, join(pair), alone)
         if reason:
             fail_together(accelerator, reason)
-    body, head = flop_per_token(model, model_config, len(tokenizer), config.use_peft_lora)
     name = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu"
     peak = next((peak for known, peak in PEAKS.items() if known in name), 0) * accelerator.num_processes
     hub = None
@@ -677,7 +694,7 @@ def main():
                         grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
                     optimizer.step()
                     optimizer.zero_grad()
-            asked = torch.tensor(float(len(signals)), device=accelerator.device)
+            asked = torch.full((), float(len(signals)), device=accelerator.device)
             sums = accelerator.reduce(torch.stack([step_loss, asked]))
             # one read for all of them: each read makes the CPU wait for the GPU
             numbers = read_numbers(accelerator.device, sums, grad_norm, counts)
@@ -695,8 +712,6 @@ def main():
             state["seconds"] += seconds
             clock.append(seconds)
             bar.update()
-            if stopped := asked > 0 and step < max_steps:
-                break
             when = (step, max_steps, per_epoch)
             if is_due(config.logging_strategy, config.logging_steps, *when):
                 part = updates[logged:]
@@ -723,6 +738,8 @@ def main():
                 elif accelerator.is_main_process:
                     remove_checkpoints([folder])
                 saved = folder if due else saved
+            if stopped := asked > 0 and step < max_steps:  # after all that is due
+                break
         bar.close()
     if stopped:
         saved = saved if saved and saved.name == f"checkpoint-{step}" else save_now()

@@ -217,7 +217,7 @@ def run(place, monkeypatch):
             num_processes=processes,
             process_index=0,
             mixed_precision="no",
-            main_process_first=contextlib.nullcontext,
+            local_main_process_first=contextlib.nullcontext,
             deepspeed_plugin=SimpleNamespace(deepspeed_config={"zero_optimization": {}}),
         )
         monkeypatch.setattr(module, "start_accelerator", lambda **kwargs: accelerator)

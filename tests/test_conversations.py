@@ -1,6 +1,7 @@
 """Rows of every usual shape and source, and what of them is trained on: exactly what the assistant says."""
 
 import json
+import os
 import random
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -573,6 +574,31 @@ def test_of_worded_problems_exactly_the_answers_are_trained_on(saved, tmp_path, 
         target = [label for label in document["labels"] if label != -100]
         assert target[-1] == tokenizer.eos_token_id and target.count(tokenizer.eos_token_id) == 1
         assert problem["question"] in tokenizer.decode(document["input_ids"])
+
+
+@pytest.mark.parametrize("bad", [None, 17])
+def test_several_processes_encode_as_one_does(saved, tmp_path, monkeypatch, bad):
+    """The same documents and checksum, from the same cache; a bad row is refused by its number."""
+    rows = worded_problems(40)
+    if bad:
+        rows[bad - 1]["answer"] = None
+    rows, _ = read_splits(str(write_jsonl(tmp_path / "problems.jsonl", rows)))
+    config = settings(model_name_or_path=str(saved / "shipped"), output_dir=str(tmp_path))
+    tokenizer, _ = chat_sft.build_tokenizer(config, True)
+    accelerator = SimpleNamespace(local_main_process_first=nullcontext)
+    encoding = {"tokenizer": tokenizer, "shape": shape_of(rows)}
+    found = []
+    for cores in (2, 1):
+        monkeypatch.setattr(chat_sft, "ROWS_PER_WORKER", 10)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process, cores=cores: range(cores))
+        if bad:
+            with pytest.raises(DataError, match=f"row {bad} of train"):
+                chat_sft.build_documents(config, accelerator, rows, "train", **encoding)
+        else:
+            whose = (config, accelerator, rows, "train")
+            documents, facts = chat_sft.build_documents(*whose, **encoding)
+            found.append((documents["input_ids"], documents["labels"], facts))
+    assert bad or found[0] == found[1]
 
 
 # Long documents -----------------------------------------------------------------------------------

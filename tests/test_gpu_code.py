@@ -13,6 +13,8 @@ import torch
 from accelerate.commands import launch as launch_command
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from conftest import ROOT
+from peft import LoraConfig, get_peft_model
+from torch._dynamo.utils import counters
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -179,7 +181,7 @@ def test_an_update_reads_from_the_device_once(script):
         node for node in ast.walk(functions["main"])
         if isinstance(node, kinds) and any(is_backward(inner) for inner in ast.walk(node))
     )  # fmt: skip
-    parts = [part for part in loop.body if not is_occasional(part)]
+    parts = [part.test if is_occasional(part) else part for part in loop.body]
     reads = [ast.unparse(read) for part in parts for read in read_calls(part)]
     on_cpu = ("int(targets)", "int(inputs)", "float(len(signals))")
     reads = [read for read in reads if read not in on_cpu]
@@ -297,6 +299,36 @@ def test_sdpa_gets_as_many_keys_as_queries(fake_gpu, varlen, monkeypatch, window
     assert seen == [(4, 4, 4, False)] * 3
 
 
+def test_compiled_layers_are_compiled_once():
+    """Document by document, too, whatever the number of documents."""
+    model, graphs = make_causal("llama"), []
+    torch._dynamo.reset()
+    counters.clear()
+    for layer in model.model.layers:
+        layer.compile(dynamic=True, backend="eager")
+    for count in (3, 2, 7, 12):
+        batch = packing.join(make_documents([5 + count + number for number in range(count)]))
+        model(**batch)["loss"].backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert 0 < graphs[1] == graphs[-1], graphs
+
+
+@pytest.mark.parametrize("strategy", ["fsdp1", "zero3"])
+def test_compiling_is_refused_where_hooks_break_the_graphs(monkeypatch, capsys, strategy):
+    monkeypatch.setattr(chat_sft, "launched_strategy", lambda: strategy)
+    with pytest.raises(SystemExit):
+        chat_sft.resolve(chat_sft.Config(torch_compile=True))
+    error = capsys.readouterr().err
+    assert error.startswith("error: --torch_compile") and "configs/fsdp2.yaml" in error
+
+
+def test_liger_is_refused_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(chat_sft, "uses_gpu", lambda: False)
+    with pytest.raises(SystemExit):
+        chat_sft.resolve(chat_sft.Config(use_liger_kernel=True))
+    assert "error: --use_liger_kernel needs a GPU" in capsys.readouterr().err
+
+
 # Loss ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("is_cuda", "megabytes"), [(False, 64), (True, 512)])
 def test_the_chunk_of_the_loss_is_chosen_by_device(varlen, monkeypatch, is_cuda, megabytes):
@@ -341,6 +373,13 @@ def test_every_script_fuses_its_optimizer_on_a_gpu():
         assert is_fused or "adamw(config.optim)" in text, file
 
 
+def test_a_setting_that_is_new_does_not_stop_a_resume_while_it_is_off():
+    then, now = {"seed": 1}, {"seed": 1, "tf32": False}
+    checkpoint.check_same_run("folder", then, now)
+    with pytest.raises(checkpoint.CheckpointError, match="tf32"):
+        checkpoint.check_same_run("folder", then, now | {"tf32": True})
+
+
 # Precision ----------------------------------------------------------------------------------------
 def test_scripts_ask_for_the_launched_precision():
     """A flag is one way to set it, `accelerate launch --mixed_precision` another."""
@@ -371,22 +410,24 @@ def test_a_slow_precision_is_named(device, precision, tf32, words):
 
 # Utilisation --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("is_lora", [True, False])
-def test_flop_are_those_of_the_matrices(tied, is_lora):
-    """Counted by torch in a forward and a backward; apart from attention scores and LoRA's own."""
+@pytest.mark.parametrize("kind", ["full", "frozen", "new tokens"])
+def test_flop_are_those_of_the_matrices(tied, kind):
+    """Counted by torch in a forward and a backward; apart from attention scores."""
     size = SIZE | {"vocab_size": 3000, "hidden_size": 256, "intermediate_size": 700, "head_dim": 64}
     config = AutoConfig.for_model("llama", **size, tie_word_embeddings=tied)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=packing.NAME)
-    if is_lora:
-        model.requires_grad_(False)
+    if kind != "full":
         model.enable_input_require_grads()
+        ends = ["embed_tokens", "lm_head"] if kind == "new tokens" else None
+        lora = LoraConfig(r=1, target_modules=["q_proj"], modules_to_save=ends)
+        model = get_peft_model(model, lora)
     loss.add_token_loss(model)
     documents = make_documents((40, 50))
     documents[0]["labels"] = [-100] * 30 + documents[0]["labels"][30:]
     batch = packing.join(documents)
     with FlopCounterMode(display=False) as counter:
         model(**batch)["loss"].backward()
-    body, head = chat_sft.flop_per_token(model, config, 3000, is_lora)
+    body, head = chat_sft.flop_per_token(model)
     counted = body * batch["labels"].numel() + head * len(batch["label_positions"])
     # the first layer's input gradient is none of a full model's; attention computes scores
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.06)
@@ -441,7 +482,7 @@ def test_the_gpu_is_set_before_the_group_and_the_group_before_the_accelerator(mo
     if kind == "zero":
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     if kind == "gloo for a test":
-        os.environ["TEST_BACKEND"] = "gloo"
+        os.environ["TESTS_GPU_BACKEND"] = "gloo"
     with pytest.raises(Stop):
         launch.start_accelerator()
     (first, device), (second, options) = calls
@@ -463,6 +504,15 @@ def test_a_users_setting_of_the_allocator_stays(monkeypatch):
             launch.start_accelerator()
         settings = {key: value for key, value in os.environ.items() if "ALLOC_CONF" in key}
         assert set(settings.values()) == {"max_split_size_mb:64"}
+
+
+@pytest.mark.parametrize(("told", "expected"), [(None, True), ("False", True), ("True", False)])
+def test_use_cpu_of_the_launch_config_is_heard(monkeypatch, told, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    if told:  # as accelerate writes it
+        monkeypatch.setenv("ACCELERATE_USE_CPU", told)
+    assert launch.uses_gpu() == expected
 
 
 @pytest.mark.parametrize(

@@ -298,7 +298,8 @@ def check_same_run(folder, then, now):
         then, now: what identifies the two runs, name -> value as JSON holds it.
     """
     now = json.loads(json.dumps(now))
-    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    # a setting that did not exist then was off
+    names = [name for name in {**then, **now} if then.get(name, False) != now.get(name, False)]
     if names:
         told = ", ".join(f"{name} {then.get(name)} (now {now.get(name)})" for name in names)
         raise CheckpointError(f"{folder} was made with {told}: give the same to go on exactly, or start a new run")

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
 from datasets import disable_progress_bars
 from torch.distributed import distributed_c10d
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -29,7 +29,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent dies
 # How long a collective waits for the other processes. NCCL's default is 10 minutes and gloo's 30,
 # but one process may tokenize, save or hash for longer than that.
-TIMEOUT = timedelta(hours=24)
+TIMEOUT = timedelta(hours=6)
 BUCKET = 500_000_000  # DeepSpeed's default for reduce_bucket_size, in elements
 
 
@@ -54,7 +54,7 @@ def start_accelerator(tf32=False, deterministic=False, **kwargs):
     # peft's, where both of two tied layers are trained whole: they part, and the file holds both
     warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True` and a tied layer is part of", UserWarning)
     if deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
     # against fragmentation when packed rows differ in length; read when CUDA starts
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the name until torch 2.9
@@ -76,7 +76,7 @@ def start_accelerator(tf32=False, deterministic=False, **kwargs):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said here, DeepSpeed need not warn that it found none
         if "bitsandbytes" in sys.modules:  # some CPUs would repack 4-bit weights to answer, in place and coarser
             sys.modules["bitsandbytes.nn.modules"].has_avx512bf16 = lambda: False
-    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false") != "true"
+    on_gpu = uses_gpu()
     if on_gpu:
         use_all_cores()
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
@@ -123,6 +123,11 @@ def start_accelerator(tf32=False, deterministic=False, **kwargs):
     return accelerator
 
 
+def uses_gpu():
+    """Return whether this process runs on a GPU: there is one, and no `use_cpu` in the config."""
+    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
 def precision_hint(device, mixed_precision, tf32):
     """Return a line that names a faster precision, or "" where there is nothing to say."""
     if tf32 and device != "cuda":
@@ -139,13 +144,13 @@ def join_group_on_gpu(use_deepspeed):
     """Set the process's GPU, then make the process group; accelerate finds both.
 
     Without this order FSDP's plugin asks for the current device too early, and every process starts
-    CUDA on GPU 0. The environment variable TEST_BACKEND is for tests: with gloo, two processes that
-    are launched as two machines can share one GPU, which NCCL refuses.
+    CUDA on GPU 0. The environment variable TESTS_GPU_BACKEND is for tests: with gloo, two processes
+    that are launched as two machines can share one GPU, which NCCL refuses.
     """
     rank = int(os.environ["LOCAL_RANK"])
     torch.cuda.set_device(rank)
     options = {"timeout": TIMEOUT}
-    if backend := os.environ.get("TEST_BACKEND"):
+    if backend := os.environ.get("TESTS_GPU_BACKEND"):
         options["backend"] = backend
     elif not use_deepspeed:  # DeepSpeed sets device_id itself; with it NCCL connects at once
         options["device_id"] = torch.device("cuda", rank)
@@ -155,8 +160,9 @@ def join_group_on_gpu(use_deepspeed):
 def use_all_cores():
     """Share the machine's cores among its processes.
 
-    `accelerate launch` gives every process one thread (OMP_NUM_THREADS=1), unless the user set a
-    number. With a GPU the CPU's threads pack 4-bit weights and do the optimizer's steps in offload.
+    `accelerate launch` gives every process one thread (OMP_NUM_THREADS=1), unless the user set
+    another number. With a GPU the CPU's threads pack 4-bit weights and do the optimizer's steps in
+    offload.
     """
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
         threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

@@ -47,6 +47,16 @@ def best_fit(lengths, capacity):
     return bins
 
 
+class Lengths:
+    """How many tokens each document of a row has; torch.compile does not look into it.
+
+    A list would make it compile the layers anew for every number of documents.
+    """
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+
 def join(documents):
     """Return the batch of one row that holds the documents one after the other, as tensors [1, tokens].
 
@@ -58,7 +68,7 @@ def join(documents):
         input_ids, labels, position_ids, and what transformers calls the flash attention kwargs: cu_seq_lens_q and _k
         (int32, where each document begins, and the end), max_length_q and _k (int, tokens of the longest). The first
         token of a document has no label, for the position before it belongs to another.
-        document_lengths (list of int) and label_positions (int64 [labels], positions whose next
+        document_lengths (`Lengths`) and label_positions (int64 [labels], positions whose next
         token has a label) repeat what the other tensors hold: the CPU need not read it from a GPU.
     """
     lengths = [len(document["input_ids"]) for document in documents]
@@ -70,7 +80,7 @@ def join(documents):
         "labels": torch.tensor([labels]),
         "label_positions": torch.tensor(positions, dtype=torch.int64),
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-        "document_lengths": lengths,
+        "document_lengths": Lengths(lengths),
         "cu_seq_lens_q": starts,
         "cu_seq_lens_k": starts,
         "max_length_q": max(lengths),
@@ -208,15 +218,15 @@ def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
             options |= grouped
         longest = kwargs["max_length_q"]
         return varlen_attn(*rows, starts, starts, longest, longest, **options)[None], None
-    sizes = kwargs.get("document_lengths") or starts.diff().tolist()
-    rows = document_by_document(query, key, value, sizes, window, softcap, dropout, scaling)
+    lengths = kwargs.get("document_lengths") or Lengths(starts.diff().tolist())
+    rows = document_by_document(query, key, value, lengths, window, softcap, dropout, scaling)
     return rows.transpose(1, 2), None
 
 
 @torch.compiler.disable  # it would be compiled anew for every number of documents
-def document_by_document(query, key, value, sizes, *options):
-    """Return the causal attention of documents of these sizes, [1, heads, tokens, size]."""
-    parts = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)))
+def document_by_document(query, key, value, lengths, *options):
+    """Return the causal attention of documents of these lengths, [1, heads, tokens, size]."""
+    parts = zip(*(tensor.split(lengths.tokens, dim=2) for tensor in (query, key, value)))
     return torch.cat([one_document(*part, *options) for part in parts], dim=2)
 
 

@@ -1,7 +1,7 @@
 """Start scripts as users do: on one process, or on two that share a GPU.
 
 NCCL refuses two processes on one GPU. So they are started as two machines of one process each, and
-TEST_BACKEND makes gloo their backend; each machine has its own cache. With two GPUs or more, one
+TESTS_GPU_BACKEND makes gloo their backend; each machine has its own cache. With two GPUs, one
 launch starts both over NCCL. Where there is none, the two machines run on the CPU.
 """
 
@@ -75,7 +75,7 @@ class Run:
         kept |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder), "PYTHONUNBUFFERED": "1"}
         if machines == 2:
             kept = {"GLOO_SOCKET_IFNAME": "lo"} | kept
-            kept |= {"TEST_BACKEND": "gloo"}
+            kept |= {"TESTS_GPU_BACKEND": "gloo"}
         return kept
 
 
