@@ -141,7 +141,7 @@ def test_signal_to_the_launcher_stops_all_processes(environment, tmp_path):
     assert f"after update {newest} of 1000: --resume_from_checkpoint True goes on" in text, text
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(environment, kills):
     command = [sys.executable, "benchmarks/kill.py", "--kills", str(kills), "--seed", str(os.getpid())]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

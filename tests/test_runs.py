@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT, read_metrics
 from models import make_data, make_model
 from single import run_single
+from test_failures import ABORTS
 from test_models import load
 
 MAIN = "seq2seq_lora_zero3_offload"
@@ -102,6 +103,7 @@ def test_main_job_is_readable(main_job):
 
 def test_main_job_runs_the_real_engine(main_job):
     metrics = main_job[2]
+    assert [word for word in ABORTS if word in main_job[0]] == []
     engine = metrics["engine"]
     assert (metrics["strategy"], metrics["offload"], metrics["num_processes"]) == ("zero3", "cpu", 2)
     assert (engine["optimizer"], engine["adamw_mode"]) == ("DeepSpeedCPUAdam", True)
