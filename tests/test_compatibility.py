@@ -174,6 +174,7 @@ def test_committed_results_are_whole_and_rendered():
         assert word not in compatibility.RESULTS.read_text()
 
 
+@pytest.mark.slow
 def test_a_sample_gives_the_committed_answers(environment, tmp_path):
     command = [sys.executable, "-m", "utils.compatibility", "--folder", tmp_path, "--only", *SAMPLE]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
