@@ -1,7 +1,7 @@
 """Tokens per second and peak memory of supervised fine-tuning with LoRA: chat_sft.py, TRL, Trainer, a padded loop.
 
 Run:  python benchmarks/sft.py [--repeats 3] [--legs chat_sft trl trainer padded] [--gpu]
-The leg trl alone needs TRL: pip install trl.
+Only the leg trl needs TRL: pip install trl.
 
 The same model, data, batches, tokens and updates in turn, each leg a process of its own:
   chat_sft  examples/chat_sft.py through `accelerate launch`
@@ -17,8 +17,8 @@ agree in all legs, and the counts of tokens be equal. Cores is the CPU time of a
 the number of threads, other work ran beside it, and its seconds tell nothing. Prints minimum and median of each leg
 and of chat_sft's ratio to it within a round. On a GPU the first 2 updates are not counted, and
 activations are not computed again unless --gradient_checkpointing says so. Utilisation is 4 x the
-parameters without the embedding look-up x tokens per second, over the
-peak of an H100; the head is counted for every token.
+parameters without the embedding look-up x tokens per second, over the peak of an H100; the head is
+counted for every token.
 Goals on a CPU: 3.5 times the tokens per second of TRL and 4 times those of the padded loop, 0.6 and 0.3 times their
 memory.
 """
@@ -144,7 +144,7 @@ def run_trainer(folder, setting, trainer_class, config_class, overrides, counted
     """Train with a Trainer; return the losses, the seconds of the counted updates, and the Trainer.
 
     Args:
-        counted: the number of updates before those that are counted, and the last of them.
+        counted: the updates to skip first, and the number of the last counted update.
     """
     from transformers import TrainerCallback
 

@@ -80,7 +80,7 @@ TEMPLATES = {
         None,
     ),
 }
-ROWS_PER_WORKER = 1000  # of a process that tokenizes: fewer are faster without one
+ROWS_PER_WORKER = 1000  # how many rows each tokenizing process gets at least
 # dense bf16 FLOP per second of a GPU, from the makers' data sheets
 PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
 
@@ -125,7 +125,7 @@ class Config:  # what is trained; where it runs stands in the launch config, of 
     tf32: bool = HfArg(default=False, help="multiply float32 in TF32 on GPUs, less exactly")
     torch_compile: bool = HfArg(default=False, help="compile each decoder layer with torch.compile")
     use_liger_kernel: bool | None = HfArg(
-        default=None, help="Liger's RMSNorm, RoPE and SwiGLU; unset: on GPUs, where it is installed"
+        default=None, help="use Liger's RMSNorm, RoPE and SwiGLU; unset: if installed, on GPUs"
     )
     deterministic: bool = HfArg(default=False, help="bit-identical runs on GPUs, slower")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, more time")

@@ -530,7 +530,7 @@ def test_with_a_gpu_the_processes_share_the_cores(monkeypatch, given, processes,
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8))
     environ = {"LOCAL_WORLD_SIZE": str(processes)} | ({"OMP_NUM_THREADS": given} if given else {})
     monkeypatch.setattr(os, "environ", environ)
-    launch.use_all_cores()
+    assert launch.use_all_cores() == (0 if given == "3" else threads)
     assert os.environ["OMP_NUM_THREADS"] == str(threads)
     assert found == ([] if given == "3" else [threads])
 

@@ -77,8 +77,8 @@ def start_accelerator(tf32=False, deterministic=False, **kwargs):
         if "bitsandbytes" in sys.modules:  # some CPUs would repack 4-bit weights to answer, in place and coarser
             sys.modules["bitsandbytes.nn.modules"].has_avx512bf16 = lambda: False
     on_gpu = uses_gpu()
+    threads = use_all_cores() if on_gpu else 0
     if on_gpu:
-        use_all_cores()
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     if on_gpu and "LOCAL_RANK" in os.environ:
         join_group_on_gpu(use_deepspeed)
@@ -118,6 +118,8 @@ def start_accelerator(tf32=False, deterministic=False, **kwargs):
     if turned_off:
         accelerator.print(f"Turned off, for FSDP knows them only on GPUs: {', '.join(turned_off)}.")
     accelerator.print(describe(accelerator))
+    if threads:
+        accelerator.print(f"CPU threads per process: {threads} (OMP_NUM_THREADS was 1 or unset).")
     if hint := precision_hint(accelerator.device.type, accelerator.mixed_precision, tf32):
         accelerator.print(hint)
     return accelerator
@@ -162,12 +164,14 @@ def use_all_cores():
 
     `accelerate launch` gives every process one thread (OMP_NUM_THREADS=1), unless the user set
     another number. With a GPU the CPU's threads pack 4-bit weights and do the optimizer's steps in
-    offload.
+    offload. Returns the number of threads, or 0 where the user's stays.
     """
-    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # for CPU Adam, which brings its own OpenMP
-        torch.set_num_threads(threads)
+    if os.environ.get("OMP_NUM_THREADS", "1") != "1":
+        return 0
+    threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for CPU Adam, which brings its own OpenMP
+    torch.set_num_threads(threads)
+    return threads
 
 
 def size_buckets(accelerator, trained):
