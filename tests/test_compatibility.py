@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT
 
 from utils import compatibility
-from utils.compatibility import judge, plain, read_cells, render, run_step, select, status
-from utils.compatibility_rows import CELLS, COLUMNS, ROWS, SETTINGS
+from tools.compatibility import judge, plain, read_cells, render, run_step, select, status
+from tools.compatibility.rows import CELLS, COLUMNS, ROWS, SETTINGS
 
 SAMPLE = """lora/single lora/zero1 rslora/zero2 dora/fsdp2 pissa/zero3 modules_to_save/fsdp1 new_tokens/zero3 ia3/fsdp1
 prompt_tuning/ddp p_tuning/fsdp2 loha/zero3 base_4bit/zero3 base_4bit/fsdp2 adamw_paged/fsdp2""".split()
@@ -176,7 +176,7 @@ def test_committed_results_are_whole_and_rendered():
 
 @pytest.mark.slow
 def test_a_sample_gives_the_committed_answers(environment, tmp_path):
-    command = [sys.executable, "-m", "utils.compatibility", "--folder", tmp_path, "--only", *SAMPLE]
+    command = [sys.executable, "-m", "tools.compatibility", "--folder", tmp_path, "--only", *SAMPLE]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     committed = json.loads(compatibility.RESULTS.read_text())["cells"]

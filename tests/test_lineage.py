@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from utils import lineage
-from utils.lineage import BANNERS, EXAMPLES, FROZEN, MAX_CHANGED_LINES, SECTIONS, THAWED, banner
+from tools import lineage
+from tools.lineage import BANNERS, EXAMPLES, FROZEN, MAX_CHANGED_LINES, SECTIONS, THAWED, banner
 
 # Script -> its base and the sections it changes: trunk, child, grandchild (which a glob finds before the child), then
 # a second root with a child.
@@ -335,7 +335,7 @@ def command_line(folder, *arguments):
     package.mkdir(exist_ok=True)
     (package / "__init__.py").touch()
     shutil.copy(lineage.__file__, package)
-    command = [sys.executable, "-m", "utils.lineage", *arguments]
+    command = [sys.executable, "-m", "tools.lineage", *arguments]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     return subprocess.run(command, cwd=folder.parent, env=environment, capture_output=True, text=True)
 

@@ -15,7 +15,7 @@ from conftest import ROOT
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from utils import merge_adapter
+from tools import merge_adapter
 
 SMALL = {
     "hidden_size": 32,
@@ -529,7 +529,7 @@ def in_process(folder, prelude, *arguments):
 import re, runpy, signal, sys
 {prelude}
 sys.argv[1:] = {[str(folder / "adapter"), "--output_dir", str(folder / "out"), *arguments]}
-runpy.run_module("utils.merge_adapter", run_name="__main__", alter_sys=True)
+runpy.run_module("tools.merge_adapter", run_name="__main__", alter_sys=True)
 print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024)
 """
     streams = {"capture_output": True, "text": True}

@@ -13,7 +13,7 @@ from processes import plant
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from utils import merge_adapter
+from tools import merge_adapter
 
 SHARDED = {
     "zero3": "causal_lm_lora_zero3_offload",

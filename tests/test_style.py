@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from test_models import load
 
-from utils import lineage
+from tools import lineage
 
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 ROOTS = {"chat_sft"}  # production scripts, roots of their own: other functions, flags and sizes than the lessons'

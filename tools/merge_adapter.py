@@ -1,6 +1,6 @@
 """Merge a LoRA adapter into its base, weight by weight, on one CPU, and check the logits of what was written.
 
-    python -m utils.merge_adapter outputs/lora --output_dir outputs/merged
+    python -m tools.merge_adapter outputs/lora --output_dir outputs/merged
 
 Also rsLoRA, DoRA, rank_pattern, target_parameters (fused experts), modules_to_save, trainable_token_indices, resized
 vocabularies, trained biases. A 4-bit base is dequantized; `--base_model_name_or_path` names the original instead.
@@ -629,7 +629,7 @@ def merge(arguments):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m utils.merge_adapter", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.merge_adapter", description=__doc__.splitlines()[0])
     parser.add_argument("adapter", help="folder of the adapter, or its id on the Hub")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to make; it must not exist")
     parser.add_argument("--base_model_name_or_path", help="base to merge into (default: the one the adapter names)")

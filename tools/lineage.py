@@ -1,10 +1,10 @@
 """The diff is the lesson: every example equals its base but for the sections that it declares.
 
-    python -m utils.lineage check          name every divergence, every broken banner, every stale diff page
-    python -m utils.lineage fix            copy undeclared sections from base to variant, oldest first
-    python -m utils.lineage show SCRIPT    print what a script changes in its base
-    python -m utils.lineage write          render examples/diffs/, one page per variant
-    python -m utils.lineage tree           print who descends from whom
+    python -m tools.lineage check          name every divergence, every broken banner, every stale diff page
+    python -m tools.lineage fix            copy undeclared sections from base to variant, oldest first
+    python -m tools.lineage show SCRIPT    print what a script changes in its base
+    python -m tools.lineage write          render examples/diffs/, one page per variant
+    python -m tools.lineage tree           print who descends from whom
 
 `fix` overwrites what was edited in an undeclared section of a variant: declare it first, or lose it.
 """
@@ -194,7 +194,7 @@ def page(script: Script, base: Script) -> str:
     header = [
         f"# {script.name}, from {base.name}: {script.summary}",
         f"# Changes: {', '.join(script.changes) or 'none'}",
-        "# Rendered by `python -m utils.lineage write`.",
+        "# Rendered by `python -m tools.lineage write`.",
         f"diff --git a/examples/{base.name} b/examples/{script.name}",
         f"copy from examples/{base.name}",
         f"copy to examples/{script.name}",
@@ -316,7 +316,7 @@ def tree(folder: Path = EXAMPLES) -> str:
 
 def main() -> int:
     """The command line; 1 where something is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m utils.lineage", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.lineage", description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for function in (check, fix, show, write, tree):
         commands.add_parser(function.__name__, help=function.__doc__).set_defaults(function=function)

@@ -1,14 +1,14 @@
 """Measure what works with what: every method of PEFT, base and optimizer (a row) under every strategy (a column).
 
-    python -m utils.compatibility                      measure the cells that are not measured yet with these versions
-    python -m utils.compatibility --only lora/zero3    measure these anew; also patterns, as 'lora/*' or '*/fsdp?'
-    python -m utils.compatibility --write              and write docs/compatibility.md and docs/compatibility.json
+    python -m tools.compatibility                      measure the cells that are not measured yet with these versions
+    python -m tools.compatibility --only lora/zero3    measure these anew; also patterns, as 'lora/*' or '*/fsdp?'
+    python -m tools.compatibility --write              and write docs/compatibility.md and docs/compatibility.json
 
 A cell trains a small random Llama for a few updates in two real processes, saves, and opens what was saved in a
 process of its own. Cells are kept one by one in --folder, so that a run that was stopped goes on where it was; those
 of docs/compatibility.json count as measured where the versions are the same.
 
-The rows and columns are in compatibility_rows.py, and what a process does in compatibility_cell.py. This file imports
+The rows and columns are in rows.py, and what a process does in cell.py. This file imports
 nothing but Python's own library.
 """
 
@@ -27,9 +27,9 @@ from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 
-from utils.compatibility_rows import CELLS, COLUMNS, ROWS, SETTINGS, SHARDED, Row
+from tools.compatibility.rows import CELLS, COLUMNS, ROWS, SETTINGS, SHARDED, Row
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "compatibility.json"
 PAGE = ROOT / "docs" / "compatibility.md"
 LIBRARIES = ("torch", "accelerate", "deepspeed", "transformers", "peft", "bitsandbytes")
@@ -56,9 +56,9 @@ def run_process(step, job):
     """Run in a fresh process, forked from one that has imported the libraries."""
     os.setsid()  # so that what it starts, as compilers, ends with it
     multiprocessing.set_start_method("fork", force=True)  # as in a process of `accelerate launch`
-    from utils import compatibility_cell
+    from tools.compatibility import cell
 
-    compatibility_cell.main(step, job)
+    cell.main(step, job)
 
 
 def start_server():
@@ -69,7 +69,7 @@ def start_server():
     if not count_gpus():
         os.environ["DS_ACCELERATOR"] = "cpu"  # said here, DeepSpeed need not warn that it found none
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["utils.compatibility_cell"])
+    context.set_forkserver_preload(["tools.compatibility.cell"])
     return context
 
 
@@ -421,7 +421,7 @@ parameters whole while it trains (`stage3_param_persistence_threshold`); counted
 ## Measure it again
 
 ```bash
-.venv/bin/python -m utils.compatibility --write
+.venv/bin/python -m tools.compatibility --write
 ```
 
 measures what is missing for the installed versions, in a few seconds per cell (a minute or more where `torch.compile`
@@ -448,7 +448,3 @@ def main(arguments=None):
         RESULTS.write_text(dump(results))
         PAGE.write_text(render(results))
         print(f"wrote {PAGE.relative_to(ROOT)} and {RESULTS.relative_to(ROOT)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,5 @@
+"""The command `python -m tools.compatibility`."""
+
+from tools.compatibility import main
+
+main()
