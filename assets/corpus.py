@@ -1302,14 +1302,30 @@ SLOTS |= {
     "|{name} says hi",
 }
 SLOTS = {slot: text.split("|") for slot, text in SLOTS.items()}
-TOPICS = {topic: (*map(lines, texts), words.split("|")) for topic, (*texts, words) in TOPICS.items()}
+TOPICS = {
+    topic: (*map(lines, texts), words.split("|")) for topic, (*texts, words) in TOPICS.items()
+}
 
 KINDS = ("fault", "fault", "fault", "question", "praise", "news")
 GENERAL = {"fault": FAULTS, "question": QUESTIONS, "praise": PRAISE, "news": NEWS + CHAT}
 TAILS = {
-    "fault": ["{emoji_bad}", "{tag_bad}", "!!", "!", "{emoji_bad}{emoji_bad}", "{tag_bad} {tag_bad}"],
+    "fault": [
+        "{emoji_bad}",
+        "{tag_bad}",
+        "!!",
+        "!",
+        "{emoji_bad}{emoji_bad}",
+        "{tag_bad} {tag_bad}",
+    ],
     "question": ["{emoji}", "{tag}", "{emoji_good}", "🤔"],
-    "praise": ["{emoji_good}", "{tag_good}", "!", "!!", "{emoji_good}{emoji_good}", "{tag_good} {tag_good}"],
+    "praise": [
+        "{emoji_good}",
+        "{tag_good}",
+        "!",
+        "!!",
+        "{emoji_good}{emoji_good}",
+        "{tag_good} {tag_good}",
+    ],
     "news": ["{emoji}", "{tag}", "!", "...", "{tag} {emoji}"],
 }
 # A message and its reply appear in many layouts, so that no single one is the key to the reply.
@@ -1332,7 +1348,8 @@ LAYOUTS = [
 AFTER = {"fault": AFTER_FAULT, **CLOSERS}
 HANDLE_SLOTS = "noun noun thing fine_word colour meal food name place brand_a brand_b kin".split()
 ASKS = re.compile(
-    r"(why|how|where|what|when|who|which|is|are|can|could|may|do|does|did|will|would|any|anyone)\b", re.IGNORECASE
+    r"(why|how|where|what|when|who|which|is|are|can|could|may|do|does|did|will|would|any|anyone)\b",
+    re.IGNORECASE,
 )
 ALTERNATIVES = re.compile(r"\[([^\[\]]*)\]")
 SLOT = re.compile(r"\{(\w+)\}")
@@ -1348,10 +1365,16 @@ def expand(phrase, rng):
 def write_handle(rng):
     """An invented account name, of words of all kinds or of syllables, so that it says nothing about the message."""
     if rng.random() < 0.3:
-        syllables = [rng.choice("bcdfghklmnprstvwz") + rng.choice("aeiou") + rng.choice(" lmnrst") for _ in range(3)]
+        syllables = [
+            rng.choice("bcdfghklmnprstvwz") + rng.choice("aeiou") + rng.choice(" lmnrst")
+            for _ in range(3)
+        ]
         name = "".join(syllables).replace(" ", "").title()
     else:
-        parts = [expand("{" + rng.choice(HANDLE_SLOTS) + "}", rng).title() for _ in range(rng.choice([1, 2, 2, 3]))]
+        parts = [
+            expand("{" + rng.choice(HANDLE_SLOTS) + "}", rng).title()
+            for _ in range(rng.choice([1, 2, 2, 3]))
+        ]
         name = re.sub(r"\W", "", "".join(parts))
     name += rng.choice(["", "", "", "Help", "UK", "HQ", "Co", "_", str(rng.randint(1, 99))])
     return "@" + (name.lower() if rng.random() < 0.1 else name)
@@ -1394,7 +1417,10 @@ def write_message(kind, topic, rng):
     if rng.random() < 0.3:
         words = [word for word in words if rng.random() > 0.15] or words
     if rng.random() < 0.6:
-        words.insert(rng.choice([0, 0, 0, len(words), len(words), rng.randint(0, len(words))]), write_handle(rng))
+        words.insert(
+            rng.choice([0, 0, 0, len(words), len(words), rng.randint(0, len(words))]),
+            write_handle(rng),
+        )
     text = " ".join(words)
     if rng.random() < 0.3:
         text += rng.choice(["", " "]) + expand(rng.choice(TAILS[kind]), rng)
@@ -1419,5 +1445,7 @@ def generate(count, seed):
         kind = rng.choice(KINDS)
         topic = rng.choice(list(TOPICS))
         before, marker = rng.choice(LAYOUTS)
-        exchanges.append((before.format(write_message(kind, topic, rng)) + marker, write_reply(kind, topic, rng)))
+        exchanges.append(
+            (before.format(write_message(kind, topic, rng)) + marker, write_reply(kind, topic, rng))
+        )
     return exchanges

@@ -53,7 +53,9 @@ def word_runs(text, length):
 def check_corpus(exchanges):
     """Refuse a pretraining text that holds a label, or seven words in a row of a message of the data set."""
     text = "\n".join(f"{prompt} {reply}".lower() for prompt, reply in exchanges)
-    assert "complain" not in text, "a label occurs in the pretraining text"  # covers "complaint" too
+    assert "complain" not in text, (
+        "a label occurs in the pretraining text"
+    )  # covers "complaint" too
     runs = set().union(*(word_runs(message, 7) for message in read_messages()))
     for length in {len(run) for run in runs}:  # a message of fewer words is one run
         for prompt, _ in exchanges:
@@ -66,7 +68,9 @@ def build_tokenizer(kind, exchanges):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special_tokens = ["<pad>", "<s>", "</s>"] if kind == "causal-lm" else ["<pad>", "</s>", *SENTINELS]
+    special_tokens = (
+        ["<pad>", "<s>", "</s>"] if kind == "causal-lm" else ["<pad>", "</s>", *SENTINELS]
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
         special_tokens=special_tokens,
@@ -75,8 +79,12 @@ def build_tokenizer(kind, exchanges):
     )
     tokenizer.train_from_iterator((f"{prompt} {reply}" for prompt, reply in exchanges), trainer)
     template = "<s> $A" if kind == "causal-lm" else "$A </s>"
-    specials = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>") if token in template]
-    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=specials)
+    specials = [
+        (token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>") if token in template
+    ]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=specials
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -125,7 +133,10 @@ def build_model(kind, tokenizer):
 
 def take_embeddings(model, tokenizer, folder):
     """Start from what the causal model has learned of the tokens that both know, at the scale that T5 starts with."""
-    causal, known = LlamaForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder).get_vocab()
+    causal, known = (
+        LlamaForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder).get_vocab(),
+    )
     weights = causal.get_input_embeddings().weight.detach()
     with torch.no_grad():
         for token, index in tokenizer.get_vocab().items():
@@ -189,10 +200,14 @@ def pretrain(args):
     output_dir = Path(args.output_dir or ASSETS / f"tiny-{args.kind}")
     if output_dir.exists():
         if not args.overwrite_output_dir:
-            raise SystemExit(f"error: {output_dir} exists; pass --overwrite_output_dir to replace it")
+            raise SystemExit(
+                f"error: {output_dir} exists; pass --overwrite_output_dir to replace it"
+            )
         shutil.rmtree(output_dir)
 
-    torch.set_num_threads(args.num_threads)  # the order of float additions, and so the weights, depends on it
+    torch.set_num_threads(
+        args.num_threads
+    )  # the order of float additions, and so the weights, depends on it
     set_seed(args.seed)
     rng = random.Random(args.seed)
     exchanges = generate(args.num_exchanges, args.seed)
@@ -204,7 +219,9 @@ def pretrain(args):
     examples = encode(args.kind, exchanges, tokenizer, rng)
 
     steps = args.num_exchanges // args.batch_size
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
     scheduler = get_cosine_schedule_with_warmup(
         optimizer, num_warmup_steps=math.ceil(0.03 * steps), num_training_steps=steps
     )
@@ -212,14 +229,19 @@ def pretrain(args):
     for step, batch in enumerate(build_batches(examples, args.batch_size, rng), start=1):
         input_ids = pad([source for source, _ in batch], tokenizer.pad_token_id)
         labels = pad([target for _, target in batch], -100)
-        loss = model(input_ids=input_ids, attention_mask=input_ids.ne(tokenizer.pad_token_id), labels=labels).loss
+        loss = model(
+            input_ids=input_ids, attention_mask=input_ids.ne(tokenizer.pad_token_id), labels=labels
+        ).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
         if step % 50 == 0 or step == 1:
-            print(f"step={step}/{steps} loss={loss.item():.4f} seconds={time.time() - start:.0f}", flush=True)
+            print(
+                f"step={step}/{steps} loss={loss.item():.4f} seconds={time.time() - start:.0f}",
+                flush=True,
+            )
 
     model.generation_config = GenerationConfig.from_model_config(model.config)
     model.save_pretrained(output_dir)
@@ -229,11 +251,15 @@ def pretrain(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("kind", choices=["causal-lm", "seq2seq"])
     parser.add_argument("--output_dir", help="default: assets/tiny-<kind>")
     parser.add_argument("--overwrite_output_dir", action="store_true")
-    parser.add_argument("--embeddings_from", default=ASSETS / "tiny-causal-lm", help="causal model, for seq2seq")
+    parser.add_argument(
+        "--embeddings_from", default=ASSETS / "tiny-causal-lm", help="causal model, for seq2seq"
+    )
     parser.add_argument("--num_exchanges", type=int, default=100_000, help="each is seen once")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=2e-3)

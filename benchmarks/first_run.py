@@ -27,7 +27,14 @@ GOALS = (40, 120)  # seconds to the first update and to the end, compilation apa
 
 def run(config, folder):
     """Launch a job and return the seconds to its first update, shown by the progress bar, and to its end."""
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--main_process_port",
+        "0",
+    ]
     command += [
         "--config_file",
         f"configs/{config}.yaml",
@@ -35,9 +42,14 @@ def run(config, folder):
         "--output_dir",
         folder / "out",
     ]
-    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(folder.parent / "extensions"), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {
+        "TORCH_EXTENSIONS_DIR": str(folder.parent / "extensions"),
+        "PYTHONUNBUFFERED": "1",
+    }
     start = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     output, first = b"", None
     while chunk := os.read(process.stdout.fileno(), 4096):
         output += chunk
@@ -52,13 +64,19 @@ def run(config, folder):
 def cpu():
     """Return the CPU's name, where Linux tells it."""
     info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.partition(":")[2].strip()
+        for line in info.read_text().splitlines()
+        if line.startswith("model name")
+    ]
     return names[0] if names else platform.processor()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeat", type=int, default=3, help="launches of each job after the first")
+    parser.add_argument(
+        "--repeat", type=int, default=3, help="launches of each job after the first"
+    )
     repeat = parser.parse_args().repeat
     times = {config: [] for config in JOBS}
     with tempfile.TemporaryDirectory() as temporary:
@@ -66,7 +84,9 @@ def main():
         for number in range(repeat):
             for config in JOBS:  # in turn, so that noise of the machine meets both
                 times[config].append(run(config, Path(temporary) / f"{config}{number}"))
-    print(f"{datetime.date.today()}, {os.cpu_count()} cores, {cpu()}, {repeat} launches of each job in turn")
+    print(
+        f"{datetime.date.today()}, {os.cpu_count()} cores, {cpu()}, {repeat} launches of each job in turn"
+    )
     medians = {}
     for config, pairs in times.items():
         for what, seconds, goal in zip(("first update", "end"), zip(*pairs), GOALS):

@@ -65,12 +65,19 @@ def make_inputs(folder, hidden_size):
     print(f"{model.num_parameters():,} parameters")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    words = [text for token in range(500, 600) if (text := tokenizer.decode([token]).strip()).isalpha()]
+    words = [
+        text for token in range(500, 600) if (text := tokenizer.decode([token]).strip()).isalpha()
+    ]
     label = words[0]
-    while len(tokenizer(f" {label}", add_special_tokens=False).input_ids) < TOKENS - 1:  # and the end of the sequence
+    while (
+        len(tokenizer(f" {label}", add_special_tokens=False).input_ids) < TOKENS - 1
+    ):  # and the end of the sequence
         label += f" {random.choice(words)}"
     for split in ("train", "validation"):
-        rows = [{"text": " ".join(random.choices(words, k=12)), "label": (label, "no")[i % 2]} for i in range(ROWS)]
+        rows = [
+            {"text": " ".join(random.choices(words, k=12)), "label": (label, "no")[i % 2]}
+            for i in range(ROWS)
+        ]
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
@@ -80,12 +87,27 @@ def run(config, folder, repeat):
     assert text.count(EVALUATE) == 1
     copy = folder / f"{config}.py"
     copy.write_text(text.replace(EVALUATE, TIMED.replace("REPEAT", str(repeat))))
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
-    command += ["--config_file", f"configs/{config}.yaml", copy, "--output_dir", folder / f"{config}_out"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--main_process_port",
+        "0",
+    ]
+    command += [
+        "--config_file",
+        f"configs/{config}.yaml",
+        copy,
+        "--output_dir",
+        folder / f"{config}_out",
+    ]
     command += ["--model_name_or_path", folder, "--dataset_name", folder, "--text_column", "text"]
     command += ["--label_column", "label", "--per_device_eval_batch_size", ROWS // 2]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith("seconds ")]
     if done.returncode or not lines:
         sys.exit(f"error: {SCRIPTS[config]} failed:\n{done.stdout}{done.stderr}")
@@ -94,11 +116,15 @@ def run(config, folder, repeat):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeat", type=int, default=3, help="evaluations each way, after one that is not counted")
+    parser.add_argument(
+        "--repeat", type=int, default=3, help="evaluations each way, after one that is not counted"
+    )
     parser.add_argument("--hidden_size", type=int, default=1024, help="of the model")
     options = parser.parse_args()
     repeat = options.repeat
-    print(f"{datetime.date.today()}, {os.cpu_count()} cores, {cpu()}, two processes, {repeat} times each way in turn")
+    print(
+        f"{datetime.date.today()}, {os.cpu_count()} cores, {cpu()}, two processes, {repeat} times each way in turn"
+    )
     with tempfile.TemporaryDirectory() as folder:
         make_inputs(Path(folder), options.hidden_size)
         for config in SCRIPTS:
@@ -106,8 +132,12 @@ def main():
             for name, seconds in (("once", once), ("per token", anew)):
                 rates = [ROWS * TOKENS / each for each in seconds]
                 median = statistics.median(rates)
-                print(f"{config:6} gathered {name:9}  minimum {min(rates):7.1f}  median {median:7.1f} tokens/s")
-            print(f"{config:6} ratio of the medians {statistics.median(anew) / statistics.median(once):.1f}, goal 5")
+                print(
+                    f"{config:6} gathered {name:9}  minimum {min(rates):7.1f}  median {median:7.1f} tokens/s"
+                )
+            print(
+                f"{config:6} ratio of the medians {statistics.median(anew) / statistics.median(once):.1f}, goal 5"
+            )
 
 
 if __name__ == "__main__":

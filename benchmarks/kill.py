@@ -24,16 +24,46 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from utils.checkpoint import checkpoints, read_state  # noqa: E402
 
-RUN = ("--use_peft_lora", "--lora_dropout", "0.1", "--gradient_accumulation_steps", "2", "--eval_strategy", "no")
-RUN += ("--per_device_train_batch_size", "1", "--max_length", "64", "--save_strategy", "steps", "--save_steps", "1")
+RUN = (
+    "--use_peft_lora",
+    "--lora_dropout",
+    "0.1",
+    "--gradient_accumulation_steps",
+    "2",
+    "--eval_strategy",
+    "no",
+)
+RUN += (
+    "--per_device_train_batch_size",
+    "1",
+    "--max_length",
+    "64",
+    "--save_strategy",
+    "steps",
+    "--save_steps",
+    "1",
+)
 RUN += ("--lora_target_modules", "q_proj", "--logging_strategy", "no", "--save_total_limit", "3")
 RUN += ("--lr_scheduler_type", "constant")  # so that the rates do not depend on where the run ends
 
 
 def start(config, processes, updates, folder, *arguments):
     """Start the run and return its launcher."""
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
-    command += ["--config_file", f"configs/{config}.yaml", "--num_processes", str(processes), "examples/chat_sft.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--main_process_port",
+        "0",
+    ]
+    command += [
+        "--config_file",
+        f"configs/{config}.yaml",
+        "--num_processes",
+        str(processes),
+        "examples/chat_sft.py",
+    ]
     command += [*RUN, "--max_steps", str(updates), "--output_dir", str(folder), *arguments]
     with open(f"{folder}.log", "w") as log:  # no pipe, which would be full one day
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
@@ -70,7 +100,9 @@ def look(folder):
     for path in folder.glob("checkpoint-*"):
         if path not in checkpoints(folder):
             raise SystemExit(f"{path.name} bears the name of a checkpoint and is none")
-        read_state(path)  # reads every byte of it; CheckpointError where one is not what was written
+        read_state(
+            path
+        )  # reads every byte of it; CheckpointError where one is not what was written
     return latest(folder)
 
 
@@ -86,18 +118,29 @@ def updates_of(folder, step):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--config", default="ddp", help="name of a file in configs/")
     parser.add_argument("--num_processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--seconds", type=float, default=3.0, help="a kill comes this long after a save at most")
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, help="a kill comes this long after a save at most"
+    )
     options = parser.parse_args()
     random.seed(options.seed)
     with tempfile.TemporaryDirectory() as parent:
         folder, newest, inside = Path(parent) / "killed", 0, 0
         for number in range(options.kills):
-            process = start(options.config, options.num_processes, 10**6, folder, "--resume_from_checkpoint", "True")
+            process = start(
+                options.config,
+                options.num_processes,
+                10**6,
+                folder,
+                "--resume_from_checkpoint",
+                "True",
+            )
             while process.poll() is None and latest(folder) <= newest:
                 time.sleep(0.02)
             time.sleep(random.uniform(0, options.seconds))
@@ -107,16 +150,24 @@ def main():
             inside += any(folder.glob(".checkpoint-*"))
             before, newest = newest, look(folder)
             if newest <= before:
-                raise SystemExit(f"the newest checkpoint was that of update {before}, and is that of {newest} now")
+                raise SystemExit(
+                    f"the newest checkpoint was that of update {before}, and is that of {newest} now"
+                )
             print(f"kill {number + 1}: update {newest}", flush=True)
         alone = Path(parent) / "alone"
         process = start(options.config, options.num_processes, newest, alone)
         if process.wait() or updates_of(folder, newest) != updates_of(alone, newest):
-            raise SystemExit("the run that was left alone has other losses:\n" + Path(f"{alone}.log").read_text())
+            raise SystemExit(
+                "the run that was left alone has other losses:\n" + Path(f"{alone}.log").read_text()
+            )
         one, other = (digests(path / f"checkpoint-{newest}") for path in (folder, alone))
         if one != other:
-            raise SystemExit(f"files differ: {sorted(name for name in one if one[name] != other[name])}")
-    print(f"{options.kills} kills, {inside} of them inside a save or a removal: no checkpoint was lost or half, and")
+            raise SystemExit(
+                f"files differ: {sorted(name for name in one if one[name] != other[name])}"
+            )
+    print(
+        f"{options.kills} kills, {inside} of them inside a save or a removal: no checkpoint was lost or half, and"
+    )
     print(
         f"after {newest} updates losses, adapter and optimizer are those of the run that was left alone, bit for bit"
     )

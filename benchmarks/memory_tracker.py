@@ -150,25 +150,35 @@ def processor() -> str:
 
 def main():
     PartialState(cpu=True)
-    torch.set_num_threads(1)  # threads that wait for one another at every operation would measure the scheduler
+    torch.set_num_threads(
+        1
+    )  # threads that wait for one another at every operation would measure the scheduler
     print(
         f"{processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; torch {torch.__version__}, "
         f"Python {platform.python_version()}; {date.today()}"
     )
     print(f"interval {MemoryTracker().interval * 1000:.0f} ms\n")
 
-    print(f"Found of a planted peak of 200 MB, {REPEATS} times each; goal: 95 to 105 % from 50 ms on")
-    print(f"{'held':>8}  {'tracker min':>11} {'median':>7} {'max':>7} {'goal':>7}   {'peer min':>8} {'median':>7}")
+    print(
+        f"Found of a planted peak of 200 MB, {REPEATS} times each; goal: 95 to 105 % from 50 ms on"
+    )
+    print(
+        f"{'held':>8}  {'tracker min':>11} {'median':>7} {'max':>7} {'goal':>7}   {'peer min':>8} {'median':>7}"
+    )
     for hold in HOLDS:
         ours, peer = zip(*(found(hold) for _ in range(REPEATS)))
-        goal = "-" if hold < 0.05 else "met" if 0.95 <= min(ours) and max(ours) <= 1.05 else "MISSED"
+        goal = (
+            "-" if hold < 0.05 else "met" if 0.95 <= min(ours) and max(ours) <= 1.05 else "MISSED"
+        )
         print(
             f"{hold * 1000:5.0f} ms  {min(ours):11.1%} {median(ours):7.1%} {max(ours):7.1%} {goal:>7}   "
             f"{min(peer):8.1%} {median(peer):7.1%}"
         )
 
     measured = blocks(training_step())
-    print(f"\nPer step of a training loop on one thread, {ROUNDS} rounds of {STEPS} steps each, alternating")
+    print(
+        f"\nPer step of a training loop on one thread, {ROUNDS} rounds of {STEPS} steps each, alternating"
+    )
     print(
         f"{'':>8} {'wall min':>10} {'median':>10} {'ratio':>7}   {'CPU min':>10} {'median':>10} {'ratio':>7}   "
         f"{'thread min':>10} {'median':>7}"
@@ -181,12 +191,16 @@ def main():
             values = [block[kind] for block in rounds]
             ratio = median(value / block[kind] for value, block in zip(values, measured["without"]))
             costs[variant][kind] = ratio - 1
-            cells.append(f"{min(values) * 1000:7.2f} ms {median(values) * 1000:7.2f} ms {ratio:7.4f}")
+            cells.append(
+                f"{min(values) * 1000:7.2f} ms {median(values) * 1000:7.2f} ms {ratio:7.4f}"
+            )
         least = min(block["thread"] / block["wall"] for block in rounds)
         cells.append(f"{least:10.2%} {costs[variant]['thread']:7.2%}")
         print(f"{variant:>8} {'   '.join(cells)}")
     for kind, cost in costs["tracker"].items():
-        print(f"goal: less than 1 % of a step; {kind}: {cost:.2%}, {'met' if cost < 0.01 else 'MISSED'}")
+        print(
+            f"goal: less than 1 % of a step; {kind}: {cost:.2%}, {'met' if cost < 0.01 else 'MISSED'}"
+        )
 
 
 if __name__ == "__main__":

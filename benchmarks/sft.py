@@ -46,18 +46,29 @@ from benchmarks.first_run import cpu  # noqa: E402
 
 LEGS = ["chat_sft", "trl", "trainer", "padded"]
 UPDATES, MAX_LENGTH, SEED = 8, 512, 42
-GOALS = {"trl": (3.5, 0.6), "padded": (4, 0.3)}  # ratios of tokens per second, at least, and of memory, at most
+GOALS = {
+    "trl": (3.5, 0.6),
+    "padded": (4, 0.3),
+}  # ratios of tokens per second, at least, and of memory, at most
 # Largest relative difference of an update's losses. In float32 legs that agree differ by 3e-7; two swapped rows by
 # 3e-4, no eos token by 4e-4, another seed of LoRA by 2e-3 (second update), losses of the questions, too, by 4e-3.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2}  # the second is not measured
 # warmup: the first updates, which no figure counts; checkpointing: activations are computed again
 CPU = SimpleNamespace(batch=8, dtype="float32", attention="sdpa", learning_rate=1e-3)
 CPU.warmup, CPU.checkpointing = 0, True
-CPU.shape = dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8)
-CPU.shape |= dict(num_key_value_heads=8, tie_word_embeddings=False)  # 157 million parameters, 131 of them at the ends
-GPU = SimpleNamespace(batch=24, dtype="bfloat16", attention="sdpa", learning_rate=1e-4)  # 24 rows: about 4,096 tokens
+CPU.shape = dict(
+    hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8
+)
+CPU.shape |= dict(
+    num_key_value_heads=8, tie_word_embeddings=False
+)  # 157 million parameters, 131 of them at the ends
+GPU = SimpleNamespace(
+    batch=24, dtype="bfloat16", attention="sdpa", learning_rate=1e-4
+)  # 24 rows: about 4,096 tokens
 GPU.warmup, GPU.checkpointing = 2, False
-GPU.shape = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32)
+GPU.shape = dict(
+    hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32
+)
 GPU.shape |= dict(num_key_value_heads=8, tie_word_embeddings=False)  # Llama 3.1 8B
 if importlib.util.find_spec("flash_attn"):
     GPU.attention = "flash_attention_2"
@@ -66,17 +77,27 @@ PEAK_FLOPS = 989e12  # of an H100 in bfloat16
 
 def problem(draw):
     """Return a word problem and its solution, about as long as GSM8K's."""
-    name, thing = draw.choice(["Ben", "Ann", "Tom", "Mia"]), draw.choice(["apples", "cards", "pens", "books"])
+    name, thing = (
+        draw.choice(["Ben", "Ann", "Tom", "Mia"]),
+        draw.choice(["apples", "cards", "pens", "books"]),
+    )
     total = draw.randint(60, 99)
     question, answer = [f"{name} has {total} {thing}."], []
     for day in range(draw.choices(range(2, 9), (27, 28, 22, 13, 6, 3, 1))[0]):
         number = draw.randint(2, 9)
-        verb, sign, after = draw.choice([("gets", "+", total + number), ("gives away", "-", total - number)])
+        verb, sign, after = draw.choice(
+            [("gets", "+", total + number), ("gives away", "-", total - number)]
+        )
         question.append(f"{name} {verb} {number} on day {day + 1}.")
-        answer.append(f"Then {total} {sign} {number} = <<{total}{sign}{number}={after}>>{after} {thing}.")
+        answer.append(
+            f"Then {total} {sign} {number} = <<{total}{sign}{number}={after}>>{after} {thing}."
+        )
         total = after
     question.append(f"How many {thing} does {name} have?")
-    return {"prompt": " ".join(question) + "\nAnswer:", "completion": " " + "\n".join([*answer, f"#### {total}"])}
+    return {
+        "prompt": " ".join(question) + "\nAnswer:",
+        "completion": " " + "\n".join([*answer, f"#### {total}"]),
+    }
 
 
 def updates_of(setting):
@@ -90,7 +111,9 @@ def make_inputs(folder, setting):
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/tiny-causal-lm")
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    special = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
+    }
     config = LlamaConfig(vocab_size=128_256, dtype=setting.dtype, **special, **setting.shape)
     torch.manual_seed(SEED)
     torch.set_default_dtype(getattr(torch, setting.dtype))
@@ -116,7 +139,9 @@ def load_model(folder, setting):
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     options = dict(dtype=getattr(torch, setting.dtype), attn_implementation=setting.attention)
     model = AutoModelForCausalLM.from_pretrained(folder / "model", **options)
-    lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0, target_modules="all-linear")
+    lora = LoraConfig(
+        task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0, target_modules="all-linear"
+    )
     return get_peft_model(model.cuda() if setting is GPU else model, lora), tokenizer
 
 
@@ -167,7 +192,12 @@ def run_trainer(folder, setting, trainer_class, config_class, overrides, counted
     config |= dict(train_sampling_strategy="sequential")
     config |= dict(learning_rate=setting.learning_rate, lr_scheduler_type="constant")
     config |= dict(gradient_checkpointing=setting.checkpointing)
-    config |= dict(bf16=setting is GPU, use_cpu=setting is CPU, seed=SEED, output_dir=folder / trainer_class.__name__)
+    config |= dict(
+        bf16=setting is GPU,
+        use_cpu=setting is CPU,
+        seed=SEED,
+        output_dir=folder / trainer_class.__name__,
+    )
     config |= dict(logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True)
     config["use_liger_kernel"] = setting is GPU and bool(importlib.util.find_spec("liger_kernel"))
     args = config_class(**config | overrides)
@@ -194,7 +224,9 @@ def train_trainer(folder, setting, _):
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
     model, tokenizer, rows = load(folder, setting)
-    options = dict(train_dataset=Dataset.from_list(rows), data_collator=DataCollatorForSeq2Seq(tokenizer))
+    options = dict(
+        train_dataset=Dataset.from_list(rows), data_collator=DataCollatorForSeq2Seq(tokenizer)
+    )
     options |= dict(model=model)
     losses, seconds, _ = run_trainer(folder, setting, Trainer, TrainingArguments, {}, **options)
     return losses, seconds, rows
@@ -241,23 +273,47 @@ def run_leg(leg, folder, setting, overrides):
         "input_tokens": sum(sizes),
         "counted_tokens": sum(sizes[setting.warmup * setting.batch :]),
         "target_tokens": sum(label != -100 for row in rows for label in row["labels"]),
-        "memory": {"train": [{"gpu_peak": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0}]},
+        "memory": {
+            "train": [
+                {"gpu_peak": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0}
+            ]
+        },
     }
 
 
 def chat_sft(folder, setting):
     """Return the command of the leg that the others are compared with."""
-    flags = dict(model_name_or_path=folder / "model", dataset_name=folder / "train.jsonl", splits="train")
+    flags = dict(
+        model_name_or_path=folder / "model", dataset_name=folder / "train.jsonl", splits="train"
+    )
     flags |= dict(dtype=setting.dtype, max_length=MAX_LENGTH, max_steps=updates_of(setting))
     flags |= dict(shuffle=False, seed=SEED, gradient_checkpointing=setting.checkpointing)
     flags |= dict(per_device_train_batch_size=setting.batch, report_to="none")
     flags |= dict(logging_steps=1) if setting.warmup else {}  # for the seconds of each update
     flags |= dict(learning_rate=setting.learning_rate, lr_scheduler_type="constant", warmup_ratio=0)
-    flags |= dict(use_peft_lora=True, lora_r=8, lora_alpha=16, lora_dropout=0, lora_target_modules="all-linear")
-    flags |= dict(save_strategy="no", eval_strategy="no", use_flash_attn="flash" in setting.attention)
+    flags |= dict(
+        use_peft_lora=True,
+        lora_r=8,
+        lora_alpha=16,
+        lora_dropout=0,
+        lora_target_modules="all-linear",
+    )
+    flags |= dict(
+        save_strategy="no", eval_strategy="no", use_flash_attn="flash" in setting.attention
+    )
     flags |= dict(output_dir=folder / "chat_sft", overwrite_output_dir=True)
-    command = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", ROOT / "configs/single.yaml"]
-    command += ["--mixed_precision", "bf16" if setting is GPU else "no", ROOT / "examples/chat_sft.py"]
+    command = [
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--config_file",
+        ROOT / "configs/single.yaml",
+    ]
+    command += [
+        "--mixed_precision",
+        "bf16" if setting is GPU else "no",
+        ROOT / "examples/chat_sft.py",
+    ]
     return command + [word for name, value in flags.items() for word in (f"--{name}", value)]
 
 
@@ -275,15 +331,21 @@ def launch(leg, folder, options):
     """Run a leg, or `inputs`, and return what it wrote with the peak memory of its largest process."""
     output = folder / leg / "metrics.json"
     setting = GPU if options.gpu else CPU
-    command = [__file__, "--leg", leg, "--folder", folder, "--trl", options.trl] + ["--gpu"] * options.gpu
+    command = [__file__, "--leg", leg, "--folder", folder, "--trl", options.trl] + [
+        "--gpu"
+    ] * options.gpu
     command += [f"--{'' if setting.checkpointing else 'no-'}gradient_checkpointing"]
     if leg == "chat_sft":
         command = chat_sft(folder, setting)
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
     start = time.perf_counter()
     with open(folder / f"{leg}.log", "w+") as log:
-        process = subprocess.Popen([sys.executable, *map(str, command)], env=environment, stdout=log, stderr=log)
-        _, status, usage = os.wait4(process.pid, 0)  # the peak of the process and of those that it waited for
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)], env=environment, stdout=log, stderr=log
+        )
+        _, status, usage = os.wait4(
+            process.pid, 0
+        )  # the peak of the process and of those that it waited for
         if status:
             log.seek(0)
             sys.exit(f"error: {leg} failed:\n{log.read()}")
@@ -302,7 +364,9 @@ def check(leg, found, reference, tolerance):
     pairs = list(zip(found["losses"], reference["losses"], strict=True))
     difference = max(abs(ours / theirs - 1) for ours, theirs in pairs)
     if difference > tolerance:
-        sys.exit(f"error: the losses of {leg} differ by {difference:.1e}, more than {tolerance:.0e}: {pairs}")
+        sys.exit(
+            f"error: the losses of {leg} differ by {difference:.1e}, more than {tolerance:.0e}: {pairs}"
+        )
     return difference
 
 
@@ -313,7 +377,13 @@ def spread(values, form):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3, help="runs of each leg, in turn")
-    parser.add_argument("--legs", nargs="+", default=LEGS, choices=LEGS, help="the first is compared with the others")
+    parser.add_argument(
+        "--legs",
+        nargs="+",
+        default=LEGS,
+        choices=LEGS,
+        help="the first is compared with the others",
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every leg")
     parser.add_argument("--gpu", action="store_true", help="Llama 3.1 8B in bfloat16, on one GPU")
     parser.add_argument(
@@ -321,7 +391,9 @@ def main():
         action=argparse.BooleanOptionalAction,
         help="compute activations again in the backward; without the flag on a CPU alone",
     )
-    parser.add_argument("--trl", default="{}", help="settings of SFTConfig instead of the fastest, as JSON")
+    parser.add_argument(
+        "--trl", default="{}", help="settings of SFTConfig instead of the fastest, as JSON"
+    )
     parser.add_argument("--leg", help=argparse.SUPPRESS)  # in a leg's process
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -344,11 +416,17 @@ def main():
         inputs = launch("inputs", folder, options)
         rounds = []
         for _ in range(options.repeats):
-            rounds.append({leg: launch(leg, folder, options) for leg in options.legs})  # in turn: noise meets all
+            rounds.append(
+                {leg: launch(leg, folder, options) for leg in options.legs}
+            )  # in turn: noise meets all
             for leg, found in rounds[-1].items():
-                found["difference"] = check(leg, found, rounds[0][options.legs[0]], TOLERANCES[setting.dtype])
+                found["difference"] = check(
+                    leg, found, rounds[0][options.legs[0]], TOLERANCES[setting.dtype]
+                )
                 found["rate"] = found["counted_tokens"] / found["train_seconds"]
-                peaks = [device["gpu_peak"] for phase in found["memory"].values() for device in phase]
+                peaks = [
+                    device["gpu_peak"] for phase in found["memory"].values() for device in phase
+                ]
                 found["memory"] = max(peaks) if options.gpu else found["peak"]
     first, *others = options.legs
     one = rounds[0][first]
@@ -371,7 +449,11 @@ def main():
     for leg in others:
         for goal, (what, key) in enumerate((("tokens/s", "rate"), ("memory", "memory"))):
             ratios = [each[first][key] / each[leg][key] for each in rounds]
-            aim = f"  goal {GOALS[leg][goal]}" if leg in GOALS and first == "chat_sft" and not options.gpu else ""
+            aim = (
+                f"  goal {GOALS[leg][goal]}"
+                if leg in GOALS and first == "chat_sft" and not options.gpu
+                else ""
+            )
             print(f"{first} / {leg}: {what:8} {spread(ratios, '6.2f')}{aim}")
 
 

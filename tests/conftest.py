@@ -80,18 +80,35 @@ def started(request, tmp_path_factory):
     shared = tmp_path_factory.getbasetemp()
     is_worker = "PYTEST_XDIST_WORKER" in os.environ
     shared = shared.parent if is_worker else shared  # the folders of all workers lie there
-    dropped = ("ACCELERATE_", "HF_", "FSDP_", "OMP_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "VIRTUAL_ENV")
+    dropped = (
+        "ACCELERATE_",
+        "HF_",
+        "FSDP_",
+        "OMP_",
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "MASTER_",
+        "VIRTUAL_ENV",
+    )
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    path = [folder for folder in kept["PATH"].split(os.pathsep) if folder != str(Path(sys.executable).parent)]
+    path = [
+        folder
+        for folder in kept["PATH"].split(os.pathsep)
+        if folder != str(Path(sys.executable).parent)
+    ]
     extensions = request.config.getoption("--extensions") or shared / "torch_extensions"
-    environment = kept | {
-        "PATH": os.pathsep.join(path),
-        "HF_HOME": str(tmp_path_factory.mktemp("huggingface")),
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",  # two processes run also where there is one GPU; tests/gpu says otherwise
-        # a killed compilation of another run leaves a lock in the shared folder, on which every later run would wait
-        "TORCH_EXTENSIONS_DIR": str(extensions),
-    }
+    environment = (
+        kept
+        | {
+            "PATH": os.pathsep.join(path),
+            "HF_HOME": str(tmp_path_factory.mktemp("huggingface")),
+            "HF_HUB_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "",  # two processes run also where there is one GPU; tests/gpu says otherwise
+            # a killed compilation of another run leaves a lock in the shared folder, on which every later run would wait
+            "TORCH_EXTENSIONS_DIR": str(extensions),
+        }
+    )
     build = start_build(environment)
     forks = ForkServer(environment, tmp_path_factory.mktemp("forks"))
     yield environment, forks

@@ -1,7 +1,17 @@
 """The launch configs of PEFT's guides to DeepSpeed and FSDP, every setting as users have it in their files."""
 
-COMMON = {"compute_environment": "LOCAL_MACHINE", "downcast_bf16": "no", "machine_rank": 0, "use_cpu": False}
-COMMON |= {"main_training_function": "main", "num_machines": 1, "rdzv_backend": "static", "same_network": True}
+COMMON = {
+    "compute_environment": "LOCAL_MACHINE",
+    "downcast_bf16": "no",
+    "machine_rank": 0,
+    "use_cpu": False,
+}
+COMMON |= {
+    "main_training_function": "main",
+    "num_machines": 1,
+    "rdzv_backend": "static",
+    "same_network": True,
+}
 TPU = {"debug": False, "tpu_env": [], "tpu_use_cluster": False, "tpu_use_sudo": False}
 ZERO3 = {"offload_optimizer_device": "none", "offload_param_device": "none"}
 ZERO3 |= {"zero3_init_flag": True, "zero3_save_16bit_model": True, "zero_stage": 3}
@@ -23,7 +33,13 @@ GUIDES = {  # name -> (script, its flags, config)
         COMMON
         | TPU
         | {"distributed_type": "DEEPSPEED", "mixed_precision": "bf16", "num_processes": 8}
-        | {"deepspeed_config": {"deepspeed_multinode_launcher": "standard", "gradient_accumulation_steps": 4} | ZERO3},
+        | {
+            "deepspeed_config": {
+                "deepspeed_multinode_launcher": "standard",
+                "gradient_accumulation_steps": 4,
+            }
+            | ZERO3
+        },
     ),
     "qlora_zero3": (
         "causal_lm_qlora_zero3",
@@ -37,7 +53,12 @@ GUIDES = {  # name -> (script, its flags, config)
         "seq2seq_lora_zero3_offload",
         (),
         COMMON
-        | {"distributed_type": "DEEPSPEED", "mixed_precision": "no", "num_processes": 1, "dynamo_backend": "NO"}
+        | {
+            "distributed_type": "DEEPSPEED",
+            "mixed_precision": "no",
+            "num_processes": 1,
+            "dynamo_backend": "NO",
+        }
         | {"fsdp_config": {}, "megatron_lm_config": {}}
         | {
             "deepspeed_config": {"gradient_accumulation_steps": 1, "gradient_clipping": 1.0}

@@ -36,7 +36,9 @@ class HubServer(ThreadingHTTPServer):
     def fail_next(self, number, status=500, path="."):
         """Answer the next requests, of those whose `METHOD /path` the regular expression finds, with a status."""
         page = b"<html>planted</html>"  # of a gateway, which knows no JSON
-        self.faults.append([number, path, lambda handler: handler.answer(status, page, Content_Type="text/html")])
+        self.faults.append(
+            [number, path, lambda handler: handler.answer(status, page, Content_Type="text/html")]
+        )
 
     def hang(self, number, seconds=60, path="."):
         """Leave the next requests without an answer for some seconds, then close their connections."""
@@ -59,7 +61,9 @@ class HubServer(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else every answer waits 40 ms for the acknowledgement of its headers
+    disable_nagle_algorithm = (
+        True  # else every answer waits 40 ms for the acknowledgement of its headers
+    )
 
     def log_message(self, *_):
         pass
@@ -67,7 +71,9 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, status, content=None, **headers):
         body = content if isinstance(content, bytes) else json.dumps(content or {}).encode()
         self.send_response(status)
-        for name, value in ({"Content_Type": "application/json"} | headers | {"Content_Length": len(body)}).items():
+        for name, value in (
+            {"Content_Type": "application/json"} | headers | {"Content_Length": len(body)}
+        ).items():
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
         if self.command != "HEAD":
@@ -110,7 +116,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def validate_yaml(self, body):
         good = not json.loads(body)["content"].startswith("---\nbad")
-        self.answer(200 if good else 400, {"errors": [] if good else [{"message": "bad metadata"}], "warnings": []})
+        self.answer(
+            200 if good else 400,
+            {"errors": [] if good else [{"message": "bad metadata"}], "warnings": []},
+        )
 
     def repo(self, name):
         """Return a repository, or answer that there is none and return None."""
@@ -120,7 +129,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def info(self, body, name):
         if repo := self.repo(name):
-            self.answer(200, {"id": name, "private": repo.private, "sha": f"{len(repo.commits):040x}"})
+            self.answer(
+                200, {"id": name, "private": repo.private, "sha": f"{len(repo.commits):040x}"}
+            )
 
     def preupload(self, body, name):
         if (repo := self.repo(name)) is None:
@@ -140,9 +151,12 @@ class Handler(BaseHTTPRequestHandler):
         objects = []
         for wanted in json.loads(body)["objects"]:
             actions = {
-                action: {"href": f"{self.server.url}/lfs/{action}/{wanted['oid']}"} for action in ("upload", "verify")
+                action: {"href": f"{self.server.url}/lfs/{action}/{wanted['oid']}"}
+                for action in ("upload", "verify")
             }
-            objects.append(wanted | ({} if wanted["oid"] in self.server.objects else {"actions": actions}))
+            objects.append(
+                wanted | ({} if wanted["oid"] in self.server.objects else {"actions": actions})
+            )
         self.answer(200, {"transfer": "basic", "objects": objects})
 
     def lfs_upload(self, body, oid):
@@ -152,7 +166,9 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200 if good else 400)
 
     def lfs_verify(self, body, oid):
-        self.answer(200 if len(self.server.objects.get(oid, b"")) == json.loads(body)["size"] else 404)
+        self.answer(
+            200 if len(self.server.objects.get(oid, b"")) == json.loads(body)["size"] else 404
+        )
 
     def commit(self, body, name):
         if (repo := self.repo(name)) is None:
@@ -188,7 +204,9 @@ ROUTES = (  # (regular expression, whether it asks for no token, action)
 def serve_hub():
     """Yield a running HubServer; it ends with the body, requests that hang too."""
     with HubServer() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread = threading.Thread(
+            target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        )
         thread.start()
         try:
             yield server

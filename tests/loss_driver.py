@@ -57,23 +57,37 @@ def train(accelerator, folder, case, whose, **options):
         options: for the model's forward.
     """
     model, added, settings = CASES[case]
-    config = chat_sft.Config(model_name_or_path=str(folder / model), dtype="float32", learning_rate=1.0, **settings)
+    config = chat_sft.Config(
+        model_name_or_path=str(folder / model), dtype="float32", learning_rate=1.0, **settings
+    )
     tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path)
     tokenizer.add_tokens([f"<{number}>" for number in range(added)])
-    if accelerator.distributed_type == "FSDP":  # as before it learned the names of another model's layers
+    if (
+        accelerator.distributed_type == "FSDP"
+    ):  # as before it learned the names of another model's layers
         plugin = accelerator.state.fsdp_plugin
-        plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = transformer_auto_wrap_policy, None
+        plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = (
+            transformer_auto_wrap_policy,
+            None,
+        )
     set_seed(0)
     chunked = partial(add_token_loss, chunk_bytes=CHUNK_BYTES)
-    sgd = partial(torch.optim.SGD, momentum=0.9)  # unlike AdamW's, its steps are as large as the gradients
+    sgd = partial(
+        torch.optim.SGD, momentum=0.9
+    )  # unlike AdamW's, its steps are as large as the gradients
     with patch.multiple(chat_sft, add_token_loss=chunked, adamw=lambda name: sgd):
         model = chat_sft.build_model(config, tokenizer, added)
         for name, weight in model.named_parameters():
             if "lora_B" in name:  # 0 at first, which would leave lora_A without a gradient
                 weight.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
         model, optimizer, _ = chat_sft.prepare(config, accelerator, model)
-    pair = [{"input_ids": list(range(at, at + 9)), "labels": list(range(at, at + 9))} for at in (100, 200)]
-    reason = check_token_loss(accelerator, model, join(pair), [join([document]) for document in pair])
+    pair = [
+        {"input_ids": list(range(at, at + 9)), "labels": list(range(at, at + 9))}
+        for at in (100, 200)
+    ]
+    reason = check_token_loss(
+        accelerator, model, join(pair), [join([document]) for document in pair]
+    )
     before = gather_trained(accelerator, model, name_in_file)
     batches, losses = [batch for part in zip(*map(micro_batches, whose)) for batch in part], []
     accumulated = accelerator.gradient_accumulation_steps
@@ -95,7 +109,9 @@ def train(accelerator, folder, case, whose, **options):
 
 
 def main():
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # as chat_sft does where there are new tokens
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = (
+        "false"  # as chat_sft does where there are new tokens
+    )
     accelerator = start_accelerator(gradient_accumulation_steps=ACCUMULATED)
     if accelerator.deepspeed_plugin is not None:
         settings = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0}

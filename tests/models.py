@@ -15,7 +15,9 @@ KEYS = {
     "complaint": ["broken", "late", "rude", "refund"],
     "no complaint at all from me": ["thanks", "great", "open", "tomorrow"],
 }
-FILL = "the my a parcel train phone bill order of in is was and today please @shop agent on it".split()
+FILL = (
+    "the my a parcel train phone bill order of in is was and today please @shop agent on it".split()
+)
 CORPUS = [*KEYS, *sum(KEYS.values(), []), " ".join(FILL), "Tweet text : Label : Text Answer"] * 20
 
 # architecture -> its tokenizer, and settings of its own
@@ -52,7 +54,14 @@ CAUSAL = {
 SEQ2SEQ = {
     "t5": (
         "T5Tokenizer",
-        {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0},
+        {
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+            "dropout_rate": 0.0,
+        },
     ),
     "bart": ("BartTokenizer", BART),
     "mbart": ("MBartTokenizer", BART),
@@ -76,14 +85,25 @@ def piece_bpe(specials):
     tokenizer = Tokenizer(models.BPE(byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     specials = [*specials, *(f"<0x{byte:02X}>" for byte in range(256))]
-    return train(tokenizer, trainers.BpeTrainer(vocab_size=600, special_tokens=specials, show_progress=False))
+    return train(
+        tokenizer, trainers.BpeTrainer(vocab_size=600, special_tokens=specials, show_progress=False)
+    )
 
 
 def unigram(specials, extra=()):
     """Vocabulary of a unigram model over pieces, as T5, mBART and Pegasus have it: what it has not seen is <unk>."""
     words = [(f"▁{word}", -3.0) for word in sorted(set(" ".join(CORPUS).split()))]
-    letters = [(letter, -9.0) for letter in ["▁", *map(chr, range(33, 127))]]  # trained, it is another every time
-    return {"vocab": [*((token, 0.0) for token in specials), *words, *letters, *((token, 0.0) for token in extra)]}
+    letters = [
+        (letter, -9.0) for letter in ["▁", *map(chr, range(33, 127))]
+    ]  # trained, it is another every time
+    return {
+        "vocab": [
+            *((token, 0.0) for token in specials),
+            *words,
+            *letters,
+            *((token, 0.0) for token in extra),
+        ]
+    }
 
 
 def train(tokenizer, trainer):
@@ -102,11 +122,15 @@ def make_tokenizer(kind, architecture):
         return transformers.GPT2Tokenizer(**byte_bpe(["<|endoftext|>"]))  # no pad token
     if architecture == "opt":
         end = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "</s>")
-        return transformers.GPT2Tokenizer(**byte_bpe(["<pad>", "</s>"]), **end, pad_token="<pad>", add_bos_token=True)
+        return transformers.GPT2Tokenizer(
+            **byte_bpe(["<pad>", "</s>"]), **end, pad_token="<pad>", add_bos_token=True
+        )
     if kind == "BartTokenizer":
         return transformers.BartTokenizer(**byte_bpe(["<s>", "<pad>", "</s>", "<unk>", "<mask>"]))
     if kind == "LlamaTokenizer":
-        return transformers.LlamaTokenizer(**piece_bpe(["<unk>", "<s>", "</s>"]), add_bos_token=True)  # no pad token
+        return transformers.LlamaTokenizer(
+            **piece_bpe(["<unk>", "<s>", "</s>"]), add_bos_token=True
+        )  # no pad token
     if kind == "GemmaTokenizer":
         return transformers.GemmaTokenizer(
             **piece_bpe(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]), add_bos_token=True
@@ -114,7 +138,9 @@ def make_tokenizer(kind, architecture):
     if kind == "T5Tokenizer":
         return transformers.T5Tokenizer(**unigram(["<pad>", "</s>", "<unk>"]), extra_ids=10)
     if kind == "PegasusTokenizer":
-        return transformers.PegasusTokenizer(**unigram(["<pad>", "</s>", "<unk>", "<mask_1>", "<mask_2>"]))
+        return transformers.PegasusTokenizer(
+            **unigram(["<pad>", "</s>", "<unk>", "<mask_1>", "<mask_2>"])
+        )
     if kind == "MBartTokenizer":
         languages = transformers.models.mbart.tokenization_mbart.FAIRSEQ_LANGUAGE_CODES
         vocabulary = unigram(["<s>", "<pad>", "</s>", "<unk>"], [*languages, "<mask>"])
@@ -126,9 +152,15 @@ def make_model(folder, architecture, seed=0, **settings):
     """Write a random model of the architecture, with its tokenizer, and return its folder."""
     kind, own = (CAUSAL | SEQ2SEQ)[architecture]
     tokenizer = make_tokenizer(kind, architecture)
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    special["decoder_start_token_id"] = special["eos_token_id"] if architecture == "bart" else special["pad_token_id"]
-    config = AutoConfig.for_model(architecture, vocab_size=len(tokenizer), **(special | own | settings))
+    special = {
+        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    special["decoder_start_token_id"] = (
+        special["eos_token_id"] if architecture == "bart" else special["pad_token_id"]
+    )
+    config = AutoConfig.for_model(
+        architecture, vocab_size=len(tokenizer), **(special | own | settings)
+    )
     for name in vars(config):
         if name.endswith(("pdrop", "dropout")) and not isinstance(getattr(config, name), str):
             setattr(config, name, 0.0)
@@ -163,16 +195,23 @@ def teach(folder, steps, seed=3):
     """Train every weight of the model in the folder on rows of its own, so that it answers and now and then errs."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     seq2seq = AutoConfig.from_pretrained(folder).is_encoder_decoder
-    model = (AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM).from_pretrained(folder).train()
+    model = (
+        (AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM).from_pretrained(folder).train()
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     rows = make_rows(16 * steps, seed, noise=0.1)
     for start in range(0, len(rows), 16):
         inputs, targets = [], []
         for text, label in rows[start : start + 16]:
             prompt = tokenizer(f"Tweet text : {text} Label :").input_ids
-            answer = [*tokenizer(f" {label}", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+            answer = [
+                *tokenizer(f" {label}", add_special_tokens=False).input_ids,
+                tokenizer.eos_token_id,
+            ]
             inputs.append(prompt if seq2seq else prompt + answer)
-            targets.append(tokenizer(text_target=label).input_ids if seq2seq else [-100] * len(prompt) + answer)
+            targets.append(
+                tokenizer(text_target=label).input_ids if seq2seq else [-100] * len(prompt) + answer
+            )
         batch = {"input_ids": pad(inputs, 0), "labels": pad(targets, -100)}
         batch["attention_mask"] = pad([[1] * len(ids) for ids in inputs], 0)
         model(**batch).loss.backward()

@@ -27,5 +27,7 @@ def plant(folder, script, *replacements):
         text = text.replace(old, new)
     copy = Path(folder) / f"{script}.py"
     copy.write_text(text)
-    shutil.copytree(ROOT / "utils", copy.parent / "utils", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "utils", copy.parent / "utils", ignore=shutil.ignore_patterns("__pycache__")
+    )
     return copy

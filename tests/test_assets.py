@@ -51,7 +51,10 @@ def messages():
 def test_split(split, size):
     rows = read_split(split)
     assert list(rows[0]) == ["Tweet text", "Label", "ID"]
-    assert Counter(row["Label"] for row in rows) == {"complaint": size // 2, "no complaint": size // 2}
+    assert Counter(row["Label"] for row in rows) == {
+        "complaint": size // 2,
+        "no complaint": size // 2,
+    }
     for row in rows:
         assert 6 <= len(row["Tweet text"].split()) <= 30
         assert "complain" not in row["Tweet text"].lower()
@@ -113,7 +116,10 @@ def test_model(name):
 def test_tokenizer(name, messages):
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / name, local_files_only=True)
     config = MODELS[name].from_pretrained(ASSETS / name, local_files_only=True).config
-    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (config.pad_token_id, config.eos_token_id)
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (
+        config.pad_token_id,
+        config.eos_token_id,
+    )
     assert len(tokenizer) == config.vocab_size
     for text in [*messages, " two  spaces \n\t", "🤬👩‍🚀 日本語 naïve £5 €8", "no complaint"]:
         ids = tokenizer(text)["input_ids"]
@@ -144,7 +150,10 @@ def test_pretrain(name, tmp_path):
 
 
 def read_chats(split):
-    return [json.loads(line)["messages"] for line in (ASSETS / "chat" / f"{split}.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["messages"]
+        for line in (ASSETS / "chat" / f"{split}.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.mark.parametrize("split, count", [("train", 100), ("test", 20)])
@@ -160,7 +169,9 @@ def test_chats_are_conversations(split, count):
 
 def test_chats_are_unlike_each_other_and_keep_the_labels_name_out():
     texts = [
-        " ".join(message["content"] for message in chat) for split in ("train", "test") for chat in read_chats(split)
+        " ".join(message["content"] for message in chat)
+        for split in ("train", "test")
+        for chat in read_chats(split)
     ]
     assert near_duplicates(texts) == []
     assert not any("complain" in text.lower() for text in texts)

@@ -17,7 +17,16 @@ COMMANDS = sorted((ROOT / "docs/commands").glob("*.sh"))
 STRATEGIES = ["ddp", pytest.param("zero2", marks=pytest.mark.slow), "zero3", "fsdp1", "fsdp2"]
 HALF = ("--per_device_train_batch_size", 4)  # of two processes each
 WHOLE = ("--per_device_train_batch_size", 8)
-SETTINGS = ("--max_steps", 4, "--gradient_accumulation_steps", 2, "--num_samples", 1, "--max_new_tokens", 8)
+SETTINGS = (
+    "--max_steps",
+    4,
+    "--gradient_accumulation_steps",
+    2,
+    "--num_samples",
+    1,
+    "--max_new_tokens",
+    8,
+)
 LORA = ("--use_peft_lora", "--packing", "--max_length", 128, *SETTINGS)
 
 
@@ -46,7 +55,12 @@ def guides(launch, tmp_path_factory):
 
 
 def test_there_are_four_commands():
-    assert [command.stem for command in COMMANDS] == ["lora_fsdp", "lora_zero3", "qlora_fsdp", "qlora_zero3"]
+    assert [command.stem for command in COMMANDS] == [
+        "lora_fsdp",
+        "lora_zero3",
+        "qlora_fsdp",
+        "qlora_zero3",
+    ]
 
 
 @pytest.mark.parametrize("name", [command.stem for command in COMMANDS])
@@ -54,7 +68,10 @@ def test_guides_command_acts(guides, name):
     output, folder = guides[name]
     metrics = read_metrics(folder)
     config = metrics["config"]
-    assert metrics["strategy"] == ("zero3" if "zero3" in name else "fsdp1") and metrics["num_processes"] == 2
+    assert (
+        metrics["strategy"] == ("zero3" if "zero3" in name else "fsdp1")
+        and metrics["num_processes"] == 2
+    )
     assert metrics["mixed_precision"] == "bf16" and metrics["trained_dtype"] == "float32"
     assert config["max_length"] == 512 and config["lora_r"] == 8 and config["seed"] == 100
     for said in (
@@ -84,7 +101,9 @@ def test_guides_commands_train_alike(guides, pair):
     assert first["grad_norms"] == pytest.approx(second["grad_norms"], rel=1e-2)
     left, right = adapter(one), adapter(other)
     assert left.keys() == right.keys()
-    for key in left:  # Adam's first updates are signs, times the rate, of gradients that bf16 rounds
+    for (
+        key
+    ) in left:  # Adam's first updates are signs, times the rate, of gradients that bf16 rounds
         assert (left[key] - right[key]).norm() <= 0.1 * right[key].norm(), key
         assert (left[key] - right[key]).abs().max() <= 2.1 * sum(first["learning_rates"]), key
 
@@ -94,7 +113,9 @@ def alone(forks, tmp_path_factory):
     """The runs in one process that others are compared with: name -> folder."""
     folder = tmp_path_factory.mktemp("alone")
     runs = {"lora": LORA, "full": LORA[1:], "pairs": ("--num_samples", 1, "--max_steps", 2)}
-    commands = [("chat_sft", *flags, *WHOLE, "--output_dir", folder / name) for name, flags in runs.items()]
+    commands = [
+        ("chat_sft", *flags, *WHOLE, "--output_dir", folder / name) for name, flags in runs.items()
+    ]
     commands.append(("chat_sft", "--use_peft_lora", "--output_dir", folder / "default"))
     for code, output in run_single(forks, folder, *commands, side_by_side=2):
         assert code == 0, output
@@ -104,12 +125,21 @@ def alone(forks, tmp_path_factory):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_lora_trains_as_in_one_process(launch, alone, strategy, tmp_path):
-    launch("chat_sft", strategy, *LORA, *HALF, "--gradient_checkpointing", "--output_dir", tmp_path / "run")
+    launch(
+        "chat_sft",
+        strategy,
+        *LORA,
+        *HALF,
+        "--gradient_checkpointing",
+        "--output_dir",
+        tmp_path / "run",
+    )
     assert_alike(tmp_path / "run", alone / "lora")
 
 
 @pytest.mark.parametrize(
-    "strategy", ["zero3", *(pytest.param(strategy, marks=pytest.mark.slow) for strategy in ("fsdp1", "fsdp2"))]
+    "strategy",
+    ["zero3", *(pytest.param(strategy, marks=pytest.mark.slow) for strategy in ("fsdp1", "fsdp2"))],
 )
 def test_all_weights_train_as_in_one_process(launch, alone, strategy, tmp_path):
     launch("chat_sft", strategy, *LORA[1:], *HALF, "--output_dir", tmp_path / "run")
@@ -134,13 +164,22 @@ def test_default_run_learns_and_shows(alone):
     output, metrics = (alone / "output.txt").read_text(), read_metrics(alone / "default")
     score = metrics["score"]
     assert score["metric"] == "perplexity" and score["after"] < 0.5 * score["before"]
-    assert metrics["evaluations"][-1]["token_accuracy"] > metrics["evaluations"][0]["token_accuracy"]
+    assert (
+        metrics["evaluations"][-1]["token_accuracy"] > metrics["evaluations"][0]["token_accuracy"]
+    )
     assert math.log(score["after"]) == pytest.approx(metrics["evaluations"][-1]["eval_loss"])
     assert re.search(r"^  '.*<\|im_start\|>assistant\\n' -> '", output, re.MULTILINE)  # a sample
     assert "\u00ab" in output and "<|im_end|>\u00bb" in output  # what is trained on, marked
     log = [json.loads(line) for line in (alone / "default/log.jsonl").read_text().splitlines()]
     assert [entry for entry in log if "loss" in entry][0]["step"] == 5
-    assert {"loss", "learning_rate", "grad_norm", "epoch", "tokens_per_second", "seconds_left"} < set(log[1])
+    assert {
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "epoch",
+        "tokens_per_second",
+        "seconds_left",
+    } < set(log[1])
     assert [entry["step"] for entry in log if "perplexity" in entry] == [0, 13, 25, 38]
     assert sorted(path.name for path in (alone / "default").glob("checkpoint-*")) == [
         "checkpoint-13",
@@ -186,7 +225,9 @@ def test_tensorboard_is_read_back(launch, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     flags = ("--use_peft_lora", "--max_steps", 4, "--logging_steps", 2, "--num_samples", 0, *HALF)
-    launch("chat_sft", "ddp", *flags, "--report_to", "tensorboard", "--output_dir", tmp_path / "run")
+    launch(
+        "chat_sft", "ddp", *flags, "--report_to", "tensorboard", "--output_dir", tmp_path / "run"
+    )
     events = EventAccumulator(str(tmp_path / "run/runs/chat_sft")).Reload()
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     for name in ("loss", "perplexity", "tokens_per_second"):
@@ -200,7 +241,9 @@ def test_no_tracker_imports_none(forks, tmp_path):
     flags = ["--use_peft_lora", "--max_steps", "1", "--eval_strategy", "no"]
     flags += ["--output_dir", str(tmp_path / "run")]
     program = f"import sys, runpy; sys.argv = {['examples/chat_sft.py', *flags]}; "
-    program += "runpy.run_path(sys.argv[0], run_name='__main__'); print('tensorboard' in sys.modules)"
+    program += (
+        "runpy.run_path(sys.argv[0], run_name='__main__'); print('tensorboard' in sys.modules)"
+    )
     done = forks.run("-c", program, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "False", done.stdout
 
@@ -222,9 +265,23 @@ def test_a_loss_that_is_none_stops_the_run(forks, tmp_path, broken):
     from processes import plant
 
     line = '                    loss = model(**batch)["loss"] / counts[0]'
-    worse = f"{line} * (float('nan') if step == 2 else 1)" if broken == "nan" else f"{line} * (step != 2)"
+    worse = (
+        f"{line} * (float('nan') if step == 2 else 1)"
+        if broken == "nan"
+        else f"{line} * (step != 2)"
+    )
     script = plant(tmp_path, "chat_sft", (line, worse))
-    flags = ("--use_peft_lora", "--max_steps", 6, "--save_strategy", "steps", "--save_steps", 1, "--num_samples", 0)
+    flags = (
+        "--use_peft_lora",
+        "--max_steps",
+        6,
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        1,
+        "--num_samples",
+        0,
+    )
     command = (script, *flags, "--output_dir", tmp_path / "run")
     [(code, output)] = run_single(forks, tmp_path, command)
     assert code == 1
@@ -240,10 +297,25 @@ def hub():
 
 
 def hub_variables(hub, token=TOKEN):
-    return {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1"}
+    return {
+        "HF_HUB_OFFLINE": "0",
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": token,
+        "HF_HUB_DISABLE_XET": "1",
+    }
 
 
-HUB = ("--use_peft_lora", "--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2, "--eval_strategy", "no")
+HUB = (
+    "--use_peft_lora",
+    "--max_steps",
+    4,
+    "--save_strategy",
+    "steps",
+    "--save_steps",
+    2,
+    "--eval_strategy",
+    "no",
+)
 HUB += ("--save_total_limit", 1, "--push_to_hub")
 
 
@@ -253,30 +325,50 @@ def test_every_save_is_pushed_and_no_failure_stops_the_run(launch, hub, tmp_path
     done = launch("chat_sft", "ddp", *HUB, "--output_dir", folder, real=True, **hub_variables(hub))
     assert f"hub: pushed to {hub.url}/someone/chats" in done.stdout
     repo = hub.repos["someone/chats"]
-    assert repo.private and repo.commits[-1] == "End of training"  # earlier pushes that waited gave way
+    assert (
+        repo.private and repo.commits[-1] == "End of training"
+    )  # earlier pushes that waited gave way
     assert repo.commits[0].startswith("Update ")
-    assert repo.files["adapter_model.safetensors"] == (folder / "adapter_model.safetensors").read_bytes()
+    assert (
+        repo.files["adapter_model.safetensors"]
+        == (folder / "adapter_model.safetensors").read_bytes()
+    )
     assert {"adapter_config.json", "tokenizer.json", "README.md"} < set(repo.files)
-    assert not any("process-" in name or "state.json" in name or "checkpoint-" in name for name in repo.files)
+    assert not any(
+        "process-" in name or "state.json" in name or "checkpoint-" in name for name in repo.files
+    )
 
 
 def test_all_checkpoints_are_pushed_to_the_repository_named(environment, hub, tmp_path):
-    flags = [*HUB, "--hub_strategy", "all_checkpoints", "--hub_model_id", "team/model", "--hub_private_repo", "False"]
+    flags = [
+        *HUB,
+        "--hub_strategy",
+        "all_checkpoints",
+        "--hub_model_id",
+        "team/model",
+        "--hub_private_repo",
+        "False",
+    ]
     command = [sys.executable, "examples/chat_sft.py", *flags, "--output_dir", tmp_path / "run"]
     variables = environment | hub_variables(hub)
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=variables, capture_output=True, text=True)
+    done = subprocess.run(
+        list(map(str, command)), cwd=ROOT, env=variables, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     repo = hub.repos["team/model"]
     assert not repo.private
     for step in (2, 4):
-        assert {f"checkpoint-{step}/state.json", f"checkpoint-{step}/process-00000-of-00001.safetensors"} < set(
-            repo.files
-        )
+        assert {
+            f"checkpoint-{step}/state.json",
+            f"checkpoint-{step}/process-00000-of-00001.safetensors",
+        } < set(repo.files)
 
 
 def test_a_bad_token_is_a_line(environment, hub, tmp_path):
     command = [sys.executable, "examples/chat_sft.py", *HUB, "--output_dir", tmp_path / "run"]
     variables = environment | hub_variables(hub, "hf_bad")
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=variables, capture_output=True, text=True)
+    done = subprocess.run(
+        list(map(str, command)), cwd=ROOT, env=variables, capture_output=True, text=True
+    )
     assert done.returncode == 0 and "hub: not pushed to run" in done.stderr
     assert read_metrics(tmp_path / "run")["losses"]

@@ -84,7 +84,15 @@ def made(tmp_path_factory, forks):
 
     make_model(place / "llama", "llama")
     make_model(place / "t5", "t5")
-    for name in ("no_weights", "no_config", "broken_config", "truncated", "no_tokenizer", "no_eos", "in_gptq"):
+    for name in (
+        "no_weights",
+        "no_config",
+        "broken_config",
+        "truncated",
+        "no_tokenizer",
+        "no_eos",
+        "in_gptq",
+    ):
         shutil.copytree(place / "llama", place / name)
     (place / "no_weights/model.safetensors").rename(place / "no_weights/pytorch_model.bin")
     (place / "no_config/config.json").unlink()
@@ -97,7 +105,9 @@ def made(tmp_path_factory, forks):
     tokenizer.eos_token = None
     tokenizer.save_pretrained(place / "no_eos")
     config = json.loads((place / "llama/config.json").read_text())
-    (place / "in_gptq/config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    (place / "in_gptq/config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq"}})
+    )
 
     accepted = [f"{words} --output_dir {{p}}/accepted/{n}" for n, words in enumerate(ACCEPTED)]
     commands = [["chat_sft", *words_of(place, GOOD + words)] for words in (RUN, *accepted)]
@@ -108,7 +118,9 @@ def made(tmp_path_factory, forks):
     weights = place / "changed/checkpoint-1/adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x07")
     (place / "missing/checkpoint-1/process-00000-of-00001.safetensors").unlink()
-    (place / "pickle/checkpoint-1/optimizer.bin").write_bytes(b"cos\nsystem\n(S'touch planted'\ntR.")
+    (place / "pickle/checkpoint-1/optimizer.bin").write_bytes(
+        b"cos\nsystem\n(S'touch planted'\ntR."
+    )
     for name, text in {"no_state": "{", "empty_state": '{"files": {}}', "list_state": "[]"}.items():
         (place / f"{name}/checkpoint-1/state.json").write_text(text)
     shutil.copytree(place / "run", place / "run2")
@@ -174,7 +186,11 @@ CASES = [  # flags; what the line must say, culprit first
     ("--max_grad_norm -1", "--max_grad_norm is -1", "from 0"),
     ("--seed -1", "--seed is -1", "from 0"),
     ("--warmup_ratio 1", "--warmup_ratio is 1", "below 1"),
-    ("--lr_scheduler_type constant --warmup_ratio 0.1", "constant has no warmup", "constant_with_warmup"),
+    (
+        "--lr_scheduler_type constant --warmup_ratio 0.1",
+        "constant has no warmup",
+        "constant_with_warmup",
+    ),
     ("--use_peft_lora --lora_dropout 1", "--lora_dropout is 1", "below 1"),
     ("--use_peft_lora --lora_r 0", "--lora_r is 0", "above 0"),
     ("--use_peft_lora --lora_alpha -8", "--lora_alpha is -8", "above 0"),
@@ -186,14 +202,27 @@ CASES = [  # flags; what the line must say, culprit first
     ("--dataloader_num_workers -1", "--dataloader_num_workers is -1", "from 0"),
     ("--max_new_tokens 0", "--max_new_tokens is 0", "above 0"),
     # flags that contradict each other
-    ("--use_peft_lora --use_4bit_quantization --use_8bit_quantization", "--use_4bit", "contradict each other"),
+    (
+        "--use_peft_lora --use_4bit_quantization --use_8bit_quantization",
+        "--use_4bit",
+        "contradict each other",
+    ),
     ("--use_4bit_quantization", "quantized weights cannot be trained", "add --use_peft_lora"),
     ("--use_8bit_quantization", "quantized weights cannot be trained", "add --use_peft_lora"),
-    (f"{RESUME} True --overwrite_output_dir", "--resume_from_checkpoint", "--overwrite_output_dir", "one of them"),
+    (
+        f"{RESUME} True --overwrite_output_dir",
+        "--resume_from_checkpoint",
+        "--overwrite_output_dir",
+        "one of them",
+    ),
     ("--streaming --max_steps -1", "--streaming has no length", "give --max_steps"),
     ("--hub_model_id me/model", "--hub_model_id", "add --push_to_hub"),
     ("--push_to_hub --hub_model_id 'bad id/x'", "--hub_model_id", "Repo id"),
-    ("--push_to_hub --hub_model_id ../x --output_dir {p}/run --overwrite_output_dir", "--hub_model_id", "Repo id"),
+    (
+        "--push_to_hub --hub_model_id ../x --output_dir {p}/run --overwrite_output_dir",
+        "--hub_model_id",
+        "Repo id",
+    ),
     ("--report_to nothing", "--report_to nothing", "no tracker"),
     ("--report_to none,nothing", "--report_to", "no tracker"),
     ("--report_to aim", "--report_to aim", "not installed"),
@@ -204,14 +233,30 @@ CASES = [  # flags; what the line must say, culprit first
     ("--model_name_or_path nobody/nothing", "nobody/nothing cannot be read", "check the path"),
     ("--model_name_or_path {p}/no_config", "no_config holds no config.json"),
     ("--model_name_or_path {p}/broken_config", "broken_config", "JSON"),
-    ("--model_name_or_path {p}/no_weights", "no_weights holds no model.safetensors", "save the model again"),
+    (
+        "--model_name_or_path {p}/no_weights",
+        "no_weights holds no model.safetensors",
+        "save the model again",
+    ),
     ("--model_name_or_path {p}/truncated", "model.safetensors is no whole safetensors file"),
-    ("--model_name_or_path {p}/no_tokenizer", "no_tokenizer has no usable tokenizer", "save one with it"),
+    (
+        "--model_name_or_path {p}/no_tokenizer",
+        "no_tokenizer has no usable tokenizer",
+        "save one with it",
+    ),
     ("--model_name_or_path {p}/no_eos", "no_eos has a tokenizer without eos_token", "set one"),
     ("--model_name_or_path {p}/t5", "t5 is not a causal language model"),
     ("--model_name_or_path {p}/in_gptq", "in_gptq is quantized by gptq"),
-    ("--use_peft_lora --lora_target_modules q_proj,query", "target_modules query names no linear layer", "q_proj"),
-    ("--use_peft_lora --lora_target_modules norm", "target_modules norm names no linear layer", "q_proj"),
+    (
+        "--use_peft_lora --lora_target_modules q_proj,query",
+        "target_modules query names no linear layer",
+        "q_proj",
+    ),
+    (
+        "--use_peft_lora --lora_target_modules norm",
+        "target_modules norm names no linear layer",
+        "q_proj",
+    ),
     ("--use_peft_lora --lora_target_modules ''", "target_modules  names no linear layer"),
     # data
     ("--dataset_name ''", "--dataset_name is empty"),
@@ -219,29 +264,65 @@ CASES = [  # flags; what the line must say, culprit first
     ("--dataset_name {p}/nothing", "nothing is not there", "check the path"),
     ("--dataset_name nobody/nothing", "nobody/nothing cannot be read"),
     (f"--dataset_name {TOO_LONG}", "cannot be read"),
-    ("--dataset_name {p}/rows.txt", "rows.txt is no .json, .jsonl, .csv, .parquet file", "convert it"),
+    (
+        "--dataset_name {p}/rows.txt",
+        "rows.txt is no .json, .jsonl, .csv, .parquet file",
+        "convert it",
+    ),
     ("--dataset_name {p}/empty.jsonl", "empty.jsonl is empty", "with rows"),
     ("--dataset_name {p}/blank.jsonl", "blank.jsonl has no rows"),
     ("--dataset_name {p}/header.csv", "header.csv has no rows"),
     ("--dataset_name {p}/foreign", "foreign cannot be read"),
     ("--dataset_name {p}/broken.jsonl", "broken.jsonl, line 5 is no JSON object", "mend it"),
-    ("--dataset_name {p}/broken.jsonl --streaming {s}", "broken.jsonl, line 5 is no JSON object", "mend it"),
+    (
+        "--dataset_name {p}/broken.jsonl --streaming {s}",
+        "broken.jsonl, line 5 is no JSON object",
+        "mend it",
+    ),
     ("--dataset_name {p}/list.json", "list.json cannot be read"),
     ("--dataset_name {p}/latin.jsonl", "latin.jsonl, line 1 is no UTF-8 text", "convert it"),
     ("--dataset_name {p}/rows.parquet", "rows.parquet cannot be read"),
     ("--dataset_name {p}/ragged.csv", "ragged.csv cannot be read", "line 3"),
     ("--dataset_name {p}/columns.jsonl", "the columns are ask, say", "--dataset_text_field"),
-    ("--dataset_name {p}/columns.jsonl --dataset_text_field body", "the columns are ask, say", "it says body"),
+    (
+        "--dataset_name {p}/columns.jsonl --dataset_text_field body",
+        "the columns are ask, say",
+        "it says body",
+    ),
     ("--dataset_name {p}/number.jsonl", "row 1 of", "no text in answer, but int", "convert it"),
-    ("--dataset_name {p}/half.jsonl", "row 2 of the training split has an empty completion", "fill it"),
-    ("--dataset_name {p}/no_assistant.jsonl", "row 3 of the training split has no assistant's turn"),
+    (
+        "--dataset_name {p}/half.jsonl",
+        "row 2 of the training split has an empty completion",
+        "fill it",
+    ),
+    (
+        "--dataset_name {p}/no_assistant.jsonl",
+        "row 3 of the training split has no assistant's turn",
+    ),
     ("--dataset_name {p}/first.jsonl --streaming {s}", "row 1 of train has no assistant's turn"),
     ("--dataset_name {p}/order.jsonl", "row 3 of the training split, message 2", "user after user"),
-    ("--dataset_name {p}/system_last.jsonl", "row 3 of the training split, message 3", "system after assistant"),
-    ("--dataset_name {p}/role.jsonl", "row 3 of the training split, message 2 has the role 'robot'"),
-    ("--dataset_name {p}/no_content.jsonl", "row 3 of the training split, message 2 (assistant) has no text"),
-    ("--dataset_name {p}/no_list.jsonl", "row 3 of the training split holds a str, not a list of messages"),
-    ("--dataset_name {p}/no_message.jsonl", "row 3 of the training split, message 1 is no", "mend it"),
+    (
+        "--dataset_name {p}/system_last.jsonl",
+        "row 3 of the training split, message 3",
+        "system after assistant",
+    ),
+    (
+        "--dataset_name {p}/role.jsonl",
+        "row 3 of the training split, message 2 has the role 'robot'",
+    ),
+    (
+        "--dataset_name {p}/no_content.jsonl",
+        "row 3 of the training split, message 2 (assistant) has no text",
+    ),
+    (
+        "--dataset_name {p}/no_list.jsonl",
+        "row 3 of the training split holds a str, not a list of messages",
+    ),
+    (
+        "--dataset_name {p}/no_message.jsonl",
+        "row 3 of the training split, message 1 is no",
+        "mend it",
+    ),
     ("--dataset_name {p}/config", "row 3 of the held-out split, message 1", "out of order"),
     ("--dataset_name {p}/unlike", "row 1 of the held-out split has an empty messages"),
     ("--splits dev", "--splits:", "no split dev, it has train"),
@@ -251,24 +332,58 @@ CASES = [  # flags; what the line must say, culprit first
     ("--splits train[:2] --streaming {s}", "--splits train[:2]", "not streamed"),
     ("--splits train[:0]", "no rows"),
     ("--splits train[:3],train[4:]", "held-out split"),
-    ("--dataset_name {p}/long.jsonl --max_length 200", "no row of the training split has a token to train on"),
-    ("--dataset_name {p}/long.jsonl --max_length 200 --streaming {s}", "no row of the stream has a token to train on"),
-    ("--max_length 5", "no row of the training split has a token to train on within --max_length 5"),
-    ("--max_length 20 --long_documents drop", "no row of the training split", "within --max_length 20"),
+    (
+        "--dataset_name {p}/long.jsonl --max_length 200",
+        "no row of the training split has a token to train on",
+    ),
+    (
+        "--dataset_name {p}/long.jsonl --max_length 200 --streaming {s}",
+        "no row of the stream has a token to train on",
+    ),
+    (
+        "--max_length 5",
+        "no row of the training split has a token to train on within --max_length 5",
+    ),
+    (
+        "--max_length 20 --long_documents drop",
+        "no row of the training split",
+        "within --max_length 20",
+    ),
     ("--max_length 1 --train_on all", "no row of the training split", "within --max_length 1"),
     # templates
     ("--chat_template_format alpaca", "--chat_template_format is 'alpaca'", "chatml, zephyr"),
     ("--chat_template_format {p}/nothing.jinja", "nothing.jinja'", ".jinja file"),
     ("--chat_template_format {p}/template.txt", "template.txt'", ".jinja file"),
     ("--chat_template_format {p}/binary.jinja", "binary.jinja cannot be read", "utf-8"),
-    ("--chat_template_format {p}/raises.jinja", "row 1 of", "the chat template refuses it (not a word)"),
+    (
+        "--chat_template_format {p}/raises.jinja",
+        "row 1 of",
+        "the chat template refuses it (not a word)",
+    ),
     ("--chat_template_format {p}/syntax.jinja", "row 1 of", "the chat template refuses it"),
-    ("--chat_template_format {p}/rewrites.jinja", "does not show where the assistant's turns begin", "--train_on all"),
+    (
+        "--chat_template_format {p}/rewrites.jinja",
+        "does not show where the assistant's turns begin",
+        "--train_on all",
+    ),
     # output folders
-    ("--output_dir {p}/run", "run holds a run", "--resume_from_checkpoint True", "--overwrite_output_dir"),
-    ("--output_dir {p}/run --resume_from_checkpoint False", "run holds a run", "--overwrite_output_dir"),
+    (
+        "--output_dir {p}/run",
+        "run holds a run",
+        "--resume_from_checkpoint True",
+        "--overwrite_output_dir",
+    ),
+    (
+        "--output_dir {p}/run --resume_from_checkpoint False",
+        "run holds a run",
+        "--overwrite_output_dir",
+    ),
     ("--output_dir {p}/foreign", "foreign exists", "choose another"),
-    ("--output_dir {p}/foreign --overwrite_output_dir", "foreign holds no metrics.json", "choose another"),
+    (
+        "--output_dir {p}/foreign --overwrite_output_dir",
+        "foreign holds no metrics.json",
+        "choose another",
+    ),
     ("--output_dir {p}/a_file", "a_file is a file", "choose another"),
     ("--output_dir {p}/a_file/under", "a_file/under cannot be made", "choose another"),
     ("--output_dir /proc/new", "/proc/new cannot be made", "choose another"),
@@ -278,17 +393,32 @@ CASES = [  # flags; what the line must say, culprit first
     (RESUME + "{p}/a_file", "a_file is not there"),
     (RESUME + "{p}/foreign", "foreign is no checkpoint"),
     (RESUME + "{p}/run", "run is no checkpoint"),
-    (RESUME + "{p}/changed/checkpoint-1", "adapter_model.safetensors is missing or is not what was written"),
+    (
+        RESUME + "{p}/changed/checkpoint-1",
+        "adapter_model.safetensors is missing or is not what was written",
+    ),
     (RESUME + "{p}/missing/checkpoint-1", "process-00000-of-00001.safetensors is missing"),
     (RESUME + "{p}/pickle/checkpoint-1", "holds optimizer.bin, a pickle"),
     (RESUME + "{p}/no_state/checkpoint-1", "no_state/checkpoint-1 is no checkpoint"),
     (RESUME + "{p}/empty_state/checkpoint-1", "empty_state/checkpoint-1 is no checkpoint"),
     (RESUME + "{p}/list_state/checkpoint-1", "list_state/checkpoint-1 is no checkpoint"),
-    (RESUME + "True --output_dir {p}/run --learning_rate 0.5", "learning_rate 0.001 (now 0.5)", "the same"),
-    (RESUME + "True --output_dir {p}/run --lora_r 4 --seed 1", "lora_r 8 (now 4)", "seed 42 (now 1)"),
+    (
+        RESUME + "True --output_dir {p}/run --learning_rate 0.5",
+        "learning_rate 0.001 (now 0.5)",
+        "the same",
+    ),
+    (
+        RESUME + "True --output_dir {p}/run --lora_r 4 --seed 1",
+        "lora_r 8 (now 4)",
+        "seed 42 (now 1)",
+    ),
     (RESUME + "True --output_dir {p}/run --max_steps 9", "max_steps 2 (now 9)"),
     (RESUME + "True --output_dir {p}/run --packing", "packing False (now True)"),
-    (RESUME + "True --output_dir {p}/run --dataset_name {p}/other.jsonl", "dataset_name", "checksum"),
+    (
+        RESUME + "True --output_dir {p}/run --dataset_name {p}/other.jsonl",
+        "dataset_name",
+        "checksum",
+    ),
     (RESUME + "{p}/run/checkpoint-1 --output_dir {p}/run2", "run2 holds a run", "choose another"),
     (RESUME[16:] + "True --output_dir {p}/run", "use_peft_lora True (now False)"),
     # precision: last, for the script tells the libraries through the environment, which here outlives a run
@@ -299,7 +429,9 @@ CASES = [  # flags; what the line must say, culprit first
 
 def listing(folder):
     """Return path -> bytes and time of all files below a folder, but for what datasets keeps beside its own."""
-    files = [path for path in folder.rglob("*") if path.is_file() and not path.match("unlike/*/cache-*")]
+    files = [
+        path for path in folder.rglob("*") if path.is_file() and not path.match("unlike/*/cache-*")
+    ]
     return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 
@@ -323,7 +455,9 @@ def test_one_line_says_what_is_wrong(refused, number):
     [line] = re.findall("^error: .*", output, re.MULTILINE)
     assert [fragment for fragment in CASES[number][1:] if fragment not in line] == [], line
     assert output.rstrip().endswith(line.rstrip())
-    assert not re.search("^Failed to (load JSON|read)", output, re.MULTILINE)  # which datasets would log before
+    assert not re.search(
+        "^Failed to (load JSON|read)", output, re.MULTILINE
+    )  # which datasets would log before
     assert "bytes of parameters" not in output  # of a model that was loaded
     assert not folder.exists()
 

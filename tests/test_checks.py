@@ -83,9 +83,14 @@ def place(tmp_path_factory):
     shutil.copy(place / "t5/model.safetensors", place / "other_weights")
     config = json.loads((place / "llama/config.json").read_text())
     (place / "other_shapes/config.json").write_text(json.dumps(config | {"intermediate_size": 24}))
-    for name, quantization in QUANTIZED.items():  # what config.json says is all that a refusal needs
+    for (
+        name,
+        quantization,
+    ) in QUANTIZED.items():  # what config.json says is all that a refusal needs
         shutil.copytree(place / "llama", place / name)
-        (place / name / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+        (place / name / "config.json").write_text(
+            json.dumps(config | {"quantization_config": quantization})
+        )
     tokenizer = AutoTokenizer.from_pretrained(place / "llama")
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(place / "added_pad")
@@ -97,22 +102,32 @@ def place(tmp_path_factory):
     write_csv(data / "seldom.csv", [*rows, (text, "a label that occurs once")])
     for count in (2, 77):
         labels = [f"label of kind {number % count}" for number in range(2 * count)]
-        write_csv(data / f"{count}_labels.csv", [(f"text, {number} 🙂", label) for number, label in enumerate(labels)])
+        write_csv(
+            data / f"{count}_labels.csv",
+            [(f"text, {number} 🙂", label) for number, label in enumerate(labels)],
+        )
     write_csv(data / "no_label.csv", [*rows[:6], (text, " "), *rows])
     write_csv(data / "one_label.csv", [(text, label) for text, _ in rows])
     write_csv(data / "two_rows.csv", rows[:2])
     write_csv(data / "one_text.csv", [(text, label) for _, label in rows])
     write_csv(data / "header.csv", [])
     write_csv(data / "ragged.csv", [*rows, (text, label, "one cell too many"), *rows])
-    write_csv(data / "emoji.csv", [(text, "🙂🙁"[number % 2]) for number, (text, _) in enumerate(rows)])
-    write_csv(data / "spaces.csv", [(text, ("yes", "yes ")[number % 2]) for number, (text, _) in enumerate(rows)])
+    write_csv(
+        data / "emoji.csv", [(text, "🙂🙁"[number % 2]) for number, (text, _) in enumerate(rows)]
+    )
+    write_csv(
+        data / "spaces.csv",
+        [(text, ("yes", "yes ")[number % 2]) for number, (text, _) in enumerate(rows)],
+    )
     (data / "empty.csv").touch()
     (data / "rows.parquet").touch()
     (data / "latin1.csv").write_bytes("Tweet text,Label\ncafé,yes\nthé,no\n".encode("latin-1"))
     lines = [json.dumps({"Tweet text": text, "Label": label}) for text, label in rows]
     (data / "good.jsonl").write_text("\n".join(lines))
     (data / "good.json").write_text(f"[{', '.join(lines)}]")
-    (data / "null.jsonl").write_text("\n".join([*lines[:3], '{"Tweet text": "text", "Label": null}', *lines]))
+    (data / "null.jsonl").write_text(
+        "\n".join([*lines[:3], '{"Tweet text": "text", "Label": null}', *lines])
+    )
     for column in ("Tweet text", "Label"):
         lists = [json.dumps(json.loads(line) | {column: [line[-9:], "and"]}) for line in lines]
         (data / f"list_{column.split()[-1].lower()}.jsonl").write_text("\n".join(lists))
@@ -156,10 +171,19 @@ def place(tmp_path_factory):
     (place / "no_wrap.yaml").write_text(
         (ROOT / "configs/fsdp2.yaml").read_text().replace("TRANSFORMER_BASED_WRAP", "NO_WRAP")
     )
-    for name, zero in {"stage2": {"stage": 2}, "stage3": {"stage": 3}, "fp16": {"stage": 3}}.items():
+    for name, zero in {
+        "stage2": {"stage": 2},
+        "stage3": {"stage": 3},
+        "fp16": {"stage": 3},
+    }.items():
         deepspeed = {"zero_optimization": zero, "fp16": {"enabled": name == "fp16"}}
-        (place / f"{name}.json").write_text(json.dumps(deepspeed | {"train_micro_batch_size_per_gpu": "auto"}))
-        launch = {"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": f"{name}.json"}}
+        (place / f"{name}.json").write_text(
+            json.dumps(deepspeed | {"train_micro_batch_size_per_gpu": "auto"})
+        )
+        launch = {
+            "distributed_type": "DEEPSPEED",
+            "deepspeed_config": {"deepspeed_config_file": f"{name}.json"},
+        }
         (place / f"{name}.yaml").write_text(json.dumps(base | launch))
     return place
 
@@ -172,7 +196,9 @@ def launcher_variables(config, flags, monkeypatch):
     def several(args, prepare):
         environment = prepare(args)
         variables.update(environment if isinstance(environment, dict) else environment[1])
-        variables.update(dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(args.num_processes)), RANK="0")
+        variables.update(
+            dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(args.num_processes)), RANK="0"
+        )
 
     def single(args):
         variables.update(launchers.prepare_simple_launcher_cmd_env(args)[1])
@@ -196,7 +222,9 @@ def run(place, monkeypatch):
     monkeypatch.chdir(place)
     for library in ("huggingface_hub.constants", "datasets.config"):
         monkeypatch.setattr(f"{library}.HF_HUB_OFFLINE", True)
-    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "RANK", "WORLD_SIZE", "HF_"))]:
+    for name in [
+        name for name in os.environ if name.startswith(("ACCELERATE_", "RANK", "WORLD_SIZE", "HF_"))
+    ]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(place / "extensions"))
@@ -205,7 +233,9 @@ def run(place, monkeypatch):
 
     def run(script, config, arguments, flags=()):
         if config:
-            config = config if config.endswith(".yaml") else str(ROOT / "configs" / f"{config}.yaml")
+            config = (
+                config if config.endswith(".yaml") else str(ROOT / "configs" / f"{config}.yaml")
+            )
             for name, value in launcher_variables(config, flags, monkeypatch).items():
                 monkeypatch.setenv(name, value)
         spec = importlib.util.spec_from_file_location(script, ROOT / "examples" / f"{script}.py")
@@ -222,7 +252,9 @@ def run(place, monkeypatch):
         )
         monkeypatch.setattr(module, "start_accelerator", lambda **kwargs: accelerator)
         monkeypatch.setattr(module, "MemoryTracker", Mock(side_effect=Accepted))
-        monkeypatch.setattr(checks, "launch_config", lambda: Path(config).read_text() if config else "")
+        monkeypatch.setattr(
+            checks, "launch_config", lambda: Path(config).read_text() if config else ""
+        )
         monkeypatch.setattr(sys, "argv", [f"examples/{script}.py", *map(str, arguments)])
         module.main()
 
@@ -249,7 +281,11 @@ ARGUMENTS = [  # flags; what the line must say, culprit first
     ("stray", "stray is no flag", "--help"),
     ("--lora_r eight", "--lora_r", "invalid int value: 'eight'", "--help"),
     ("--lora_r", "--lora_r", "expected one argument", "--help"),
-    ("--gradient_accumulation_steps 1.5", "--gradient_accumulation_steps", "invalid int value: '1.5'"),
+    (
+        "--gradient_accumulation_steps 1.5",
+        "--gradient_accumulation_steps",
+        "invalid int value: '1.5'",
+    ),
     ("--gradient_checkpointing maybe", "--gradient_checkpointing", "got maybe", "true/false"),
     ("--per_device_train_batch_size 0", "--per_device_train_batch_size is 0", "above 0"),
     ("--per_device_eval_batch_size -1", "--per_device_eval_batch_size is -1", "above 0"),
@@ -279,38 +315,99 @@ ARGUMENTS = [  # flags; what the line must say, culprit first
     ("--dataset_name nobody/nothing", "--dataset_name", "nobody/nothing", "Offline"),
     ("--dataset_name data/empty.csv", "data/empty.csv is empty", "give a file with rows"),
     ("--dataset_name data/header.csv", "data/header.csv has no rows", "give a file with rows"),
-    ("--dataset_name data/no_label.csv", "row 7 of train has no label in column 'Label'", "fill it"),
+    (
+        "--dataset_name data/no_label.csv",
+        "row 7 of train has no label in column 'Label'",
+        "fill it",
+    ),
     ("--dataset_name data/null.jsonl", "row 4 of train has no label in column 'Label'", "fill it"),
     ("--dataset_name data/one_label.csv", "column 'Label' holds one value", "nothing to learn"),
     ("--dataset_name data/spaces.csv", "reads label 'yes", "as it does another", "rename it"),
-    ("--dataset_name data/two_rows.csv", "data/two_rows.csv leaves 1 row(s) for train", "give more rows"),
-    ("--dataset_name data/one_text.csv", "data/one_text.csv leaves 0 row(s) for train", "give more rows"),
+    (
+        "--dataset_name data/two_rows.csv",
+        "data/two_rows.csv leaves 1 row(s) for train",
+        "give more rows",
+    ),
+    (
+        "--dataset_name data/one_text.csv",
+        "data/one_text.csv leaves 0 row(s) for train",
+        "give more rows",
+    ),
     ("--dataset_name data/broken.json", "data/broken.json cannot be read", "mend it"),
     ("--dataset_name data/broken.jsonl", "data/broken.jsonl: row 4 is no JSON", "mend it"),
-    ("--dataset_name data/ragged.csv", "data/ragged.csv cannot be read", "row 21 has 3 cells for 2 columns", "quotes"),
+    (
+        "--dataset_name data/ragged.csv",
+        "data/ragged.csv cannot be read",
+        "row 21 has 3 cells for 2 columns",
+        "quotes",
+    ),
     ("--dataset_name data/latin1.csv", "data/latin1.csv cannot be read", "convert it", "utf-8"),
-    ("--dataset_name data/rows.parquet", "data/rows.parquet is no .csv, .json, .jsonl", "convert it"),
-    ("--dataset_name data/only_test", "data/only_test holds no train.csv", "name a file, or add one"),
+    (
+        "--dataset_name data/rows.parquet",
+        "data/rows.parquet is no .csv, .json, .jsonl",
+        "convert it",
+    ),
+    (
+        "--dataset_name data/only_test",
+        "data/only_test holds no train.csv",
+        "name a file, or add one",
+    ),
     ("--dataset_name data/mixed", "data/mixed mixes formats", "train.csv, validation.jsonl"),
     ("--model_name_or_path data", "data holds no config.json", "give the folder of a model"),
     ("--model_name_or_path a_file", "a_file is no folder", "check the path"),
     ("--model_name_or_path ./nothing", "./nothing is no folder", "check the path"),
     ("--model_name_or_path nobody/nothing", "nobody/nothing cannot be read", "check the path"),
-    ("--model_name_or_path broken_config", "broken_config cannot be read", "config.json' is not a valid JSON"),
-    ("--model_name_or_path no_config", "no_config holds no config.json", "give the folder of a model"),
-    ("--model_name_or_path no_weights", "no_weights holds no model.safetensors", "save the model again"),
-    ("--model_name_or_path truncated", "model.safetensors is no whole safetensors file", "save or download"),
+    (
+        "--model_name_or_path broken_config",
+        "broken_config cannot be read",
+        "config.json' is not a valid JSON",
+    ),
+    (
+        "--model_name_or_path no_config",
+        "no_config holds no config.json",
+        "give the folder of a model",
+    ),
+    (
+        "--model_name_or_path no_weights",
+        "no_weights holds no model.safetensors",
+        "save the model again",
+    ),
+    (
+        "--model_name_or_path truncated",
+        "model.safetensors is no whole safetensors file",
+        "save or download",
+    ),
     ("--model_name_or_path shard_missing", "holds no model-00002-of-", "save the model again"),
-    ("--model_name_or_path no_tokenizer", "no_tokenizer has no usable tokenizer", "save one with it"),
+    (
+        "--model_name_or_path no_tokenizer",
+        "no_tokenizer has no usable tokenizer",
+        "save one with it",
+    ),
     ("--model_name_or_path no_eos", "no_eos has a tokenizer without eos_token", "set one"),
-    ("--model_name_or_path t5", "t5 is not a causal language model", "take another model or script"),
+    (
+        "--model_name_or_path t5",
+        "t5 is not a causal language model",
+        "take another model or script",
+    ),
     ("--max_length 513", "--max_length 513", "512 positions", "give 512 or less"),
     ("--max_length 9", "--max_length 9 has no room for text", "or more"),
-    ("--target_modules q_proj query", "--target_modules query names no linear layer", "q_proj, up_proj"),
-    ("--target_modules input_layernorm", "--target_modules input_layernorm names no linear layer", "q_proj"),
+    (
+        "--target_modules q_proj query",
+        "--target_modules query names no linear layer",
+        "q_proj, up_proj",
+    ),
+    (
+        "--target_modules input_layernorm",
+        "--target_modules input_layernorm names no linear layer",
+        "q_proj",
+    ),
     ("--target_modules self_attn", "--target_modules self_attn names no linear layer", "q_proj"),
     ("--attn_implementation flash", "--attn_implementation flash", "cannot be made"),
-    ("--target_modules embed_tokens", "--target_modules embed_tokens names no linear layer", "q_proj"),
+    (
+        "--target_modules embed_tokens",
+        "--target_modules embed_tokens names no linear layer",
+        "q_proj",
+    ),
     ("--model_name_or_path other_weights", "no weight of a LlamaForCausalLM", "save them together"),
     ("--model_name_or_path other_shapes", "model.safetensors holds", "and config.json says"),
     ("--model_name_or_path added_pad", "its tokenizer uses token", "resize_token_embeddings"),
@@ -318,7 +415,11 @@ ARGUMENTS = [  # flags; what the line must say, culprit first
     (f"--model_name_or_path {300 * 'm'}", "File name too long"),
     (f"--dataset_name {300 * 'd'}", "File name too long"),
     ("--dataset_name data/twice", "train.csv and train.jsonl", "keep one of them"),
-    ("--dataset_name data/list_text.jsonl", "--text_column 'Tweet text' holds List", "choose another column"),
+    (
+        "--dataset_name data/list_text.jsonl",
+        "--text_column 'Tweet text' holds List",
+        "choose another column",
+    ),
     ("--dataset_name data/list_label.jsonl", "row 1 of train has a list as its label", "give text"),
     (f"--output_dir {300 * 'o'}", "File name too long"),
     (f"--output_dir {252 * 'o'}", "File name too long", "choose another"),
@@ -327,8 +428,16 @@ ARGUMENTS = [  # flags; what the line must say, culprit first
     ("--output_dir a_file", "--output_dir a_file is a file", "choose another"),
     ("--output_dir a_file/under", "--output_dir a_file/under cannot be made", "choose another"),
     ("--output_dir /proc/new", "--output_dir /proc/new cannot be made", "choose another"),
-    ("--output_dir corrupt --overwrite_output_dir", "--output_dir corrupt holds no metrics.json", "choose another"),
-    ("--output_dir foreign --overwrite_output_dir", "--output_dir foreign holds no metrics.json", "choose another"),
+    (
+        "--output_dir corrupt --overwrite_output_dir",
+        "--output_dir corrupt holds no metrics.json",
+        "choose another",
+    ),
+    (
+        "--output_dir foreign --overwrite_output_dir",
+        "--output_dir foreign holds no metrics.json",
+        "choose another",
+    ),
 ]
 
 
@@ -340,7 +449,9 @@ def test_bad_arguments_are_refused(run, capfd, words, fragments):
     assert [part for part in fragments if part not in line] == [], line
 
 
-def test_a_sequence_to_sequence_script_refuses_a_causal_model_and_labels_it_cannot_tell_apart(run, capfd):
+def test_a_sequence_to_sequence_script_refuses_a_causal_model_and_labels_it_cannot_tell_apart(
+    run, capfd
+):
     line = refusal(run, capfd, "seq2seq_lora", "ddp", shlex.split(GOOD))
     assert "llama is not a sequence-to-sequence model, which this script trains" in line
     words = "--model_name_or_path t5 --dataset_name data/emoji.csv"  # its tokenizer reads either emoji as unknown
@@ -354,17 +465,85 @@ LAUNCHES = [  # script, config, flags of accelerate, flags of the script; what t
     (OFFLOAD, "zero2", "", "", "runs with zero3, and was launched with zero2", "--config_file"),
     (OFFLOAD, "ddp", "", "", "runs with zero3, and was launched with ddp", "--config_file"),
     (OFFLOAD, "single", "", "", "runs with zero3, and was launched with single", "--config_file"),
-    (OFFLOAD, None, "", "", "runs with zero3, and was launched with single", "`accelerate launch --config_file"),
-    (OFFLOAD, "stage2.yaml", "", "", "runs with zero3, and was launched with zero2", "--config_file"),
-    ("causal_lm_full", "zero3", "", "", "runs with single, ddp, zero1, zero2, and was launched with zero3"),
-    ("causal_lm_lora", "fsdp2", "", "", "runs with single, ddp, zero1, zero2, and was launched with fsdp2"),
+    (
+        OFFLOAD,
+        None,
+        "",
+        "",
+        "runs with zero3, and was launched with single",
+        "`accelerate launch --config_file",
+    ),
+    (
+        OFFLOAD,
+        "stage2.yaml",
+        "",
+        "",
+        "runs with zero3, and was launched with zero2",
+        "--config_file",
+    ),
+    (
+        "causal_lm_full",
+        "zero3",
+        "",
+        "",
+        "runs with single, ddp, zero1, zero2, and was launched with zero3",
+    ),
+    (
+        "causal_lm_lora",
+        "fsdp2",
+        "",
+        "",
+        "runs with single, ddp, zero1, zero2, and was launched with fsdp2",
+    ),
     (OFFLOAD, "fsdp1", "", "", "runs with zero3, and was launched with fsdp1", "--config_file"),
-    ("causal_lm_lora_fsdp1", "zero3", "", "", "runs with fsdp1, and was launched with zero3", "--config_file"),
-    ("causal_lm_lora_fsdp1", "fsdp2", "", "", "runs with fsdp1, and was launched with fsdp2", "--config_file"),
-    ("causal_lm_lora_fsdp2", "fsdp1", "", "", "runs with fsdp2, and was launched with fsdp1", "--config_file"),
-    ("causal_lm_lora_fsdp1", "orig_params.yaml", "", "", "fsdp_use_orig_params is true", "set it to false"),
-    ("causal_lm_lora_fsdp1", "no_orig_params.yaml", "", "", "fsdp_use_orig_params is true", "set it to false"),
-    ("causal_lm_lora_fsdp1", "wrap_class.yaml", "", "", "llama has no NoLayer", "LlamaDecoderLayer"),
+    (
+        "causal_lm_lora_fsdp1",
+        "zero3",
+        "",
+        "",
+        "runs with fsdp1, and was launched with zero3",
+        "--config_file",
+    ),
+    (
+        "causal_lm_lora_fsdp1",
+        "fsdp2",
+        "",
+        "",
+        "runs with fsdp1, and was launched with fsdp2",
+        "--config_file",
+    ),
+    (
+        "causal_lm_lora_fsdp2",
+        "fsdp1",
+        "",
+        "",
+        "runs with fsdp2, and was launched with fsdp1",
+        "--config_file",
+    ),
+    (
+        "causal_lm_lora_fsdp1",
+        "orig_params.yaml",
+        "",
+        "",
+        "fsdp_use_orig_params is true",
+        "set it to false",
+    ),
+    (
+        "causal_lm_lora_fsdp1",
+        "no_orig_params.yaml",
+        "",
+        "",
+        "fsdp_use_orig_params is true",
+        "set it to false",
+    ),
+    (
+        "causal_lm_lora_fsdp1",
+        "wrap_class.yaml",
+        "",
+        "",
+        "llama has no NoLayer",
+        "LlamaDecoderLayer",
+    ),
     (
         "causal_lm_lora_fsdp2",
         "no_wrap.yaml",
@@ -381,7 +560,14 @@ LAUNCHES = [  # script, config, flags of accelerate, flags of the script; what t
         "fsdp_sharding_strategy HYBRID_SHARD",
         "configs/fsdp2_hybrid.yaml",
     ),
-    ("causal_lm_lora_fsdp1", "no_shard.yaml", "", "", "fsdp_sharding_strategy NO_SHARD", "set FULL_SHARD"),
+    (
+        "causal_lm_lora_fsdp1",
+        "no_shard.yaml",
+        "",
+        "",
+        "fsdp_sharding_strategy NO_SHARD",
+        "set FULL_SHARD",
+    ),
     (
         "seq2seq_lora_fsdp1",
         "fsdp1",
@@ -399,13 +585,61 @@ LAUNCHES = [  # script, config, flags of accelerate, flags of the script; what t
         "give --dtype float32",
         "embed_tokens lm_head",
     ),
-    ("causal_lm_lora_fsdp1", "fsdp1", "--num_processes 1", "", "one process shards nothing", "--num_processes"),
-    ("causal_lm_lora_fsdp2", "fsdp2", "--num_processes 1", "", "one process shards nothing", "--num_processes"),
-    ("causal_lm_lora_fsdp1", "fsdp1", "--mixed_precision fp16", "", "fp16 needs a GPU", "--mixed_precision bf16"),
-    ("causal_lm_qlora", "zero3_qlora", "", "", "runs with single, ddp, zero1, zero2, and was launched with zero3"),
-    ("causal_lm_qlora_zero3", "zero2", "", "", "runs with zero3, and was launched with zero2", "--config_file"),
-    ("causal_lm_qlora_fsdp1", "fsdp2_qlora", "", "", "runs with fsdp1, and was launched with fsdp2", "--config_file"),
-    ("causal_lm_qlora_fsdp2", "fsdp2_qlora", "--num_processes 1", "", "one process shards nothing", "--num_processes"),
+    (
+        "causal_lm_lora_fsdp1",
+        "fsdp1",
+        "--num_processes 1",
+        "",
+        "one process shards nothing",
+        "--num_processes",
+    ),
+    (
+        "causal_lm_lora_fsdp2",
+        "fsdp2",
+        "--num_processes 1",
+        "",
+        "one process shards nothing",
+        "--num_processes",
+    ),
+    (
+        "causal_lm_lora_fsdp1",
+        "fsdp1",
+        "--mixed_precision fp16",
+        "",
+        "fp16 needs a GPU",
+        "--mixed_precision bf16",
+    ),
+    (
+        "causal_lm_qlora",
+        "zero3_qlora",
+        "",
+        "",
+        "runs with single, ddp, zero1, zero2, and was launched with zero3",
+    ),
+    (
+        "causal_lm_qlora_zero3",
+        "zero2",
+        "",
+        "",
+        "runs with zero3, and was launched with zero2",
+        "--config_file",
+    ),
+    (
+        "causal_lm_qlora_fsdp1",
+        "fsdp2_qlora",
+        "",
+        "",
+        "runs with fsdp1, and was launched with fsdp2",
+        "--config_file",
+    ),
+    (
+        "causal_lm_qlora_fsdp2",
+        "fsdp2_qlora",
+        "--num_processes 1",
+        "",
+        "one process shards nothing",
+        "--num_processes",
+    ),
     (
         "causal_lm_qlora_fsdp1",
         "fsdp1_qlora",
@@ -415,36 +649,187 @@ LAUNCHES = [  # script, config, flags of accelerate, flags of the script; what t
         "--dtype float32",
         "make them the same",
     ),
-    ("causal_lm_qlora_fsdp1", "fsdp1_qlora", "", "--dtype bfloat16 " + STORAGE + " float32", "make them the same"),
-    ("causal_lm_qlora_fsdp2", "fsdp2_qlora", "", f"{STORAGE} uint8", STORAGE, "fsdp2 shards", "make them the same"),
-    ("causal_lm_qlora", "ddp", "", f"{STORAGE} int4", f"{STORAGE} is 'int4'", "choose one of uint8, float32"),
-    ("causal_lm_qlora", "ddp", "", "--optim adamw", "--optim is 'adamw'", "choose one of adamw_torch, adamw_8bit"),
-    ("causal_lm_qlora", "zero2_offload", "", "--optim adamw_8bit", "cannot be offloaded", "give --optim adamw_torch"),
-    ("causal_lm_qlora_fsdp1", "fsdp1_qlora", "", "--optim paged_adamw_8bit", "only one slice", "give adamw_torch"),
-    ("causal_lm_qlora_fsdp2", "fsdp2_qlora", "", "--optim adamw_8bit", "DTensors of fsdp2", "give adamw_torch"),
-    ("causal_lm_qlora", "zero2", "--mixed_precision bf16", "", "would cast and so destroy", "--dtype bfloat16"),
-    ("causal_lm_qlora_zero3", "zero3_qlora", "--mixed_precision bf16", "", "would cast", "--dtype bfloat16"),
-    ("causal_lm_qlora_fsdp1", "fsdp1_qlora", "--mixed_precision bf16", "", "would cast", "--dtype bfloat16"),
-    ("causal_lm_qlora_fsdp2", "fsdp2_qlora", "--mixed_precision bf16", "", "would cast", "--dtype bfloat16"),
-    (OFFLOAD, "zero3", "", f"{MODEL} in_8bit", "8-bit weights", "whatever zero3", "causal_lm_qlora_zero3.py"),
-    ("causal_lm_lora_fsdp2", "fsdp2", "", f"{MODEL} in_8bit", "8-bit weights", "causal_lm_qlora_fsdp2.py"),
-    ("causal_lm_qlora", "ddp", "", f"{MODEL} in_8bit", "8-bit weights already", "causal_lm_lora.py"),
-    ("causal_lm_full", "ddp", "", f"{MODEL} in_8bit", "quantized weights, which cannot be trained", "with LoRA"),
+    (
+        "causal_lm_qlora_fsdp1",
+        "fsdp1_qlora",
+        "",
+        "--dtype bfloat16 " + STORAGE + " float32",
+        "make them the same",
+    ),
+    (
+        "causal_lm_qlora_fsdp2",
+        "fsdp2_qlora",
+        "",
+        f"{STORAGE} uint8",
+        STORAGE,
+        "fsdp2 shards",
+        "make them the same",
+    ),
+    (
+        "causal_lm_qlora",
+        "ddp",
+        "",
+        f"{STORAGE} int4",
+        f"{STORAGE} is 'int4'",
+        "choose one of uint8, float32",
+    ),
+    (
+        "causal_lm_qlora",
+        "ddp",
+        "",
+        "--optim adamw",
+        "--optim is 'adamw'",
+        "choose one of adamw_torch, adamw_8bit",
+    ),
+    (
+        "causal_lm_qlora",
+        "zero2_offload",
+        "",
+        "--optim adamw_8bit",
+        "cannot be offloaded",
+        "give --optim adamw_torch",
+    ),
+    (
+        "causal_lm_qlora_fsdp1",
+        "fsdp1_qlora",
+        "",
+        "--optim paged_adamw_8bit",
+        "only one slice",
+        "give adamw_torch",
+    ),
+    (
+        "causal_lm_qlora_fsdp2",
+        "fsdp2_qlora",
+        "",
+        "--optim adamw_8bit",
+        "DTensors of fsdp2",
+        "give adamw_torch",
+    ),
+    (
+        "causal_lm_qlora",
+        "zero2",
+        "--mixed_precision bf16",
+        "",
+        "would cast and so destroy",
+        "--dtype bfloat16",
+    ),
+    (
+        "causal_lm_qlora_zero3",
+        "zero3_qlora",
+        "--mixed_precision bf16",
+        "",
+        "would cast",
+        "--dtype bfloat16",
+    ),
+    (
+        "causal_lm_qlora_fsdp1",
+        "fsdp1_qlora",
+        "--mixed_precision bf16",
+        "",
+        "would cast",
+        "--dtype bfloat16",
+    ),
+    (
+        "causal_lm_qlora_fsdp2",
+        "fsdp2_qlora",
+        "--mixed_precision bf16",
+        "",
+        "would cast",
+        "--dtype bfloat16",
+    ),
+    (
+        OFFLOAD,
+        "zero3",
+        "",
+        f"{MODEL} in_8bit",
+        "8-bit weights",
+        "whatever zero3",
+        "causal_lm_qlora_zero3.py",
+    ),
+    (
+        "causal_lm_lora_fsdp2",
+        "fsdp2",
+        "",
+        f"{MODEL} in_8bit",
+        "8-bit weights",
+        "causal_lm_qlora_fsdp2.py",
+    ),
+    (
+        "causal_lm_qlora",
+        "ddp",
+        "",
+        f"{MODEL} in_8bit",
+        "8-bit weights already",
+        "causal_lm_lora.py",
+    ),
+    (
+        "causal_lm_full",
+        "ddp",
+        "",
+        f"{MODEL} in_8bit",
+        "quantized weights, which cannot be trained",
+        "with LoRA",
+    ),
     (OFFLOAD, "zero3", "", f"{MODEL} in_4bit", "4-bit weights", "take causal_lm_qlora_zero3.py"),
-    ("causal_lm_lora_fsdp1", "fsdp1", "", f"{MODEL} in_4bit_float", "4-bit weights", "take causal_lm_qlora_fsdp1.py"),
-    ("causal_lm_qlora_fsdp1", "fsdp1_qlora", "", f"{MODEL} in_4bit", "in_4bit: its", "is uint8", "make them the same"),
+    (
+        "causal_lm_lora_fsdp1",
+        "fsdp1",
+        "",
+        f"{MODEL} in_4bit_float",
+        "4-bit weights",
+        "take causal_lm_qlora_fsdp1.py",
+    ),
+    (
+        "causal_lm_qlora_fsdp1",
+        "fsdp1_qlora",
+        "",
+        f"{MODEL} in_4bit",
+        "in_4bit: its",
+        "is uint8",
+        "make them the same",
+    ),
     ("causal_lm_lora", "ddp", "", f"{MODEL} in_gptq", "quantized by gptq", "take the original"),
-    ("causal_lm_lora", "ddp", "--dynamo_backend inductor", "", "--dynamo_backend INDUCTOR", "drop it"),
+    (
+        "causal_lm_lora",
+        "ddp",
+        "--dynamo_backend inductor",
+        "",
+        "--dynamo_backend INDUCTOR",
+        "drop it",
+    ),
     (OFFLOAD, "use_cpu.yaml", "", "", "use_cpu: true", "set it to false"),
-    ("causal_lm_lora", "ddp", "--mixed_precision fp16", "", "fp16 needs a GPU", "--mixed_precision bf16"),
+    (
+        "causal_lm_lora",
+        "ddp",
+        "--mixed_precision fp16",
+        "",
+        "fp16 needs a GPU",
+        "--mixed_precision bf16",
+    ),
     (OFFLOAD, "zero3", "--mixed_precision fp16", "", "fp16 needs a GPU", "--mixed_precision bf16"),
     (OFFLOAD, "fp16.yaml", "", "", "fp16 needs a GPU", "--mixed_precision bf16"),
-    ("causal_lm_full", "ddp", "", "--dtype bfloat16", "--dtype bfloat16", "launch with --mixed_precision"),
-    (OFFLOAD, "zero3", "", "--dtype bfloat16", "--dtype bfloat16 under DeepSpeed", "--mixed_precision`: bf16"),
+    (
+        "causal_lm_full",
+        "ddp",
+        "",
+        "--dtype bfloat16",
+        "--dtype bfloat16",
+        "launch with --mixed_precision",
+    ),
+    (
+        OFFLOAD,
+        "zero3",
+        "",
+        "--dtype bfloat16",
+        "--dtype bfloat16 under DeepSpeed",
+        "--mixed_precision`: bf16",
+    ),
 ]
 
 
-@pytest.mark.parametrize("script, config, flags, words, fragments", [(*case[:4], case[4:]) for case in LAUNCHES])
+@pytest.mark.parametrize(
+    "script, config, flags, words, fragments", [(*case[:4], case[4:]) for case in LAUNCHES]
+)
 def test_launches_that_do_not_fit_are_refused(run, capfd, script, config, flags, words, fragments):
     if "fp16" in f"{config} {flags}" and torch.cuda.is_available():
         pytest.skip("fp16 is for a GPU")
@@ -461,21 +846,27 @@ def test_launches_that_do_not_fit_are_refused(run, capfd, script, config, flags,
         ("causal_lm_qlora_fsdp2", "fsdp2_qlora", "in_4bit_float"),
     ],
 )
-def test_quantized_checkpoints_are_accepted_where_they_can_be_trained_beside(run, script, config, model):
+def test_quantized_checkpoints_are_accepted_where_they_can_be_trained_beside(
+    run, script, config, model
+):
     with pytest.raises(Accepted):
         run(script, config, shlex.split(f"{GOOD} {MODEL} {model}"))
 
 
 def test_without_bitsandbytes_a_script_that_needs_it_says_so(run, capfd, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name)
+    )
     line = refusal(run, capfd, "causal_lm_qlora", "ddp", shlex.split(GOOD))
     assert "bitsandbytes, which is not installed: pip install bitsandbytes" in line
     with pytest.raises(Accepted):
         run("causal_lm_lora", "ddp", shlex.split(GOOD))
 
 
-def test_a_lock_that_a_killed_compilation_left_is_refused_and_one_held_open_is_not(run, capfd, place):
+def test_a_lock_that_a_killed_compilation_left_is_refused_and_one_held_open_is_not(
+    run, capfd, place
+):
     lock = place / "extensions/cpu_adam/lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w"), pytest.raises(Accepted):
@@ -489,13 +880,22 @@ def test_a_lock_that_a_killed_compilation_left_is_refused_and_one_held_open_is_n
 def test_a_hub_that_does_not_answer_is_refused_at_once(run, capfd, monkeypatch, flag):
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
-    line = refusal(run, capfd, "causal_lm_lora", "ddp", shlex.split(f"{GOOD} {flag} nobody/nothing"))
-    assert f"{flag} nobody/nothing is not here, and the Hub cannot be reached" in line and "HF_HUB_OFFLINE=1" in line
+    line = refusal(
+        run, capfd, "causal_lm_lora", "ddp", shlex.split(f"{GOOD} {flag} nobody/nothing")
+    )
+    assert (
+        f"{flag} nobody/nothing is not here, and the Hub cannot be reached" in line
+        and "HF_HUB_OFFLINE=1" in line
+    )
 
 
-@pytest.mark.parametrize("scheme", ["http", "https"])  # the server speaks no TLS: a certificate is not our concern
+@pytest.mark.parametrize(
+    "scheme", ["http", "https"]
+)  # the server speaks no TLS: a certificate is not our concern
 def test_a_hub_that_answers_whatever_it_says_is_not_refused(monkeypatch, scheme):
-    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)  # 501 to all
+    server = http.server.HTTPServer(
+        ("127.0.0.1", 0), http.server.BaseHTTPRequestHandler
+    )  # 501 to all
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_ENDPOINT", f"{scheme}://127.0.0.1:{server.server_port}")
@@ -539,11 +939,17 @@ def test_without_a_store_the_others_leave_the_first_process_time(monkeypatch, ca
 
 # What is accepted ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_defaults_of_every_script_are_accepted_with_its_own_config(run, monkeypatch, tmp_path, script):
-    config = re.search(r"--config_file configs/(\w+)\.yaml", (ROOT / "examples" / f"{script}.py").read_text())[1]
+def test_defaults_of_every_script_are_accepted_with_its_own_config(
+    run, monkeypatch, tmp_path, script
+):
+    config = re.search(
+        r"--config_file configs/(\w+)\.yaml", (ROOT / "examples" / f"{script}.py").read_text()
+    )[1]
     monkeypatch.chdir(ROOT)
     with pytest.raises(Accepted):
-        checkpoints = ["--checkpoint_dir", tmp_path / "checkpoints"] if script.endswith("_resume") else []
+        checkpoints = (
+            ["--checkpoint_dir", tmp_path / "checkpoints"] if script.endswith("_resume") else []
+        )
         run(script, config, ["--output_dir", tmp_path / "new", *checkpoints])
 
 

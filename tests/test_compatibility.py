@@ -39,7 +39,12 @@ def error(check, message):
 
 
 def results(cells):
-    return {"versions": compatibility.versions(), "hardware": "a test", "date": "2026-01-02", "cells": cells}
+    return {
+        "versions": compatibility.versions(),
+        "hardware": "a test",
+        "date": "2026-01-02",
+        "cells": cells,
+    }
 
 
 def keep(folder, cell, facts, **versions):
@@ -50,7 +55,9 @@ def keep(folder, cell, facts, **versions):
 
 def test_table_is_large_enough():
     assert len(ROWS) >= 18 and len(COLUMNS) == 10 and len(set(CELLS)) == len(ROWS) * 10
-    assert {f"{config}.yaml" for config, _ in COLUMNS.values()} <= {path.name for path in ROOT.glob("configs/*.yaml")}
+    assert {f"{config}.yaml" for config, _ in COLUMNS.values()} <= {
+        path.name for path in ROOT.glob("configs/*.yaml")
+    }
     assert {row.setting for row in ROWS.values()} - {""} == set(SETTINGS)
 
 
@@ -77,14 +84,20 @@ def test_every_check_can_fail(change, expected):
 
 
 def test_checks_of_some_cells_alone():
-    assert words("lora/ddp", GOOD | {"bytes": [1000, 1000]}) == "yes"  # holds all of it, as it should
+    assert (
+        words("lora/ddp", GOOD | {"bytes": [1000, 1000]}) == "yes"
+    )  # holds all of it, as it should
     assert words("lora/single", GOOD, None) == "yes"
-    assert words("lora/zero3", GOOD, error("starts", "no")) == "yes"  # nothing to compare the losses with
+    assert (
+        words("lora/zero3", GOOD, error("starts", "no")) == "yes"
+    )  # nothing to compare the losses with
     assert words("adamw_8bit/ddp", GOOD) == "another optimizer"
     assert words("adamw_8bit/ddp", GOOD | {"optimizer": "AdamW8bit"}) == "yes"
     assert words("torch_compile/zero3", GOOD) == "not compiled"
     assert words("torch_compile/zero3", GOOD | {"graphs": 1}) == "yes"
-    assert words("ia3/zero3", {"seconds": 1.0} | error("starts", "ValueError: no")) == "does not start"
+    assert (
+        words("ia3/zero3", {"seconds": 1.0} | error("starts", "ValueError: no")) == "does not start"
+    )
     assert status({}, {}) == "not measured"
 
 
@@ -102,7 +115,9 @@ def test_select():
     assert select(["lora/zero3"], {}) == ["lora/single", "lora/zero3"]
     assert select(["lora/zero3"], dict.fromkeys(CELLS)) == ["lora/zero3"]
     assert select(["lora/*"], {}) == [f"lora/{column}" for column in COLUMNS]
-    assert select(["*/fsdp?"], dict.fromkeys(CELLS)) == [f"{row}/fsdp{number}" for row in ROWS for number in (1, 2)]
+    assert select(["*/fsdp?"], dict.fromkeys(CELLS)) == [
+        f"{row}/fsdp{number}" for row in ROWS for number in (1, 2)
+    ]
     with pytest.raises(SystemExit, match="lora/zero4 names no cell"):
         select(["lora/zero3", "lora/zero4"], {})
 
@@ -110,12 +125,18 @@ def test_select():
 def test_resume(tmp_path):
     committed = tmp_path / "compatibility.json"
     assert read_cells(tmp_path, committed) == {}
-    committed.write_text(compatibility.dump(results({"lora/ddp": GOOD, "lora/zero1": GOOD, "gone/ddp": GOOD})))
+    committed.write_text(
+        compatibility.dump(results({"lora/ddp": GOOD, "lora/zero1": GOOD, "gone/ddp": GOOD}))
+    )
     keep(tmp_path, "lora/zero1", GOOD | {"seconds": 2.0})
     keep(tmp_path, "lora/single", GOOD)
     keep(tmp_path, "lora/zero2", GOOD, torch="0.1")
     cells = read_cells(tmp_path, committed)
-    assert list(cells) == ["lora/single", "lora/ddp", "lora/zero1"]  # no other versions, no rows that are no more
+    assert list(cells) == [
+        "lora/single",
+        "lora/ddp",
+        "lora/zero1",
+    ]  # no other versions, no rows that are no more
     assert cells["lora/zero1"]["seconds"] == 2.0  # the folder is newer than the committed file
     assert "versions" not in cells["lora/zero1"]
     other = json.loads(committed.read_text())
@@ -134,10 +155,15 @@ def test_render():
     }
     page = render(results(cells))
     rows = {
-        row[0]: row[1:] for row in (line.strip("| ").split(" | ") for line in page.splitlines() if line[:1] == "|")
+        row[0]: row[1:]
+        for row in (line.strip("| ").split(" | ") for line in page.splitlines() if line[:1] == "|")
     }
     first = re.search(r"^\| lora \| (.*) \|$", page, re.MULTILINE)[1].split(" | ")
-    assert first[0] == "yes" and first[1] == "**other losses** [1](#n1)" and first[6] == "yes, with a setting [2](#n2)"
+    assert (
+        first[0] == "yes"
+        and first[1] == "**other losses** [1](#n1)"
+        and first[6] == "yes, with a setting [2](#n2)"
+    )
     assert page.count("**does not start** [3](#n3)") == 2  # one reason, told once
     assert "3. <a id=\"n3\"></a>does not start: `ValueError: no 'a'`" in page
     assert "2 cells say yes, 3 do not, 185 are not measured" in page
@@ -177,14 +203,21 @@ def test_committed_results_are_whole_and_rendered():
 @pytest.mark.slow
 def test_a_sample_gives_the_committed_answers(environment, tmp_path):
     command = [sys.executable, "-m", "tools.compatibility", "--folder", tmp_path, "--only", *SAMPLE]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     committed = json.loads(compatibility.RESULTS.read_text())["cells"]
-    measured = {cell: json.loads(compatibility.cell_file(tmp_path, cell).read_text()) for cell in SAMPLE}
+    measured = {
+        cell: json.loads(compatibility.cell_file(tmp_path, cell).read_text()) for cell in SAMPLE
+    }
 
     def answers(cells):
         references = committed | cells
-        return {cell: words(cell, cells[cell], references[f"{cell.split('/')[0]}/single"]) for cell in SAMPLE}
+        return {
+            cell: words(cell, cells[cell], references[f"{cell.split('/')[0]}/single"])
+            for cell in SAMPLE
+        }
 
     assert answers(measured) == answers({cell: committed[cell] for cell in SAMPLE}), done.stdout
     assert sum(word.startswith("yes") for word in answers(measured).values()) >= 10

@@ -68,7 +68,11 @@ SHAPES = {  # name -> row; the columns that are used, and the document
         ("prompt", "completion"),
         ("chat", turns("1", "2", "3", "4"), 3),
     ),
-    "output": ({"instruction": "do", "output": "x"}, ("instruction", "output"), ("chat", turns("do", "x"), 0)),
+    "output": (
+        {"instruction": "do", "output": "x"},
+        ("instruction", "output"),
+        ("chat", turns("do", "x"), 0),
+    ),
     "input": (
         {"instruction": "do", "input": "it", "output": "x"},
         ("instruction", "output"),
@@ -79,8 +83,16 @@ SHAPES = {  # name -> row; the columns that are used, and the document
         ("instruction", "output"),
         ("chat", turns("do", "x"), 0),
     ),
-    "response": ({"instruction": "do", "response": "x"}, ("instruction", "response"), ("chat", turns("do", "x"), 0)),
-    "answer": ({"question": "who", "answer": "x"}, ("question", "answer"), ("chat", turns("who", "x"), 0)),
+    "response": (
+        {"instruction": "do", "response": "x"},
+        ("instruction", "response"),
+        ("chat", turns("do", "x"), 0),
+    ),
+    "answer": (
+        {"question": "who", "answer": "x"},
+        ("question", "answer"),
+        ("chat", turns("who", "x"), 0),
+    ),
     "text": ({"text": "all of it", "other": 1}, ("text",), ("text", "all of it")),
 }
 
@@ -108,7 +120,9 @@ ROWS = [{"question": f"what is {number:02}?", "answer": f"{number:02}"} for numb
 
 def sources(folder):
     """Write ROWS in every form: name -> the path."""
-    whole, first, second = (datasets.Dataset.from_list(rows) for rows in (ROWS, ROWS[:15], ROWS[15:]))
+    whole, first, second = (
+        datasets.Dataset.from_list(rows) for rows in (ROWS, ROWS[:15], ROWS[15:])
+    )
     (folder / "rows.json").write_text(json.dumps(ROWS))
     (folder / "indented.json").write_text(json.dumps(ROWS, indent=1))
     write_jsonl(folder / "rows.jsonl", ROWS)
@@ -133,7 +147,16 @@ def folder(tmp_path_factory):
     return folder
 
 
-ALONE = ["rows.json", "indented.json", "rows.jsonl", "lines.json", "bom.jsonl", "rows.csv", "rows.parquet", "disk"]
+ALONE = [
+    "rows.json",
+    "indented.json",
+    "rows.jsonl",
+    "lines.json",
+    "bom.jsonl",
+    "rows.csv",
+    "rows.parquet",
+    "disk",
+]
 
 
 @pytest.mark.parametrize("name", ALONE)
@@ -148,7 +171,9 @@ def test_a_folder_has_splits(folder, name):
     assert (list(rows), list(held_out)) == (ROWS[:15], ROWS[15:])
 
 
-@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.csv", "rows.parquet", "jsonl", "csv", "parquet"])
+@pytest.mark.parametrize(
+    "name", ["rows.json", "rows.jsonl", "rows.csv", "rows.parquet", "jsonl", "csv", "parquet"]
+)
 def test_sources_are_streamed(folder, name):
     rows, held_out = read_splits(str(folder / name), streaming=True)
     assert not hasattr(rows, "__len__") and (held_out is None or len(held_out) == 5)
@@ -200,19 +225,27 @@ FILES = {  # file -> what it holds; what the sentence says
     "blank.jsonl": ("\n\n", "has no rows"),
     "list.json": ("[]", "has no rows"),
     "header.csv": ("question,answer\n", "has no rows"),
-    "broken.jsonl": (f'{GOOD}\n{GOOD}\n\n{{"messages": [\n{GOOD}\n', "broken.jsonl, line 4 is no JSON object"),
+    "broken.jsonl": (
+        f'{GOOD}\n{GOOD}\n\n{{"messages": [\n{GOOD}\n',
+        "broken.jsonl, line 4 is no JSON object",
+    ),
     "number.jsonl": (f"{GOOD}\n5\n", "number.jsonl, line 2 is no JSON object (it is no {...})"),
     "late.jsonl": (f"{GOOD}\n" * 3000 + "{", "late.jsonl, line 3001 is no JSON object"),
     "lines.json": (f'{GOOD}\n{{"messages": [\n{GOOD}\n', "lines.json, line 2 is no JSON object"),
     "list_broken.json": (f"[{GOOD}, {GOOD}", "list_broken.json cannot be read"),
     "ragged.csv": ("question,answer\na,b\na,b,c\n", "line 3, saw 3"),
     "latin.csv": (b"text\ncaf\xe9\n", "utf-8"),
-    "latin.jsonl": (GOOD.encode() + b'\n{"text": "caf\xe9"}\n', "latin.jsonl, line 2 is no UTF-8 text"),
+    "latin.jsonl": (
+        GOOD.encode() + b'\n{"text": "caf\xe9"}\n',
+        "latin.jsonl, line 2 is no UTF-8 text",
+    ),
     "no.parquet": ("PAR", "Parquet"),
 }
 
 
-STREAMED = [(name, True) for name in FILES if name != "latin.jsonl"]  # of a stream only the beginning is read here
+STREAMED = [
+    (name, True) for name in FILES if name != "latin.jsonl"
+]  # of a stream only the beginning is read here
 
 
 @pytest.mark.parametrize(("name", "streaming"), [*((name, False) for name in FILES), *STREAMED])
@@ -233,7 +266,9 @@ def test_files_that_cannot_be_read(tmp_path, capfd, name, streaming):
 def test_a_broken_line_in_a_folder_is_named(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     (tmp_path / "test.jsonl").write_text(json.dumps(ROWS[0]) + "\n{")
-    with pytest.raises(DataError, match=r"test.jsonl, line 2 is no JSON object \(.*column 2\): mend it"):
+    with pytest.raises(
+        DataError, match=r"test.jsonl, line 2 is no JSON object \(.*column 2\): mend it"
+    ):
         read_splits(str(tmp_path))
 
 
@@ -273,7 +308,10 @@ def said(*roles):
 
 MESSAGES = [  # messages; what the sentence says of row 7
     (said("user", "user", "assistant"), "message 2: roles are out of order, user after user"),
-    (said("user", "assistant", "assistant"), "message 3: roles are out of order, assistant after assistant"),
+    (
+        said("user", "assistant", "assistant"),
+        "message 3: roles are out of order, assistant after assistant",
+    ),
     (said("user", "system", "assistant"), "message 2: roles are out of order, system after user"),
     (said("system", "system", "user"), "message 2: roles are out of order, system after system"),
     (said("assistant", "user"), "message 1: roles are out of order, assistant after nothing"),
@@ -281,7 +319,10 @@ MESSAGES = [  # messages; what the sentence says of row 7
     (said("user", "tool", "assistant"), "message 2: roles are out of order, tool after user"),
     (said("user"), "has no assistant's turn"),
     (said("system", "user"), "has no assistant's turn"),
-    (said("user", "robot"), "message 2 has the role 'robot': it must be one of system, user, assistant, tool"),
+    (
+        said("user", "robot"),
+        "message 2 has the role 'robot': it must be one of system, user, assistant, tool",
+    ),
     (said("user", ["assistant"]), "message 2 has the role ['assistant']"),
     (said(None, "assistant"), "message 1 has the role None"),
     (turns("x", ""), "message 2 (assistant) has no text"),
@@ -309,15 +350,31 @@ def test_conversations_that_cannot_be_trained_on(messages, words):
 
 OTHERS = [  # row, shape; what the sentence says
     ({"prompt": "", "completion": "x"}, ("prompt", "completion"), "row 7 has an empty prompt"),
-    ({"prompt": "x", "completion": None}, ("prompt", "completion"), "row 7 has an empty completion"),
+    (
+        {"prompt": "x", "completion": None},
+        ("prompt", "completion"),
+        "row 7 has an empty completion",
+    ),
     ({"prompt": "x"}, ("prompt", "completion"), "row 7 has an empty completion"),
     ({"prompt": "x", "completion": 5}, ("prompt", "completion"), "no text in completion, but int"),
     ({"prompt": PAIR, "completion": "x"}, ("prompt", "completion"), "no text in prompt, but list"),
-    ({"prompt": "x", "completion": PAIR}, ("prompt", "completion"), "no text in completion, but list"),
-    ({"prompt": said("user"), "completion": said("user")}, ("prompt", "completion"), "message 2: roles are out"),
+    (
+        {"prompt": "x", "completion": PAIR},
+        ("prompt", "completion"),
+        "no text in completion, but list",
+    ),
+    (
+        {"prompt": said("user"), "completion": said("user")},
+        ("prompt", "completion"),
+        "message 2: roles are out",
+    ),
     ({"question": "x", "answer": 12}, ("question", "answer"), "no text in answer, but int"),
     ({"question": "x", "answer": " "}, ("question", "answer"), "message 2 (assistant) has no text"),
-    ({"instruction": "x", "input": 5, "output": "x"}, ("instruction", "output"), "no text in input, but int"),
+    (
+        {"instruction": "x", "input": 5, "output": "x"},
+        ("instruction", "output"),
+        "no text in input, but int",
+    ),
     ({"text": ""}, ("text",), "row 7 has an empty text"),
     ({"text": None}, ("text",), "row 7 has an empty text"),
     ({"text": ["x"]}, ("text",), "no text in text, but list"),
@@ -348,7 +405,9 @@ def own_tokenizer(kind):
     """Return a tokenizer: the shipped one, or one of another family, with a template of its own."""
     if kind == "shipped":
         return AutoTokenizer.from_pretrained(ROOT / "assets/tiny-causal-lm")
-    return make_tokenizer(*{"qwen": ("Qwen2Tokenizer", "qwen2"), "llama": ("LlamaTokenizer", "llama")}[kind])
+    return make_tokenizer(
+        *{"qwen": ("Qwen2Tokenizer", "qwen2"), "llama": ("LlamaTokenizer", "llama")}[kind]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -380,7 +439,10 @@ def encode(saved, tmp_path):
         if template not in ("none", "chatml", "zephyr"):
             (tmp_path / "own.jinja").write_text(template)
             template = str(tmp_path / "own.jinja")
-        values = {"model_name_or_path": str(saved / tokenizer), "chat_template_format": template} | values
+        values = {
+            "model_name_or_path": str(saved / tokenizer),
+            "chat_template_format": template,
+        } | values
         config, shape = settings(**values), shape_of([row])
         kind = as_document(row, shape, "row 1")[0]
         tokenizer, _ = chat_sft.build_tokenizer(config, kind == "chat")
@@ -409,7 +471,9 @@ def test_every_turn_of_the_assistant_is_trained_on_and_nothing_else(encode, temp
     end, own = tokenizer.eos_token, template == OWN
     assert end == ("<|im_end|>" if template == "chatml" else "</s>")
     answers = [message["content"] for message in CHAT["messages"] if message["role"] == "assistant"]
-    assert trained(tokenizer, document) == [f" {one} {end}" if own else f"{one}{end}" for one in answers]
+    assert trained(tokenizer, document) == [
+        f" {one} {end}" if own else f"{one}{end}" for one in answers
+    ]
     text = tokenizer.apply_chat_template(CHAT["messages"], tokenize=False)
     assert tokenizer.decode(document["input_ids"]) == text
     assert document["length"] == len(document["input_ids"])
@@ -431,7 +495,9 @@ def test_the_texts_that_the_templates_write(encode):
 def test_the_tokens_of_a_template_are_each_one_token(encode, format):
     tokenizer, document = encode(CHAT, template=format)
     for token in chat_sft.TEMPLATES[format][1]:
-        assert tokenizer(token, add_special_tokens=False).input_ids == [tokenizer.convert_tokens_to_ids(token)]
+        assert tokenizer(token, add_special_tokens=False).input_ids == [
+            tokenizer.convert_tokens_to_ids(token)
+        ]
         assert tokenizer.convert_tokens_to_ids(token) in document["input_ids"]
 
 
@@ -446,7 +512,10 @@ def test_the_template_of_the_tokenizer_is_taken(saved, encode):
     tokenizer.chat_template = OWN.replace("{{ bos_token }}", "")
     tokenizer.save_pretrained(saved / "with_template")
     _, document = encode(CHAT, tokenizer="with_template", template="none")
-    assert trained(tokenizer, document) == [" First it is. <|endoftext|>", " Second, then. <|endoftext|>"]
+    assert trained(tokenizer, document) == [
+        " First it is. <|endoftext|>",
+        " Second, then. <|endoftext|>",
+    ]
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_where_it_does(encode):
@@ -454,14 +523,18 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_where_it_does(encode)
         {"messages": turns("one?", "First.")}, template=REWRITES.replace("<think></think>", "")
     )
     assert [text.strip() for text in trained(tokenizer, document)] == ["First.</s>"]
-    with pytest.raises(DataError, match="row 1 of train: the chat template does not show where the assistant's turns"):
+    with pytest.raises(
+        DataError,
+        match="row 1 of train: the chat template does not show where the assistant's turns",
+    ):
         encode(CHAT, template=REWRITES)
     tokenizer, document = encode(CHAT, template=REWRITES, train_on="all")
     assert document["labels"] == document["input_ids"]
 
 
 @pytest.mark.parametrize(
-    "template", ["{{ raise_exception('no system here') }}", "{{ messages[9].content }}", "{% for %}"]
+    "template",
+    ["{{ raise_exception('no system here') }}", "{{ messages[9].content }}", "{% for %}"],
 )
 def test_a_template_that_raises_is_refused(encode, template):
     with pytest.raises(DataError, match="row 1 of train: the chat template refuses it"):
@@ -469,20 +542,27 @@ def test_a_template_that_raises_is_refused(encode, template):
 
 
 def test_of_a_prompt_of_messages_the_completion_is_trained_on(encode):
-    row = {"prompt": turns("one?", "First.", "two?"), "completion": [{"role": "assistant", "content": "Second."}]}
+    row = {
+        "prompt": turns("one?", "First.", "two?"),
+        "completion": [{"role": "assistant", "content": "Second."}],
+    }
     tokenizer, document = encode(row)
     assert trained(tokenizer, document) == ["Second.<|im_end|>"]
 
 
 def test_of_a_pair_the_completion_and_the_end_are_trained_on(encode):
-    tokenizer, document = encode({"prompt": "Question: one? Answer:", "completion": " First it is."})
+    tokenizer, document = encode(
+        {"prompt": "Question: one? Answer:", "completion": " First it is."}
+    )
     assert trained(tokenizer, document) == [" First it is.</s>"]
     assert tokenizer.decode(document["input_ids"]) == "<s>Question: one? Answer: First it is.</s>"
 
 
 @pytest.mark.parametrize("kind", ["shipped", "qwen"])
 def test_a_token_over_the_border_of_prompt_and_completion_is_trained_on(encode, kind):
-    tokenizer, document = encode({"prompt": "Question: one? Answer: ", "completion": "12"}, tokenizer=kind)
+    tokenizer, document = encode(
+        {"prompt": "Question: one? Answer: ", "completion": "12"}, tokenizer=kind
+    )
     assert trained(tokenizer, document)[0].strip().startswith("12")
 
 
@@ -519,16 +599,26 @@ def test_special_tokens_and_the_end_are_added_as_asked_for(encode):
         for around in (None, False, True):
             for ends in (None, False, True):
                 tokenizer, document = encode(
-                    row, template="zephyr" if is_chat else "none", add_special_tokens=around, append_concat_token=ends
+                    row,
+                    template="zephyr" if is_chat else "none",
+                    add_special_tokens=around,
+                    append_concat_token=ends,
                 )
-                ids, expects_start = document["input_ids"], around if around is not None else not is_chat
+                ids, expects_start = (
+                    document["input_ids"],
+                    around if around is not None else not is_chat,
+                )
                 assert (ids[0] == tokenizer.bos_token_id) == expects_start
                 assert ids.count(tokenizer.bos_token_id) == expects_start
-                assert (ids[-1] == tokenizer.eos_token_id) == (ends if ends is not None else not is_chat)
+                assert (ids[-1] == tokenizer.eos_token_id) == (
+                    ends if ends is not None else not is_chat
+                )
 
 
 @pytest.mark.parametrize(
-    "row", [CHAT, {"prompt": "a", "completion": " b"}, {"text": "all"}], ids=["chat", "pair", "text"]
+    "row",
+    [CHAT, {"prompt": "a", "completion": " b"}, {"text": "all"}],
+    ids=["chat", "pair", "text"],
 )
 def test_all_tokens_are_trained_on_where_asked_for(encode, row):
     _, document = encode(row, train_on="all")
@@ -554,14 +644,18 @@ def worded_problems(count, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("kind", "template"), [("shipped", "chatml"), ("shipped", "zephyr"), ("qwen", "chatml"), ("llama", "zephyr")]
+    ("kind", "template"),
+    [("shipped", "chatml"), ("shipped", "zephyr"), ("qwen", "chatml"), ("llama", "zephyr")],
 )
 def test_of_worded_problems_exactly_the_answers_are_trained_on(saved, tmp_path, kind, template):
     problems = worded_problems(400)
     assert len({row["question"] for row in problems}) > 390
     rows, _ = read_splits(str(write_jsonl(tmp_path / "problems.jsonl", problems)))
     config = settings(
-        model_name_or_path=str(saved / kind), chat_template_format=template, max_length=10**6, output_dir=str(tmp_path)
+        model_name_or_path=str(saved / kind),
+        chat_template_format=template,
+        max_length=10**6,
+        output_dir=str(tmp_path),
     )
     tokenizer, _ = chat_sft.build_tokenizer(config, True)
     accelerator = SimpleNamespace(local_main_process_first=nullcontext)
@@ -604,12 +698,16 @@ def test_several_processes_encode_as_one_does(saved, tmp_path, monkeypatch, bad)
 # Long documents -----------------------------------------------------------------------------------
 def built(saved, rows, **values):
     """Return the documents of a training split, as build_documents leaves them, and the tokenizer."""
-    config = settings(model_name_or_path=str(saved / "shipped"), chat_template_format="chatml", **values)
+    config = settings(
+        model_name_or_path=str(saved / "shipped"), chat_template_format="chatml", **values
+    )
     tokenizer, _ = chat_sft.build_tokenizer(config, True)
     encoding = {"tokenizer": tokenizer, "shape": shape_of(rows)}
     accelerator = SimpleNamespace(local_main_process_first=nullcontext)
     dataset = datasets.Dataset.from_list(rows)
-    return chat_sft.build_documents(config, accelerator, dataset, "the training split", **encoding)[0], tokenizer
+    return chat_sft.build_documents(config, accelerator, dataset, "the training split", **encoding)[
+        0
+    ], tokenizer
 
 
 LONG = [
@@ -622,12 +720,20 @@ LONG = [
 
 def test_long_documents_are_cut_and_those_without_a_label_left_out(saved, capsys):
     documents, tokenizer = built(saved, LONG, max_length=60)
-    assert [len(document["input_ids"]) for document in documents] == [documents[0]["length"], 60, 60]
+    assert [len(document["input_ids"]) for document in documents] == [
+        documents[0]["length"],
+        60,
+        60,
+    ]
     texts = [trained(tokenizer, document) for document in documents]
     assert [len(text) for text in texts] == [1, 1, 1]
-    assert texts[0] == texts[2] == ["Short it is.<|im_end|>"] and texts[1][0].startswith("long long")
+    assert texts[0] == texts[2] == ["Short it is.<|im_end|>"] and texts[1][0].startswith(
+        "long long"
+    )
     said = capsys.readouterr().out
-    assert "3 documents" in said and "3 beyond --max_length cut" in said and "1 of 4 left out" in said
+    assert (
+        "3 documents" in said and "3 beyond --max_length cut" in said and "1 of 4 left out" in said
+    )
 
 
 def test_long_documents_are_dropped_where_asked_for(saved, capsys):
@@ -636,19 +742,27 @@ def test_long_documents_are_dropped_where_asked_for(saved, capsys):
     assert "3 beyond --max_length dropped, 3 of 4 left out" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("values", [{"max_length": 5}, {"max_length": 10, "long_documents": "drop"}], ids=str)
+@pytest.mark.parametrize(
+    "values", [{"max_length": 5}, {"max_length": 10, "long_documents": "drop"}], ids=str
+)
 def test_no_document_left_is_refused(saved, values):
-    with pytest.raises(DataError, match="no row of the training split has a token to train on within --max_length"):
+    with pytest.raises(
+        DataError, match="no row of the training split has a token to train on within --max_length"
+    ):
         built(saved, LONG, **values)
 
 
 def test_a_row_is_refused_by_its_number(saved):
-    with pytest.raises(DataError, match="row 3 of the training split, message 2: roles are out of order"):
+    with pytest.raises(
+        DataError, match="row 3 of the training split, message 2: roles are out of order"
+    ):
         built(saved, [*LONG[:2], {"messages": said("user", "user")}])
 
 
 def test_a_stream_leaves_out_what_has_no_label(saved):
-    config = settings(model_name_or_path=str(saved / "shipped"), chat_template_format="chatml", max_length=60)
+    config = settings(
+        model_name_or_path=str(saved / "shipped"), chat_template_format="chatml", max_length=60
+    )
     tokenizer, _ = chat_sft.build_tokenizer(config, True)
     rows = datasets.Dataset.from_list(LONG).to_iterable_dataset()
     stream = list(chat_sft.read_stream(config, rows, 0, tokenizer=tokenizer, shape=("messages",)))

@@ -10,7 +10,12 @@ from test_style import ROOTS
 
 LESSONS = sorted(script for script in (ROOT / "examples").glob("*.py") if script.stem not in ROOTS)
 LAUNCHED = {"causal_lm_lora": "ddp", "causal_lm_full_zero3": "zero3"}
-STARTED = ["causal_lm_full", "causal_lm_lora_fsdp2", "causal_lm_qlora_fsdp1", "seq2seq_lora_zero3_offload"]
+STARTED = [
+    "causal_lm_full",
+    "causal_lm_lora_fsdp2",
+    "causal_lm_qlora_fsdp1",
+    "seq2seq_lora_zero3_offload",
+]
 DECOY = "raise RuntimeError('the wrong utils')\n"
 
 
@@ -43,7 +48,9 @@ def copy_out(tmp_path):
 def test_there_are_scripts_and_utils_files_import_none_of_ours():
     assert len(LESSONS) >= 6
     names = {name for script in LESSONS for name in imported(script)}
-    assert all(set(imported(script)) == names for script in LESSONS), "then some of them start as all of them do"
+    assert all(set(imported(script)) == names for script in LESSONS), (
+        "then some of them start as all of them do"
+    )
     assert names and names <= {"memory", "launch", "checks", "report"}
     assert not any(imported(ROOT / "utils" / f"{name}.py") for name in names)
 
@@ -54,7 +61,16 @@ def test_copied_script_runs(copy_out, launch, tmp_path, name):
     config = shutil.copy(ROOT / "configs" / f"{LAUNCHED[name]}.yaml", place)
     make_model(place / "model", "llama")
     make_data(place / "data", train=24, validation=8)
-    flags = ("--model_name_or_path", "model", "--dataset_name", "data", "--output_dir", "run", "--max_steps", 2)
+    flags = (
+        "--model_name_or_path",
+        "model",
+        "--dataset_name",
+        "data",
+        "--output_dir",
+        "run",
+        "--max_steps",
+        2,
+    )
     options = {"processes": 2, "cwd": place, "real": LAUNCHED[name] == "zero3", **environment}
     launch(script, config, *flags, "--warmup_ratio", 0, **options)
     assert read_metrics(place / "run")["strategy"] == LAUNCHED[name]

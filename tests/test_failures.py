@@ -13,7 +13,9 @@ from models import make_data, make_model
 from processes import plant, running
 
 LIMIT = 300  # seconds in which a launch ends once a process of it has failed
-SECOND_UPDATE = "            updates.append("  # the line of the training loop before which a fault is planted
+SECOND_UPDATE = (
+    "            updates.append("  # the line of the training loop before which a fault is planted
+)
 OFFLOAD = "causal_lm_lora_zero3_offload"
 
 
@@ -21,7 +23,10 @@ OFFLOAD = "causal_lm_lora_zero3_offload"
 def arguments(tmp_path_factory):
     """Flags of a small run of two updates, but for its output_dir."""
     folder = tmp_path_factory.mktemp("failures")
-    model, data = make_model(folder / "model", "llama"), make_data(folder / "data", train=32, validation=4)
+    model, data = (
+        make_model(folder / "model", "llama"),
+        make_data(folder / "data", train=32, validation=4),
+    )
     return ["--model_name_or_path", model, "--dataset_name", data, "--max_steps", 2, "--output_dir"]
 
 
@@ -39,7 +44,10 @@ def output_dir(tmp_path):
 def in_update(number, process, statement):
     """Return the replacement that makes one process do something in the middle of the training."""
     condition = f"accelerator.process_index in {process} and len(updates) == {number - 1}"
-    return SECOND_UPDATE, f"            if {condition}:\n                {statement}\n{SECOND_UPDATE}"
+    return (
+        SECOND_UPDATE,
+        f"            if {condition}:\n                {statement}\n{SECOND_UPDATE}",
+    )
 
 
 RAISE = "raise RuntimeError('planted')"
@@ -64,7 +72,9 @@ def launched_until(pool, launch, copy, config, flags, started):
         pytest.param(OFFLOAD, "zero3", RAISE, marks=pytest.mark.slow),
     ],
 )
-def test_one_process_that_fails_ends_the_launch(launch, arguments, tmp_path, output_dir, script, config, fault):
+def test_one_process_that_fails_ends_the_launch(
+    launch, arguments, tmp_path, output_dir, script, config, fault
+):
     started = tmp_path / "started"
     copy = plant(tmp_path, script, in_update(2, (1,), f"Path({str(started)!r}).touch(); {fault}"))
     with ThreadPoolExecutor() as pool:
@@ -82,7 +92,9 @@ def test_ctrl_c_ends_the_launch(launch, arguments, tmp_path, output_dir):
         flags = (*arguments, output_dir, "--max_steps", 10**6)
         launched = launched_until(pool, launch, copy, "zero3", flags, started)
         for process, command in running(copy).items():
-            if "accelerate_cli" in command:  # a terminal's Ctrl+C reaches the launcher; its processes have no terminal
+            if (
+                "accelerate_cli" in command
+            ):  # a terminal's Ctrl+C reaches the launcher; its processes have no terminal
                 os.kill(process, signal.SIGINT)
         done = launched.result(timeout=LIMIT)
     assert done.returncode != 0
@@ -90,7 +102,9 @@ def test_ctrl_c_ends_the_launch(launch, arguments, tmp_path, output_dir):
 
 
 def test_a_save_without_gathering_fails_loudly(launch, arguments, tmp_path, output_dir):
-    copy = plant(tmp_path, OFFLOAD, ("    with GatheredParameters(list(trained.values())):", "    if True:"))
+    copy = plant(
+        tmp_path, OFFLOAD, ("    with GatheredParameters(list(trained.values())):", "    if True:")
+    )
     done = launch(copy, "zero3", *arguments, output_dir, processes=2, code=None)
     assert done.returncode != 0
     (line,) = re.findall("^error: .*", done.stdout, re.MULTILINE)
@@ -150,7 +164,9 @@ def test_without_a_compiler_torch_steps_and_the_losses_are_the_same(
             if not re.search(r"(\+\+|gcc|clang|\bcc)(-[\d.]+)?$", program.name):
                 (programs / program.name).unlink(missing_ok=True)
                 (programs / program.name).symlink_to(program.path)
-    assert not any(shutil.which(name, path=str(programs)) for name in ("c++", "g++", "cc", "gcc", "clang"))
+    assert not any(
+        shutil.which(name, path=str(programs)) for name in ("c++", "g++", "cc", "gcc", "clang")
+    )
     assert "CXX" not in environment
     bare = {"PATH": str(programs), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
     done = launch(OFFLOAD, "zero3_offload", *arguments, output_dir, processes=2, **bare)

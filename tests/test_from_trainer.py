@@ -19,7 +19,11 @@ FIELDS = {
     for node in CONFIG.body
 }
 # flag or step, what it does, the line: `code` (place), what differs; a place is a file or a section, with a function
-ROWS = [re.split(r" ?(?<!\\)\| ?", line)[1:-1] for line in DOCUMENT.splitlines() if line.startswith("| ")]
+ROWS = [
+    re.split(r" ?(?<!\\)\| ?", line)[1:-1]
+    for line in DOCUMENT.splitlines()
+    if line.startswith("| ")
+]
 ROWS = [row for row in ROWS if row[2] != "the line"]
 FLAG_ROWS = [row for row in ROWS if row[0].startswith("`--")]
 
@@ -34,7 +38,11 @@ def text_of(place):
     if not function:
         return lines
     first = next(number for number, line in enumerate(lines) if line.startswith(f"def {function}("))
-    ends = [number for number, line in enumerate(lines) if number > first and line.startswith(("def ", "# "))]
+    ends = [
+        number
+        for number, line in enumerate(lines)
+        if number > first and line.startswith(("def ", "# "))
+    ]
     return lines[first : next(iter(ends), None)]
 
 
@@ -45,11 +53,15 @@ def test_rows_have_four_cells():
 
 def test_every_flag_of_the_script_and_no_other():
     flags = [flag for row in FLAG_ROWS for flag in re.findall(r"`--(\w+)`", row[0])]
-    aliases = [alias.removeprefix("--") for field in FIELDS.values() for alias in field.get("aliases", [])]
+    aliases = [
+        alias.removeprefix("--") for field in FIELDS.values() for alias in field.get("aliases", [])
+    ]
     assert sorted(flags) == sorted(["config_file", *FIELDS, *aliases])
 
 
-@pytest.mark.parametrize("command", sorted((ROOT / "docs/commands").glob("*.sh")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "command", sorted((ROOT / "docs/commands").glob("*.sh")), ids=lambda path: path.stem
+)
 def test_every_flag_of_a_command(command):
     flags = set(re.findall(r"--(\w+)", command.read_text()))
     assert len(flags) > 35

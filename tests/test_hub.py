@@ -29,7 +29,12 @@ def hub():
 def files(tmp_path):
     """The files of a run, path -> bytes, in a folder named run beside hidden ones; weights are of two files."""
     weights = {f"weights-{number}.safetensors": os.urandom(200_000) for number in (1, 2)}
-    files = weights | {"README.md": b"---\n---\n", "config.json": b"{}", "empty.txt": b"", "deep/down.json": b"[1]"}
+    files = weights | {
+        "README.md": b"---\n---\n",
+        "config.json": b"{}",
+        "empty.txt": b"",
+        "deep/down.json": b"[1]",
+    }
     for name, content in (files | {".hidden": b"x", "deep/.cache/hidden": b"x"}).items():
         (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / name).write_bytes(content)
@@ -45,7 +50,12 @@ def run(environment, hub, files, tmp_path):
 
     def run(lines, **extra):
         (tmp_path / "tmp").mkdir(exist_ok=True)
-        known = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        known = {
+            "HF_ENDPOINT": hub.url,
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+        }
         known |= {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "tmp"), **extra}
         code = f"import shutil, time, utils.hub\nfrom utils.hub import HubPusher\n{textwrap.dedent(lines)}"
         done = subprocess.run(
@@ -98,13 +108,23 @@ def test_every_push_is_a_commit_but_one_that_waits_gives_way(run, hub, files):
     """)
     assert output == f"hub: pushed to {hub.url}/other/name\nfinish True\n"
     repo = hub.repos["other/name"]
-    assert repo.commits == ["first", "first, elsewhere", "second, elsewhere", "third", "third, elsewhere"]
-    assert repo.files["config.json"] == b"third" and repo.files["at/second/config.json"] == b"second"
+    assert repo.commits == [
+        "first",
+        "first, elsewhere",
+        "second, elsewhere",
+        "third",
+        "third, elsewhere",
+    ]
+    assert (
+        repo.files["config.json"] == b"third" and repo.files["at/second/config.json"] == b"second"
+    )
     assert not repo.private
     assert hub.requests.count("POST /api/repos/create") == 1
 
 
-@pytest.mark.parametrize("number, status, path", [(2, 500, "create"), (2, 429, "create"), (1, 503, "yaml")])
+@pytest.mark.parametrize(
+    "number, status, path", [(2, 500, "create"), (2, 429, "create"), (1, 503, "yaml")]
+)
 def test_failures_of_a_moment_are_tried_again(run, hub, files, number, status, path):
     hub.fail_next(number, status, path)
     output = run(PUSH)
@@ -174,7 +194,9 @@ def test_a_file_that_is_refused_says_why_and_ends_what_waits(run, hub):
         """)
     )
     assert "403 Forbidden" in line and "/lfs/upload/" in line
-    assert later.endswith("run --private && hf upload someone/run run another --private` does it later")
+    assert later.endswith(
+        "run --private && hf upload someone/run run another --private` does it later"
+    )
 
 
 @pytest.mark.parametrize("path", ["HEAD", "create"])
@@ -231,5 +253,7 @@ def test_a_folder_that_is_not_there(run):
         print("finish", pusher.finish(100))
     """)
     [line, later] = failures(output)
-    assert "No such file or directory" in line and "`hf upload run 'absent folder' --private`" in later
+    assert (
+        "No such file or directory" in line and "`hf upload run 'absent folder' --private`" in later
+    )
     assert "finish False" in output

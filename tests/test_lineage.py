@@ -22,14 +22,22 @@ TREE = {
     "chat_packed.py": ("chat.py", ["2. Data"]),
 }
 VARIANTS = {name: changes for name, (base, changes) in TREE.items() if base != "none"}
-UNDECLARED = [(name, section) for name, changes in VARIANTS.items() for section in SECTIONS if section not in changes]
+UNDECLARED = [
+    (name, section)
+    for name, changes in VARIANTS.items()
+    for section in SECTIONS
+    if section not in changes
+]
 LINE = {title: line for line, title in BANNERS.items()}
 
 
 def body(section, author):
     """The text of a section as `author` wrote it, with lines that other sections have too."""
     if int(section[0]) < 5:
-        return f"common = 0\nvalue_{section[0]} = '{author}'\n\n\n" + "def main():\n" * section.startswith("4")
+        return (
+            f"common = 0\nvalue_{section[0]} = '{author}'\n\n\n"
+            + "def main():\n" * section.startswith("4")
+        )
     end = '\n\nif __name__ == "__main__":\n    main()\n' if section.startswith("7") else "\n"
     return f"    common = 0\n    value_{section[0]} = '{author}'\n" + end
 
@@ -51,7 +59,9 @@ def examples(tmp_path):
             f'"""Trains {name[:-3]}. More about it.\n\nBase:    {base}\n{declared}Run:     accelerate launch\n'
             f'Needs:   a CPU\nExpect:  accuracy 1.0\n"""\n\nimport os\n\n'
         )
-        sections = [f"{LINE[section]}\n{body(section, author(name, section))}" for section in SECTIONS]
+        sections = [
+            f"{LINE[section]}\n{body(section, author(name, section))}" for section in SECTIONS
+        ]
         (folder / name).write_text(head + "".join(sections))
     lineage.write(folder)
     return folder
@@ -88,10 +98,14 @@ def test_check_passes_on_a_sound_tree(examples):
 @pytest.mark.parametrize(("name", "section"), UNDECLARED)
 def test_check_finds_an_undeclared_difference(examples, name, section):
     add_line(examples / name, section)
-    assert any(e.startswith(f"examples/{name}: {section}: differs") for e in lineage.check(examples).errors)
+    assert any(
+        e.startswith(f"examples/{name}: {section}: differs") for e in lineage.check(examples).errors
+    )
 
 
-@pytest.mark.parametrize(("name", "section"), [(name, s) for name, changes in VARIANTS.items() for s in changes])
+@pytest.mark.parametrize(
+    ("name", "section"), [(name, s) for name, changes in VARIANTS.items() for s in changes]
+)
 def test_check_finds_a_declared_section_that_does_not_differ(examples, name, section):
     base = (examples / TREE[name][0]).read_text()
     following = [*SECTIONS, None][SECTIONS.index(section) + 1]
@@ -101,20 +115,30 @@ def test_check_finds_a_declared_section_that_does_not_differ(examples, name, sec
     ]
     edit(examples / name, *bodies)
     lineage.write(examples)
-    assert [e for e in lineage.check(examples).errors if name in e and f"{section}: declared, but equal" in e]
+    assert [
+        e
+        for e in lineage.check(examples).errors
+        if name in e and f"{section}: declared, but equal" in e
+    ]
 
 
 @pytest.mark.parametrize("change", ["\r\n", " \n", "\n\n"])
 def test_check_compares_bytes(examples, change):
     path = examples / "lora.py"
-    path.write_bytes(path.read_bytes().replace(b"value_2 = 'full.py'\n", f"value_2 = 'full.py'{change}".encode()))
+    path.write_bytes(
+        path.read_bytes().replace(b"value_2 = 'full.py'\n", f"value_2 = 'full.py'{change}".encode())
+    )
     assert any("2. Data: differs" in error for error in lineage.check(examples).errors)
 
 
 MODEL, DATA = LINE["3. Model"], LINE["2. Data"]
 BROKEN = {
     "missing banner": (MODEL + "\n", "", "3. Model: banner missing"),
-    "misspelt banner": (MODEL, MODEL.replace("Model", "Modell"), "`3. Modell` is ruled like a banner"),
+    "misspelt banner": (
+        MODEL,
+        MODEL.replace("Model", "Modell"),
+        "`3. Modell` is ruled like a banner",
+    ),
     "banner with a dash too few": (MODEL, MODEL[:-1], "3. Model: banner missing"),
     "banner indented": (MODEL, " " + MODEL, "3. Model: banner missing"),
     "repeated banner": (MODEL, f"{MODEL}\n{MODEL}", "3. Model: banner repeated"),
@@ -133,11 +157,27 @@ BROKEN = {
     "cycle": ("full.py\nCh", "fsdp_lora.py\nCh", "descends from this script"),
     "root that declares": ("full.py\nCh", "none\nCh", "Changes: a root has nothing to change"),
     "no such section": ("3. Model,", "3. Models,", "Changes: `3. Models, 7. Save` is no list"),
-    "number and name at odds": ("3. Model,", "2. Model,", "Changes: `2. Model, 7. Save` is no list"),
-    "declared out of order": ("3. Model, 7. Save", "7. Save, 3. Model", "Changes: `7. Save, 3. Model` is no list"),
+    "number and name at odds": (
+        "3. Model,",
+        "2. Model,",
+        "Changes: `2. Model, 7. Save` is no list",
+    ),
+    "declared out of order": (
+        "3. Model, 7. Save",
+        "7. Save, 3. Model",
+        "Changes: `7. Save, 3. Model` is no list",
+    ),
     "declared twice": ("3. Model,", "3. Model, 3. Model,", "is no list"),
-    "declared over two lines": ("3. Model, 7", "3. Model,\n         7", "Changes: `3. Model,` is no list"),
-    "training loop declared": ("3. Model, 7", "3. Model, 6. Training loop, 7", f"{FROZEN}: no variant may declare it"),
+    "declared over two lines": (
+        "3. Model, 7",
+        "3. Model,\n         7",
+        "Changes: `3. Model,` is no list",
+    ),
+    "training loop declared": (
+        "3. Model, 7",
+        "3. Model, 6. Training loop, 7",
+        f"{FROZEN}: no variant may declare it",
+    ),
     "not Python": ("import os", "import", "no valid Python"),
 }
 
@@ -145,8 +185,12 @@ BROKEN = {
 @pytest.mark.parametrize(("old", "new", "message"), BROKEN.values(), ids=BROKEN)
 def test_a_broken_form_is_found_and_refused(examples, old, new, message):
     edit(examples / "lora.py", old, new)
-    add_line(examples / "full.py", "1. Settings")  # something that fix would copy and write would render
-    assert any(e.startswith("examples/lora.py: ") and message in e for e in lineage.check(examples).errors)
+    add_line(
+        examples / "full.py", "1. Settings"
+    )  # something that fix would copy and write would render
+    assert any(
+        e.startswith("examples/lora.py: ") and message in e for e in lineage.check(examples).errors
+    )
     before = texts(examples)
     for command in (lineage.fix, lineage.write, lineage.tree):
         with pytest.raises(SystemExit, match=re.escape(message)):
@@ -170,13 +214,19 @@ def test_the_training_loop_may_change_only_where_that_is_named(examples, monkeyp
 def test_banners_out_of_order_are_found(examples):
     path = examples / "lora.py"
     path.write_text(path.read_text().replace(DATA, "@").replace(MODEL, DATA).replace("@", MODEL))
-    assert any("lora.py: banners out of order: 1. Settings, 3. Model, 2" in e for e in lineage.check(examples).errors)
+    assert any(
+        "lora.py: banners out of order: 1. Settings, 3. Model, 2" in e
+        for e in lineage.check(examples).errors
+    )
 
 
 def test_a_last_line_without_newline_is_found(examples):
     path = examples / "lora.py"
     path.write_text(path.read_text()[:-1])
-    assert any("lora.py: 7. Save: the last line needs a newline" in e for e in lineage.check(examples).errors)
+    assert any(
+        "lora.py: 7. Save: the last line needs a newline" in e
+        for e in lineage.check(examples).errors
+    )
 
 
 def test_both_scripts_of_a_cycle_are_named_but_not_those_below(examples):
@@ -186,7 +236,9 @@ def test_both_scripts_of_a_cycle_are_named_but_not_those_below(examples):
 
 
 def test_an_empty_folder_is_an_error(tmp_path):
-    assert lineage.check(tmp_path).errors == ["examples/: holds no scripts, so nothing was compared"]
+    assert lineage.check(tmp_path).errors == [
+        "examples/: holds no scripts, so nothing was compared"
+    ]
     for command in (lineage.fix, lineage.write, lineage.tree):
         with pytest.raises(SystemExit, match="holds no scripts"):
             command(tmp_path)
@@ -206,23 +258,32 @@ def test_all_errors_are_named_not_only_the_first(examples):
         f"{FROZEN}: diff",
     ]
     assert [text for text in wanted if not any(text in error for error in report.errors)] == []
-    assert str(report) == f"5 scripts, 2 roots, 1 pairs compared, 0 diff pages fresh, {len(report.errors)} errors"
+    assert (
+        str(report)
+        == f"5 scripts, 2 roots, 1 pairs compared, 0 diff pages fresh, {len(report.errors)} errors"
+    )
 
 
 def test_a_diff_over_the_cap_is_an_error(examples):
     path = examples / "chat_packed.py"
-    changed = sum(line[0] in "+-" for line in lineage.show("chat_packed", examples).splitlines()[8:])
+    changed = sum(
+        line[0] in "+-" for line in lineage.show("chat_packed", examples).splitlines()[8:]
+    )
     edit(path, "import os\n", "import os\n" + "os\n" * (MAX_CHANGED_LINES - changed))
     lineage.write(examples)
     assert lineage.check(examples).errors == []
     edit(path, "import os\n", "import os\n# one more\n")
     lineage.write(examples)
     [error] = lineage.check(examples).errors
-    assert f"diff: {MAX_CHANGED_LINES + 1} lines differ from chat.py, cap {MAX_CHANGED_LINES}" in error
+    assert (
+        f"diff: {MAX_CHANGED_LINES + 1} lines differ from chat.py, cap {MAX_CHANGED_LINES}" in error
+    )
 
 
 def test_check_finds_stale_missing_and_orphaned_pages_and_write_repairs_them(examples):
-    edit(examples / "lora.py", "import os", "import re")  # the head is free, and yet part of the page
+    edit(
+        examples / "lora.py", "import os", "import re"
+    )  # the head is free, and yet part of the page
     (examples / "diffs" / "fsdp_lora.diff").unlink()
     for name in ("gone.diff", "full.diff"):
         (examples / "diffs" / name).write_text("")
@@ -252,7 +313,11 @@ def test_fix_carries_a_repair_from_the_trunk_to_the_grandchild(examples, section
     ]
     lineage.write(examples)
     assert lineage.check(examples).errors == []
-    written = {path.name for path, text in texts(examples).items() if path.suffix == ".py" and text != untouched[path]}
+    written = {
+        path.name
+        for path, text in texts(examples).items()
+        if path.suffix == ".py" and text != untouched[path]
+    }
     assert written == {"lora.py", "fsdp_lora.py"}
     assert (examples / "fsdp_lora.py").read_text().count("# drift") == 1
     assert (examples / "fsdp_lora.py").stat().st_mode & 0o777 == 0o755
@@ -304,14 +369,18 @@ def test_a_page_names_the_lesson_and_heads_each_hunk_with_its_section(examples):
     assert headings == ["docstring and imports", "3. Model", "7. Save"]
     script = (examples / "lora.py").read_text().splitlines()
     for number, line in enumerate(lines):
-        if line.startswith("@@"):  # git tolerates a hunk that lies elsewhere, a reader looks the line up
+        if line.startswith(
+            "@@"
+        ):  # git tolerates a hunk that lies elsewhere, a reader looks the line up
             kept = next(after for after in lines[number + 1 :] if after[0] in " +")
             assert script[int(re.search(r"\+(\d+)", line)[1]) - 1] == kept[1:]
 
 
 @pytest.mark.parametrize("name", ["fsdp_lora", "fsdp_lora.py", "examples/fsdp_lora.py"])
 def test_show_takes_three_forms_of_a_name(examples, name):
-    assert lineage.show(name, examples) + "\n" == (examples / "diffs" / "fsdp_lora.diff").read_text()
+    assert (
+        lineage.show(name, examples) + "\n" == (examples / "diffs" / "fsdp_lora.diff").read_text()
+    )
 
 
 def test_show_of_a_root_says_so(examples):
@@ -337,19 +406,31 @@ def command_line(folder, *arguments):
     shutil.copy(lineage.__file__, package)
     command = [sys.executable, "-m", "tools.lineage", *arguments]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    return subprocess.run(command, cwd=folder.parent, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        command, cwd=folder.parent, env=environment, capture_output=True, text=True
+    )
 
 
 def test_command_line(examples):
     passed = command_line(examples, "check")
-    assert (passed.returncode, passed.stdout) == (0, "5 scripts, 2 roots, 3 pairs compared, 3 diff pages fresh\n")
+    assert (passed.returncode, passed.stdout) == (
+        0,
+        "5 scripts, 2 roots, 3 pairs compared, 3 diff pages fresh\n",
+    )
     add_line(examples / "full.py", "2. Data")
     failed = command_line(examples, "check")
     assert failed.returncode == 1
-    assert failed.stdout.splitlines()[0].startswith("examples/lora.py: 2. Data: differs from full.py")
-    assert [command_line(examples, command).returncode for command in ("fix", "write", "check")] == [0, 0, 0]
+    assert failed.stdout.splitlines()[0].startswith(
+        "examples/lora.py: 2. Data: differs from full.py"
+    )
+    assert [
+        command_line(examples, command).returncode for command in ("fix", "write", "check")
+    ] == [0, 0, 0]
     assert command_line(examples, "fix").stdout == "nothing to do\n"
-    assert command_line(examples, "show", "lora").stdout == (examples / "diffs" / "lora.diff").read_text()
+    assert (
+        command_line(examples, "show", "lora").stdout
+        == (examples / "diffs" / "lora.diff").read_text()
+    )
     assert command_line(examples, "tree").stdout == lineage.tree(examples) + "\n"
     wrong = command_line(examples, "show", "lora_fsdp3")
     assert (wrong.returncode, wrong.stdout) == (1, "")
@@ -374,7 +455,9 @@ def assert_pages_apply(folder: Path, target: Path):
         shutil.copy(folder / base, place / "examples")
         environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(place.parent)}
         subprocess.run(["git", "apply", page], cwd=place, env=environment, check=True)
-        assert (place / "examples" / f"{page.stem}.py").read_bytes() == (folder / f"{page.stem}.py").read_bytes()
+        assert (place / "examples" / f"{page.stem}.py").read_bytes() == (
+            folder / f"{page.stem}.py"
+        ).read_bytes()
 
 
 def test_own_examples_pass():

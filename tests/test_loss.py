@@ -21,8 +21,18 @@ from utils.loss import HeadLoss, add_token_loss, check_token_loss
 from utils.packing import NAME, join
 
 VOCABULARY, HIDDEN, RANK, CHUNK = 300, 16, 4, 20
-SIZE = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 24, "num_hidden_layers": 2}
-SIZE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 128}
+SIZE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+}
+SIZE |= {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "max_position_embeddings": 128,
+}
 SIZE |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 FAMILIES = {  # name -> architecture, settings of its own
@@ -30,7 +40,10 @@ FAMILIES = {  # name -> architecture, settings of its own
     "llama tied": ("llama", {"tie_word_embeddings": True}),
     "mistral": ("mistral", {"sliding_window": 8}),
     "qwen3": ("qwen3", {}),
-    "gemma2": ("gemma2", {"sliding_window": 8, "query_pre_attn_scalar": 4, "final_logit_softcapping": 1.5}),
+    "gemma2": (
+        "gemma2",
+        {"sliding_window": 8, "query_pre_attn_scalar": 4, "final_logit_softcapping": 1.5},
+    ),
     "gemma3": ("gemma3_text", {"sliding_window": 8, "final_logit_softcapping": 1.5}),
     "cohere": ("cohere", {"logit_scale": 0.25}),
     "cohere2": ("cohere2", {"logit_scale": 0.25, "sliding_window": 8}),
@@ -39,17 +52,27 @@ FAMILIES = {  # name -> architecture, settings of its own
     "opt": ("opt", {"ffn_dim": 24, "dropout": 0.0, "word_embed_proj_dim": HIDDEN}),
     "gpt_neox": ("gpt_neox", {}),
     "phi, whose head has a bias": ("phi", {}),
-    "qwen2_moe": ("qwen2_moe", {"num_experts": 4, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {"num_experts": 4, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8},
+    ),
     "mixtral": ("mixtral", {"num_local_experts": 4}),
 }
 SCALED = ("gemma2", "gemma3", "cohere", "cohere2", "granite")
-LORA = {"r": RANK, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}  # False: lora_B is not 0
+LORA = {
+    "r": RANK,
+    "target_modules": ["q_proj", "down_proj"],
+    "init_lora_weights": False,
+}  # False: lora_B is not 0
 ADAPTED = {  # name -> family, settings of LoRA
     "off the head": ("llama", LORA),
     "on the head": ("llama", LORA | {"target_modules": ["q_proj", "lm_head"]}),
     "on a head with a soft cap": ("gemma2", LORA | {"target_modules": ["q_proj", "lm_head"]}),
     "head trained whole": ("llama", LORA | {"modules_to_save": ["lm_head"]}),
-    "tied head trained whole": ("llama tied", LORA | {"modules_to_save": ["lm_head", "embed_tokens"]}),
+    "tied head trained whole": (
+        "llama tied",
+        LORA | {"modules_to_save": ["lm_head", "embed_tokens"]},
+    ),
 }
 
 
@@ -70,8 +93,13 @@ class Watch(TorchDispatchMode):
         self.hooks.__exit__(*error)
 
     def rows(self, tensor):
-        is_weight = tensor.shape[-2:] in {(HIDDEN, VOCABULARY), (RANK, VOCABULARY)}  # as a product takes it
-        return 0 if is_weight or tensor.shape[-1:] != (VOCABULARY,) else tensor.numel() // VOCABULARY
+        is_weight = tensor.shape[-2:] in {
+            (HIDDEN, VOCABULARY),
+            (RANK, VOCABULARY),
+        }  # as a product takes it
+        return (
+            0 if is_weight or tensor.shape[-1:] != (VOCABULARY,) else tensor.numel() // VOCABULARY
+        )
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -95,18 +123,24 @@ def accelerator():
 def make_head(rows, with_bias=False, dtype=torch.float32):
     """Return hidden states, a head's weight and bias, and labels, of which a third are the likeliest."""
     generator = torch.Generator().manual_seed(0)
-    hidden, weight, bias = (torch.randn(*size, generator=generator) for size in ((rows, 8), (50, 8), (50,)))
+    hidden, weight, bias = (
+        torch.randn(*size, generator=generator) for size in ((rows, 8), (50, 8), (50,))
+    )
     labels = torch.randint(50, (rows,), generator=generator)
     bias = bias if with_bias else None
     labels[::3] = functional.linear(hidden, weight, bias).argmax(-1)[::3]
-    return *(None if tensor is None else tensor.to(dtype) for tensor in (hidden, weight, bias)), labels
+    return *(
+        None if tensor is None else tensor.to(dtype) for tensor in (hidden, weight, bias)
+    ), labels
 
 
 def full_loss(hidden, weight, bias, labels, scale=1.0, softcap=None):
     """Return the loss and the count of correct rows, from all logits in float64."""
     logits = functional.linear(hidden, weight, bias).double() * scale
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    return functional.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(-1) == labels).sum()
+    return functional.cross_entropy(logits, labels, reduction="sum"), (
+        logits.argmax(-1) == labels
+    ).sum()
 
 
 def differentiate(function, tensors, trained, *rest):
@@ -124,7 +158,10 @@ def assert_close(found, expected, tolerance=1e-5):
     """Both are None, or apart by no more than a share of the largest of what is expected."""
     assert (found is None) == (expected is None)
     if found is not None:
-        apart, largest = (found.double() - expected.double()).abs().max(), expected.double().abs().max()
+        apart, largest = (
+            (found.double() - expected.double()).abs().max(),
+            expected.double().abs().max(),
+        )
         assert apart <= tolerance * largest, f"{float(apart):.2e} of {float(largest):.2e}"
 
 
@@ -167,7 +204,9 @@ def assert_same_gradients(model, reference):
     largest = max(weight.grad.abs().max() for weight in weights.values() if weight.grad is not None)
     for name, weight in model.named_parameters():
         expected = weights[name].grad
-        if expected is None or expected.abs().max() < 1e-6 * largest:  # a key's bias, that no softmax sees
+        if (
+            expected is None or expected.abs().max() < 1e-6 * largest
+        ):  # a key's bias, that no softmax sees
             assert weight.grad is None or weight.grad.abs().max() < 1e-5 * largest, name
         else:
             assert_close(weight.grad, expected, 2e-5)
@@ -179,7 +218,9 @@ def test_head_loss_is_cross_entropy(chunk, scale, softcap):
     for with_bias, *trained in product([False, True], repeat=4):
         if any(trained[: 2 + with_bias]):
             *tensors, labels = make_head(19, with_bias)
-            found = differentiate(HeadLoss.apply, tensors, trained, labels, scale, softcap, chunk, True)
+            found = differentiate(
+                HeadLoss.apply, tensors, trained, labels, scale, softcap, chunk, True
+            )
             _, correct = HeadLoss.apply(*tensors, labels, scale, softcap, chunk, False)
             doubles = [None if tensor is None else tensor.double() for tensor in tensors]
             expected = differentiate(full_loss, doubles, trained, labels, scale, softcap)
@@ -191,7 +232,9 @@ def test_head_loss_is_cross_entropy(chunk, scale, softcap):
 
 def test_head_loss_of_no_rows_is_0():
     *tensors, labels = make_head(0, with_bias=True)
-    loss, correct, gradients = differentiate(HeadLoss.apply, tensors, (True, True, True), labels, 1.0, None, 4, True)
+    loss, correct, gradients = differentiate(
+        HeadLoss.apply, tensors, (True, True, True), labels, 1.0, None, 4, True
+    )
     assert (loss, correct) == (0, 0)
     for tensor, gradient in zip(tensors, gradients):
         assert gradient.equal(torch.zeros_like(tensor))
@@ -205,7 +248,11 @@ def test_evaluation_counts_what_is_correct_and_makes_no_gradients():
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         loss, correct = head(hidden, labels=labels)
     expected, right = full_loss(hidden, head.weight, None, labels)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5) and correct == right and not loss.requires_grad
+    assert (
+        loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        and correct == right
+        and not loss.requires_grad
+    )
     assert counter.get_total_flops() == 2 * 50 * HIDDEN * VOCABULARY  # of the logits alone
 
 
@@ -216,7 +263,9 @@ def test_head_loss_in_bf16(is_autocast):
     trained = (True, True, True)
     with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
         found = differentiate(HeadLoss.apply, tensors, trained, labels, 0.5, 3.0, 4, True)
-    expected = differentiate(full_loss, [tensor.double() for tensor in tensors], trained, labels, 0.5, 3.0)
+    expected = differentiate(
+        full_loss, [tensor.double() for tensor in tensors], trained, labels, 0.5, 3.0
+    )
     assert found[0].dtype == torch.float32
     assert found[0].item() == pytest.approx(expected[0].item(), rel=1e-2)
     assert found[0].item() != pytest.approx(expected[0].item(), rel=1e-6)  # bf16 it was
@@ -265,7 +314,10 @@ def test_adapted_models_have_the_loss_of_transformers(case, recomputed):
 @pytest.mark.parametrize("case", ADAPTED)
 def test_no_more_logits_than_a_chunk_are_made_and_none_kept(case):
     family, settings = ADAPTED[case]
-    model, batch = get_peft_model(make_causal(family), LoraConfig(**settings)), join(make_documents())
+    model, batch = (
+        get_peft_model(make_causal(family), LoraConfig(**settings)),
+        join(make_documents()),
+    )
     labels = batch["labels"].ne(-100).sum()
     add_token_loss(model, chunk_bytes=4 * VOCABULARY * CHUNK)
     with Watch() as chunked:
@@ -294,7 +346,12 @@ def test_generates_as_before(case):
     model = make_causal(family)
     model = get_peft_model(model, LoraConfig(**settings)).eval() if settings else model
     prompt = torch.tensor([make_documents()[0]["input_ids"]])
-    options = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
+    options = {
+        "max_new_tokens": 9,
+        "min_new_tokens": 9,
+        "do_sample": False,
+        "attention_mask": torch.ones_like(prompt),
+    }
     expected = model.generate(input_ids=prompt, **options)
     add_token_loss(model)
     with Watch() as watch:
@@ -314,8 +371,12 @@ class OddForCausalLM(LlamaForCausalLM):
 
 
 def check(accelerator, model):
-    documents = [document for number, document in enumerate(make_documents()) if number not in (1, 2)]
-    return check_token_loss(accelerator, model, join(documents), [join([document]) for document in documents])
+    documents = [
+        document for number, document in enumerate(make_documents()) if number not in (1, 2)
+    ]
+    return check_token_loss(
+        accelerator, model, join(documents), [join([document]) for document in documents]
+    )
 
 
 @pytest.mark.parametrize("family", SCALED)
@@ -365,22 +426,37 @@ def full(folder):
     """What one process trains with transformers' own loss from all logits: case -> what loss_driver.train returns."""
     steps = loss_driver.ACCUMULATED * loss_driver.PROCESSES
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=steps)
-    whose, options = range(loss_driver.PROCESSES), {"full_logits": True, "num_items_in_batch": 1}  # 1: their sum
-    yield {case: loss_driver.train(accelerator, folder, case, whose, **options) for case in loss_driver.CASES}
+    whose, options = (
+        range(loss_driver.PROCESSES),
+        {"full_logits": True, "num_items_in_batch": 1},
+    )  # 1: their sum
+    yield {
+        case: loss_driver.train(accelerator, folder, case, whose, **options)
+        for case in loss_driver.CASES
+    }
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
 
 def test_processes_have_unlike_numbers_of_chunks():
-    rows = [[int(b["labels"].ne(-100).sum()) for b in loss_driver.micro_batches(process)] for process in (0, 1)]
+    rows = [
+        [int(b["labels"].ne(-100).sum()) for b in loss_driver.micro_batches(process)]
+        for process in (0, 1)
+    ]
     assert 0 in rows[1] and 0 not in rows[0] and max(rows[1]) > 7
     assert all(one > other + 7 for one, other in zip(*rows))  # rows of a chunk
 
 
-@pytest.mark.parametrize("config", [pytest.param("ddp", marks=pytest.mark.slow), "zero3", "fsdp1", "fsdp2"])
+@pytest.mark.parametrize(
+    "config", [pytest.param("ddp", marks=pytest.mark.slow), "zero3", "fsdp1", "fsdp2"]
+)
 def test_trains_as_with_the_full_loss(launch, folder, full, config):
-    done = launch(loss_driver.__file__, config, folder, processes=loss_driver.PROCESSES, PYTHONPATH=str(ROOT))
-    assert "returned a view tensor" not in done.stdout  # FSDP2's warning of a loss that may miss its hooks
+    done = launch(
+        loss_driver.__file__, config, folder, processes=loss_driver.PROCESSES, PYTHONPATH=str(ROOT)
+    )
+    assert (
+        "returned a view tensor" not in done.stdout
+    )  # FSDP2's warning of a loss that may miss its hooks
     found = torch.load(folder / f"{config}.pt")
     assert list(found) == list(full)
     for case, (losses, start, trained, reason) in found.items():
@@ -389,5 +465,8 @@ def test_trains_as_with_the_full_loss(launch, folder, full, config):
         assert losses == pytest.approx(expected_losses, rel=1e-5), case
         for name, value in trained.items():
             assert start[name].equal(before[name]), (case, name)
-            moved, apart = (expected[name] - before[name]).abs().max(), (value - expected[name]).abs().max()
+            moved, apart = (
+                (expected[name] - before[name]).abs().max(),
+                (value - expected[name]).abs().max(),
+            )
             assert moved > 1e-3 and apart <= 1e-5 * moved, (case, name, float(apart / moved))

@@ -27,7 +27,11 @@ from utils.memory import (
 
 ROOT = Path(__file__).parents[1]
 MB = 2**20
-KEYS = [f"{kind}_{moment}" for kind in ("gpu", "gpu_reserved", "cpu") for moment in ("begin", "end", "peak")]
+KEYS = [
+    f"{kind}_{moment}"
+    for kind in ("gpu", "gpu_reserved", "cpu")
+    for moment in ("begin", "end", "peak")
+]
 REPORT = """\
 GPU Memory before entering the train : 1916
 GPU Memory consumed at the end of the train (end-begin): 66
@@ -81,7 +85,10 @@ def example(processes, gpu):
     """What gather() returns, made up: two phases, figures that differ by process."""
     return {
         name: [
-            {key: (rank + number) * MB * (gpu or key.startswith("cpu")) for number, key in enumerate(KEYS, start)}
+            {
+                key: (rank + number) * MB * (gpu or key.startswith("cpu"))
+                for number, key in enumerate(KEYS, start)
+            }
             for rank in range(processes)
         ]
         for name, start in (("load", 100), ("train", 200))
@@ -130,7 +137,9 @@ def test_peak_is_found_while_python_keeps_the_interpreter_busy():
 
 
 def test_what_lives_at_the_end_counts_without_a_sample_in_between():
-    tracker = MemoryTracker(interval=3600)  # the thread ends at once all the same, or this test never does
+    tracker = MemoryTracker(
+        interval=3600
+    )  # the thread ends at once all the same, or this test never does
     with tracker.phase("load"):
         planted = plant(200)
     entry = tracker.entries["load"]
@@ -216,7 +225,14 @@ def test_gather_on_one_process():
 def test_gather_on_two_processes(tmp_path):
     script = tmp_path / "two_processes.py"
     script.write_text(TWO_PROCESSES)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     run = subprocess.run(
         [*launch, script, tmp_path],
         cwd=ROOT,
@@ -232,7 +248,9 @@ def test_gather_on_two_processes(tmp_path):
     assert first["memory"]["train"] == [first["own"]["train"], second["own"]["train"]]
     for rank, entry in enumerate(first["memory"]["train"]):
         assert entry["cpu_peak"] - entry["cpu_begin"] == near(100 * (1 + rank))
-    assert run.stdout.rstrip("\n") == "\n".join(report(name, first["own"][name]) for name in ("load", "train"))
+    assert run.stdout.rstrip("\n") == "\n".join(
+        report(name, first["own"][name]) for name in ("load", "train")
+    )
 
 
 @pytest.mark.parametrize("processes", [1, 2, 64])
@@ -243,11 +261,17 @@ def test_figure_shows_every_phase_of_every_process(processes, gpu):
     panels = dict(zip(("gpu", "cpu") if gpu else ("cpu",), figure.axes, strict=True))
     for kind, panel in panels.items():
         heights = [bar.get_height() * MB for container in panel.containers for bar in container]
-        assert heights == [entry[f"{kind}_peak"] for name in ("load", "train") for entry in memory[name]]
-        centers = [bar.get_x() + bar.get_width() / 2 for container in panel.containers for bar in container]
+        assert heights == [
+            entry[f"{kind}_peak"] for name in ("load", "train") for entry in memory[name]
+        ]
+        centers = [
+            bar.get_x() + bar.get_width() / 2 for container in panel.containers for bar in container
+        ]
         assert [round(center) for center in centers] == 2 * list(range(processes))
         assert len(set(centers)) == 2 * processes
-        lines = [[segment[0][1] * MB for segment in lines.get_segments()] for lines in panel.collections]
+        lines = [
+            [segment[0][1] * MB for segment in lines.get_segments()] for lines in panel.collections
+        ]
         assert lines == [
             [entry[f"{kind}_{moment}"] for entry in memory[name]]
             for name in ("load", "train")

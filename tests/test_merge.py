@@ -34,7 +34,15 @@ QWEN_MOE = SMALL | {
     "shared_expert_intermediate_size": 24,
     "tie_word_embeddings": False,
 }
-T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 96, "dropout_rate": 0.0}
+T5 = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "vocab_size": 96,
+    "dropout_rate": 0.0,
+}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96, "n_positions": 64}
 BASES = {
     "llama": transformers.LlamaConfig(**SMALL, tie_word_embeddings=False),
@@ -59,7 +67,11 @@ BASES = {
 
 
 def auto(config):
-    return transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    return (
+        transformers.AutoModelForSeq2SeqLM
+        if config.is_encoder_decoder
+        else transformers.AutoModelForCausalLM
+    )
 
 
 def save_base(folder, name, dtype=torch.float32, **saving):
@@ -85,7 +97,9 @@ def save_adapter(folder, base, rows=None, **settings):
     if rows:
         model.resize_token_embeddings(rows, mean_resizing=False)
     task = "SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM"
-    model = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": task} | settings))
+    model = get_peft_model(
+        model, LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": task} | settings)
+    )
     draw([p for p in model.parameters() if p.requires_grad], 0.1)
     model.save_pretrained(folder)
     return Path(folder)
@@ -106,7 +120,9 @@ def logits(model, rows):
 
 def whole(base, adapter, rows=None, merge=False):
     """The model with the adapter, in 32 bit, made by PEFT in memory."""
-    model = auto(transformers.AutoConfig.from_pretrained(base)).from_pretrained(base, dtype=torch.float32)
+    model = auto(transformers.AutoConfig.from_pretrained(base)).from_pretrained(
+        base, dtype=torch.float32
+    )
     if rows:
         model.resize_token_embeddings(rows, mean_resizing=False)
     model = PeftModel.from_pretrained(model, adapter)
@@ -126,7 +142,11 @@ def check(base, adapter, out, rows=None, tolerance=1e-5):
 
 def tensors(folder):
     """All tensors of a folder's weight files."""
-    return {key: value for path in folder.glob("*.safetensors") for key, value in load_file(path).items()}
+    return {
+        key: value
+        for path in folder.glob("*.safetensors")
+        for key, value in load_file(path).items()
+    }
 
 
 def refused(capsys, *arguments):
@@ -135,7 +155,10 @@ def refused(capsys, *arguments):
         run(*arguments)
     *bar, error = capsys.readouterr().err.splitlines()
     assert ended.value.code == 1
-    assert error.startswith("error: ") and all(line == "" or "writing:" in line for line in bar), (bar, error)
+    assert error.startswith("error: ") and all(line == "" or "writing:" in line for line in bar), (
+        bar,
+        error,
+    )
     return error
 
 
@@ -156,27 +179,46 @@ CASES = {
     "lora_only": ("qwen2", {"target_modules": ["q_proj"], "bias": "lora_only"}),
     "lora_bias": ("qwen2", {"target_modules": ["q_proj", "k_proj"], "lora_bias": True}),
     "gpt2": ("gpt2", {"target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True}),
-    "gpt2_dora": ("gpt2", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "use_dora": True}),
+    "gpt2_dora": (
+        "gpt2",
+        {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "use_dora": True},
+    ),
     "t5": ("t5", {"target_modules": ["q", "v", "wi", "wo"]}),
     "bart": ("bart", {"target_modules": ["q_proj", "fc1"]}),
     "rslora": ("llama", ALL | {"use_rslora": True}),
     "dora": ("llama", ALL | {"use_dora": True}),
-    "patterns": ("llama", ALL | {"rank_pattern": {"q_proj": 2, "up_proj": 8}, "alpha_pattern": {"v_proj": 32}}),
+    "patterns": (
+        "llama",
+        ALL | {"rank_pattern": {"q_proj": 2, "up_proj": 8}, "alpha_pattern": {"v_proj": 32}},
+    ),
     "experts": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": MLP}),
     "one_of_experts": ("mixtral", {"target_modules": [], "target_parameters": MLP[1:]}),
     "no_experts": ("mixtral", {"target_modules": ["q_proj", "v_proj"]}),
-    "qwen2_moe": ("qwen2_moe", {"target_modules": ["o_proj"], "target_parameters": MLP, "use_rslora": True}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {"target_modules": ["o_proj"], "target_parameters": MLP, "use_rslora": True},
+    ),
     "embedding": ("llama", {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
     "tied_embedding": ("tied", {"target_modules": ["embed_tokens", "q_proj"]}),
     "gpt2_embedding": ("gpt2", {"target_modules": ["wte", "c_attn"]}),
     "saved": ("llama", ALL | {"modules_to_save": ["lm_head", "embed_tokens"]}),
-    "saved_norm": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["norm", "input_layernorm"]}),
-    "tied_both": ("tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}),
+    "saved_norm": (
+        "llama",
+        {"target_modules": ["q_proj"], "modules_to_save": ["norm", "input_layernorm"]},
+    ),
+    "tied_both": (
+        "tied",
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    ),
     "tied_head": ("tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "tied_embed": ("tied", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
     "kept_tie": (
         "tied",
-        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {
+            "target_modules": ["q_proj"],
+            "modules_to_save": ["embed_tokens"],
+            "ensure_weight_tying": True,
+        },
     ),
     "t5_head": ("t5", {"target_modules": ["q"], "modules_to_save": ["lm_head"]}),
     "tokens": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [3, 95]}),
@@ -210,12 +252,16 @@ def test_merged_equals_base_and_adapter_and_pefts_own_merge(tmp_path, case):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_base_stays_16_bit_and_is_rounded_once(tmp_path, dtype):
     base = save_base(tmp_path / "base", "mixtral", dtype)
-    adapter = save_adapter(tmp_path / "adapter", base, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    adapter = save_adapter(
+        tmp_path / "adapter", base, target_modules=["q_proj"], modules_to_save=["lm_head"]
+    )
     run(adapter, "--output_dir", tmp_path / "out")
     written, before = tensors(tmp_path / "out"), tensors(base)
     exact = whole(base, adapter, merge=True).state_dict()
     assert {value.dtype for value in written.values()} == {dtype}
-    assert written.keys() == before.keys()  # also the experts' names, which transformers fuses on loading
+    assert (
+        written.keys() == before.keys()
+    )  # also the experts' names, which transformers fuses on loading
     for key, value in written.items():
         if "q_proj" in key or key == "lm_head.weight":
             assert not torch.equal(value, before[key])
@@ -245,7 +291,13 @@ def test_4_bit_base_is_dequantized_or_read_from_the_original(tmp_path, double):
     quantized.save_pretrained(tmp_path / "base")
     adapter = save_adapter(tmp_path / "adapter", original, target_modules=["q_proj", "down_proj"])
     run(
-        adapter, "--base_model_name_or_path", tmp_path / "base", "--output_dir", tmp_path / "out", "--dtype", "float32"
+        adapter,
+        "--base_model_name_or_path",
+        tmp_path / "base",
+        "--output_dir",
+        tmp_path / "out",
+        "--dtype",
+        "float32",
     )
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "quantization_config" not in config and config["dtype"] == "float32"
@@ -261,24 +313,53 @@ def test_4_bit_base_is_dequantized_or_read_from_the_original(tmp_path, double):
 
 
 def test_shards_in_and_out(tmp_path, llama, monkeypatch):
-    monkeypatch.setattr(merge_adapter, "BLOCK", 200)  # six rows of most weights, whose number is no multiple of it
+    monkeypatch.setattr(
+        merge_adapter, "BLOCK", 200
+    )  # six rows of most weights, whose number is no multiple of it
     base = save_base(tmp_path / "base", "llama", max_shard_size="20KB")
     assert len(list(base.glob("*.safetensors"))) > 3
-    run(llama[1], "--base_model_name_or_path", base, "--output_dir", tmp_path / "out", "--max_shard_size", "30KB")
+    run(
+        llama[1],
+        "--base_model_name_or_path",
+        base,
+        "--output_dir",
+        tmp_path / "out",
+        "--max_shard_size",
+        "30KB",
+    )
     out = tmp_path / "out"
-    sizes = [sum(value.nbytes for value in load_file(path).values()) for path in out.glob("*.safetensors")]
+    sizes = [
+        sum(value.nbytes for value in load_file(path).values())
+        for path in out.glob("*.safetensors")
+    ]
     assert len(sizes) > 2 and max(sizes) <= 30_000
     index = json.loads((out / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(sizes) and index["weight_map"].keys() == tensors(out).keys()
+    assert (
+        index["metadata"]["total_size"] == sum(sizes)
+        and index["weight_map"].keys() == tensors(out).keys()
+    )
     check(base, llama[1], out)
 
 
 RESIZED = {
     "saved_by_itself": ("llama", {"target_modules": ["q_proj"]}),
     "tied_saved_by_itself": ("tied", {"target_modules": ["q_proj"]}),
-    "modules_to_save": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}),
-    "tied": ("tied", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
-    "split": ("tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}),
+    "modules_to_save": (
+        "llama",
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    ),
+    "tied": (
+        "tied",
+        {
+            "target_modules": ["q_proj"],
+            "modules_to_save": ["embed_tokens"],
+            "ensure_weight_tying": True,
+        },
+    ),
+    "split": (
+        "tied",
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    ),
     "gpt2": ("gpt2", {"target_modules": ["c_attn"], "modules_to_save": ["lm_head", "wte"]}),
     "t5": ("t5", {"target_modules": ["q"]}),
     "tokens": ("tied", {"target_modules": ["q_proj"], "trainable_token_indices": [96, 98]}),
@@ -297,7 +378,9 @@ def test_resized_vocabulary(tmp_path, case):
     saved = load_file(adapter / "adapter_model.safetensors")
     for key, value in model.state_dict().items():
         if f"base_model.model.{key}" in saved and case != "tokens":
-            assert torch.equal(value, saved[f"base_model.model.{key}"]), key  # replaced, so bit-equal
+            assert torch.equal(value, saved[f"base_model.model.{key}"]), (
+                key
+            )  # replaced, so bit-equal
 
 
 def test_a_weight_in_blocks_is_the_whole_one(monkeypatch):
@@ -316,7 +399,11 @@ def test_a_weight_in_blocks_is_the_whole_one(monkeypatch):
 
 def test_replaced_modules_and_trained_tokens_are_bit_equal(tmp_path):
     base = save_base(tmp_path / "base", "llama")
-    settings = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "trainable_token_indices": [3, 95]}
+    settings = {
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["lm_head"],
+        "trainable_token_indices": [3, 95],
+    }
     adapter = save_adapter(tmp_path / "adapter", base, **settings)
     run(adapter, "--output_dir", tmp_path / "out")
     written, saved, before = tensors(tmp_path / "out"), tensors(adapter), tensors(base)
@@ -324,7 +411,9 @@ def test_replaced_modules_and_trained_tokens_are_bit_equal(tmp_path):
     [delta] = [value for key, value in saved.items() if key.startswith(prefix)]
     assert torch.equal(written["lm_head.weight"], saved["base_model.model.lm_head.weight"])
     assert torch.equal(written["model.embed_tokens.weight"][[3, 95]], delta)
-    assert torch.equal(written["model.embed_tokens.weight"][4:95], before["model.embed_tokens.weight"][4:95])
+    assert torch.equal(
+        written["model.embed_tokens.weight"][4:95], before["model.embed_tokens.weight"][4:95]
+    )
 
 
 def test_a_head_for_classes(tmp_path):
@@ -341,8 +430,12 @@ def test_a_head_for_classes(tmp_path):
 
 
 def test_a_head_that_the_resize_left_out_is_refused(tmp_path, llama, capsys):
-    adapter = save_adapter(tmp_path / "adapter", llama[0], rows=99, target_modules=["q_proj", "embed_tokens"])
-    assert "holds lm_head.weight in the shape" in refused(capsys, adapter, "--output_dir", tmp_path / "out")
+    adapter = save_adapter(
+        tmp_path / "adapter", llama[0], rows=99, target_modules=["q_proj", "embed_tokens"]
+    )
+    assert "holds lm_head.weight in the shape" in refused(
+        capsys, adapter, "--output_dir", tmp_path / "out"
+    )
 
 
 def test_what_is_left_behind(tmp_path, llama, capsys):
@@ -381,8 +474,12 @@ def drop(path, word):
 
 REFUSALS = {
     "adapter_config.json": lambda base, adapter: (adapter / "adapter_config.json").unlink(),
-    "lacks adapter_model.safetensors": lambda base, adapter: (adapter / "adapter_model.safetensors").unlink(),
-    "adapter_model.safetensors is truncated": lambda base, adapter: cut(adapter / "adapter_model.safetensors"),
+    "lacks adapter_model.safetensors": lambda base, adapter: (
+        adapter / "adapter_model.safetensors"
+    ).unlink(),
+    "adapter_model.safetensors is truncated": lambda base, adapter: cut(
+        adapter / "adapter_model.safetensors"
+    ),
     "type IA3": lambda base, adapter: edit(adapter / "adapter_config.json", peft_type="IA3"),
     "alora_invocation_tokens": lambda base, adapter: edit(
         adapter / "adapter_config.json", alora_invocation_tokens=[1]
@@ -391,9 +488,12 @@ REFUSALS = {
         adapter / "adapter_config.json", init_lora_weights="pissa"
     ),
     "size mismatch": lambda base, adapter: edit(adapter / "adapter_config.json", r=8),
-    "Target modules": lambda base, adapter: edit(adapter / "adapter_config.json", target_modules=["c_attn"]),
+    "Target modules": lambda base, adapter: edit(
+        adapter / "adapter_config.json", target_modules=["c_attn"]
+    ),
     "is of no module": lambda base, adapter: rekey(
-        adapter / "adapter_model.safetensors", lambda key: key.replace("model.layers", "_orig_mod.layers")
+        adapter / "adapter_model.safetensors",
+        lambda key: key.replace("model.layers", "_orig_mod.layers"),
     ),
     "the adapter lacks base_model.model.model.layers.1": lambda base, adapter: drop(
         adapter / "adapter_model.safetensors", "layers.1.mlp.up_proj.lora_B"
@@ -407,7 +507,9 @@ REFUSALS = {
     "there is no base /gone: give --base_model_name_or_path": lambda base, adapter: edit(
         adapter / "adapter_config.json", base_model_name_or_path="/gone"
     ),
-    "index.json is no list": lambda base, adapter: (base / "model.safetensors.index.json").write_text("{}"),
+    "index.json is no list": lambda base, adapter: (
+        base / "model.safetensors.index.json"
+    ).write_text("{}"),
     "Field 'hidden_size'": lambda base, adapter: edit(base / "config.json", hidden_size="wide"),
     "no configuration of a LoRA": lambda base, adapter: cut(adapter / "adapter_config.json"),
     "holds no config.json": lambda base, adapter: (base / "config.json").unlink(),
@@ -466,7 +568,14 @@ def test_values_that_float16_cannot_hold(tmp_path, llama, capsys):
         {key: value * (7e5 if "norm" in key else 1) for key, value in tensors(base).items()},
         base / "model.safetensors",
     )
-    arguments = ("--base_model_name_or_path", base, "--output_dir", tmp_path / "out", "--dtype", "float16")
+    arguments = (
+        "--base_model_name_or_path",
+        base,
+        "--output_dir",
+        tmp_path / "out",
+        "--dtype",
+        "float16",
+    )
     assert "float16 cannot hold" in refused(capsys, llama[1], *arguments)
 
 
@@ -475,7 +584,9 @@ def test_wrong_logits_leave_nothing(tmp_path, llama, capsys, monkeypatch, wrong)
     if wrong == "merged":
         original = merge_adapter.merge_unit
         monkeypatch.setattr(
-            merge_adapter, "merge_unit", lambda *args: {key: 1.01 * value for key, value in original(*args).items()}
+            merge_adapter,
+            "merge_unit",
+            lambda *args: {key: 1.01 * value for key, value in original(*args).items()},
         )
     else:
         original = merge_adapter.write_model
@@ -486,7 +597,9 @@ def test_wrong_logits_leave_nothing(tmp_path, llama, capsys, monkeypatch, wrong)
             save_file({key: value.roll(1) for key, value in load_file(path).items()}, path)
 
         monkeypatch.setattr(merge_adapter, "write_model", write)
-    assert "are off those of base + adapter" in refused(capsys, llama[1], "--output_dir", tmp_path / "out")
+    assert "are off those of base + adapter" in refused(
+        capsys, llama[1], "--output_dir", tmp_path / "out"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -494,7 +607,12 @@ def test_wrong_logits_leave_nothing(tmp_path, llama, capsys, monkeypatch, wrong)
 def large(tmp_path_factory):
     """A random sharded base of 600 MB, written without building the model, and an adapter of it."""
     folder = tmp_path_factory.mktemp("large")
-    size = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 13, "vocab_size": 16000}
+    size = {
+        "hidden_size": 1024,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 13,
+        "vocab_size": 16000,
+    }
     config = transformers.LlamaConfig(**SMALL | size, tie_word_embeddings=False)
     with torch.device("meta"):
         shapes = transformers.LlamaForCausalLM(config).state_dict()
@@ -507,14 +625,26 @@ def large(tmp_path_factory):
         shards[-1][key] = torch.empty(value.shape).uniform_(-0.05, 0.05)
     for number, shard in enumerate(shards):
         save_file(shard, folder / "base" / f"model-{number}.safetensors", metadata={"format": "pt"})
-    weight_map = {key: f"model-{number}.safetensors" for number, shard in enumerate(shards) for key in shard}
-    (folder / "base" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL | size | {"num_hidden_layers": 1}))
-    model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    weight_map = {
+        key: f"model-{number}.safetensors" for number, shard in enumerate(shards) for key in shard
+    }
+    (folder / "base" / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": weight_map})
+    )
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**SMALL | size | {"num_hidden_layers": 1})
+    )
+    model = get_peft_model(
+        model, LoraConfig(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    )
     draw([p for p in model.parameters() if p.requires_grad], 0.02)
     model.save_pretrained(folder / "adapter")
     trained = load_file(folder / "adapter" / "adapter_model.safetensors")
-    trained = {key.replace("layers.0", f"layers.{i}"): trained[key].clone() for key in trained for i in range(13)}
+    trained = {
+        key.replace("layers.0", f"layers.{i}"): trained[key].clone()
+        for key in trained
+        for i in range(13)
+    }
     save_file(trained, folder / "adapter" / "adapter_model.safetensors")
     edit(folder / "adapter" / "adapter_config.json", base_model_name_or_path=str(folder / "base"))
     return folder
@@ -567,14 +697,18 @@ def test_a_kill_half_way_leaves_no_folder_that_looks_complete(tmp_path, llama):
 
 
 def test_an_interrupt_leaves_nothing(tmp_path, llama, capsys, monkeypatch):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background lacks
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # which a job in the background lacks
 
     def interrupted(*arguments):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(merge_adapter.tqdm, "update", interrupted)
     try:
-        assert "interrupted, nothing was saved" in refused(capsys, llama[1], "--output_dir", tmp_path / "out")
+        assert "interrupted, nothing was saved" in refused(
+            capsys, llama[1], "--output_dir", tmp_path / "out"
+        )
     finally:
         signal.signal(signal.SIGINT, before)
     assert list(tmp_path.iterdir()) == []

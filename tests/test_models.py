@@ -14,7 +14,14 @@ from models import CAUSAL, SEQ2SEQ, make_model, make_rows
 from single import run_single
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-LABELS = ["None", "NA", "01", "once only", 'quoted "so", twice', *(f"intent number {number}" for number in range(72))]
+LABELS = [
+    "None",
+    "NA",
+    "01",
+    "once only",
+    'quoted "so", twice',
+    *(f"intent number {number}" for number in range(72)),
+]
 TEXTS = [
     "",
     "a, b",
@@ -38,9 +45,15 @@ LAUNCHED = [
 def hard_rows(labels, count=120):
     """Return rows of texts and labels that are hard to read from a file; the label "once only" comes once."""
     draw = random.Random(5)
-    rows = [[draw.choice(TEXTS) + f" {number}" * (number % 7 > 0), label] for number, label in enumerate(labels)]
+    rows = [
+        [draw.choice(TEXTS) + f" {number}" * (number % 7 > 0), label]
+        for number, label in enumerate(labels)
+    ]
     often = [label for label in labels if label != "once only"]
-    return rows + [[draw.choice(TEXTS) + f" {number}", draw.choice(often)] for number in range(count - len(rows))]
+    return rows + [
+        [draw.choice(TEXTS) + f" {number}", draw.choice(often)]
+        for number in range(count - len(rows))
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -55,17 +68,28 @@ def data(tmp_path_factory):
     for split, seed in (("train", 1), ("validation", 2)):
         lines = (json.dumps(dict(zip(columns, row))) for row in make_rows(30, seed))
         (folder / "folder" / f"{split}.jsonl").write_text("\n".join(lines))
-    numbers = ({columns[0]: text, columns[1]: len(text) % 3} for text, _ in hard_rows(["a", "b"], 40))
+    numbers = (
+        {columns[0]: text, columns[1]: len(text) % 3} for text, _ in hard_rows(["a", "b"], 40)
+    )
     (folder / "integers.jsonl").write_text("\n".join(map(json.dumps, numbers)))
-    rows = [{columns[0]: text or None, columns[1]: label} for text, label in hard_rows(["None", "NA"], 40)]
+    rows = [
+        {columns[0]: text or None, columns[1]: label}
+        for text, label in hard_rows(["None", "NA"], 40)
+    ]
     (folder / "null.json").write_text(json.dumps(rows))
-    return {name: folder / name for name in ("77.csv", "bom.csv", "folder", "integers.jsonl", "null.json")}
+    return {
+        name: folder / name
+        for name in ("77.csv", "bom.csv", "folder", "integers.jsonl", "null.json")
+    }
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    return {architecture: make_model(folder / architecture, architecture) for architecture in (*CAUSAL, *SEQ2SEQ)}
+    return {
+        architecture: make_model(folder / architecture, architecture)
+        for architecture in (*CAUSAL, *SEQ2SEQ)
+    }
 
 
 def script_of(architecture):
@@ -73,8 +97,25 @@ def script_of(architecture):
 
 
 def flags(model, dataset, output):
-    columns = ("--text_column", "utterance, raw", "--label_column", "intent", "--output_dir", output)
-    return ("--model_name_or_path", model, "--dataset_name", dataset, "--max_steps", 2, *columns, "--warmup_ratio", 0)
+    columns = (
+        "--text_column",
+        "utterance, raw",
+        "--label_column",
+        "intent",
+        "--output_dir",
+        output,
+    )
+    return (
+        "--model_name_or_path",
+        model,
+        "--dataset_name",
+        dataset,
+        "--max_steps",
+        2,
+        *columns,
+        "--warmup_ratio",
+        0,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -101,15 +142,24 @@ def test_architecture_trains(single, architecture):
 
 @pytest.mark.parametrize(("script", "config", "architecture"), LAUNCHED)
 def test_architecture_trains_sharded(launch, models, data, tmp_path, script, config, architecture):
-    launch(script, config, *flags(models[architecture], data["77.csv"], tmp_path / "run"), processes=2)
+    launch(
+        script, config, *flags(models[architecture], data["77.csv"], tmp_path / "run"), processes=2
+    )
     metrics = read_metrics(tmp_path / "run")
-    assert metrics["strategy"] == "zero3" and len(metrics["losses"]) == 2 and min(metrics["grad_norms"]) > 0
+    assert (
+        metrics["strategy"] == "zero3"
+        and len(metrics["losses"]) == 2
+        and min(metrics["grad_norms"]) > 0
+    )
 
 
 TYPED = [  # labels that JSON or datasets give a type of their own, in columns named like the script's own
     [0, 1],
     [True, False],
-    ["2024-01-01 00:00:00", "2025-12-31 00:00:00"],  # datasets makes a time of it, and of a date alone
+    [
+        "2024-01-01 00:00:00",
+        "2025-12-31 00:00:00",
+    ],  # datasets makes a time of it, and of a date alone
 ]
 
 
@@ -117,19 +167,32 @@ TYPED = [  # labels that JSON or datasets give a type of their own, in columns n
 @pytest.mark.parametrize("script", ["causal_lm_lora", "seq2seq_lora"])
 def test_labels_stay_text_whatever_the_columns_are_called(models, tmp_path, script, labels):
     rows = [
-        {"prompt": f"text {number}", "label": labels[number % 2], "target": [0.5], "input_ids": [True]}
+        {
+            "prompt": f"text {number}",
+            "label": labels[number % 2],
+            "target": [0.5],
+            "input_ids": [True],
+        }
         for number in range(20)
     ]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     module = load(script)
     model = str(models["llama" if script == "causal_lm_lora" else "t5"])
-    columns = {"text_column": "prompt", "label_column": "label", "output_dir": str(tmp_path / "run")}
-    config = module.Config(model_name_or_path=model, dataset_name=str(tmp_path / "train.jsonl"), **columns)
+    columns = {
+        "text_column": "prompt",
+        "label_column": "label",
+        "output_dir": str(tmp_path / "run"),
+    }
+    config = module.Config(
+        model_name_or_path=model, dataset_name=str(tmp_path / "train.jsonl"), **columns
+    )
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     train, valid = module.build_dataloaders(config, tokenizer, SimpleNamespace(num_processes=1))
     assert {type(label) for label in valid.dataset["label"]} == {str}
-    assert set(train.dataset["label"]) == {tokenizer.decode(tokenizer(str(label)).input_ids, True) for label in labels}
+    assert set(train.dataset["label"]) == {
+        tokenizer.decode(tokenizer(str(label)).input_ids, True) for label in labels
+    }
     assert next(iter(train))["input_ids"].dtype == torch.long
 
 
@@ -137,7 +200,9 @@ def test_a_target_ends_though_the_tokenizer_adds_no_end(models, tmp_path):
     file = tmp_path / "tokenizer.json"
     whole = json.loads((models["t5"] / "tokenizer.json").read_text())
     file.write_text(json.dumps(whole | {"post_processor": None}))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token="</s>", pad_token="<pad>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(file), eos_token="</s>", pad_token="<pad>"
+    )
     assert tokenizer.eos_token_id not in tokenizer("text").input_ids
     module = load("seq2seq_lora")
     write_csv(tmp_path / "rows.csv", make_rows(20, seed=3))
@@ -165,13 +230,19 @@ def loaders(script, folder, dataset, **settings):
     [config] = module.HfArgumentParser(module.Config).parse_dict(
         {"dataset_name": str(dataset), "model_name_or_path": str(folder), **columns, **settings}
     )
-    return *module.build_dataloaders(config, tokenizer, SimpleNamespace(num_processes=1)), tokenizer, config
+    return (
+        *module.build_dataloaders(config, tokenizer, SimpleNamespace(num_processes=1)),
+        tokenizer,
+        config,
+    )
 
 
 @pytest.mark.parametrize("architecture", CAUSAL)
 def test_causal_batches(models, data, architecture):
     tokenizer = AutoTokenizer.from_pretrained(models[architecture])
-    tokenizer.padding_side = "right"  # whatever it says, what is generated from is padded on the left
+    tokenizer.padding_side = (
+        "right"  # whatever it says, what is generated from is padded on the left
+    )
     train, valid, tokenizer, config = loaders(
         "causal_lm_lora", models[architecture], data["77.csv"], tokenizer=tokenizer, max_length=64
     )
@@ -179,12 +250,16 @@ def test_causal_batches(models, data, architecture):
     assert len(tail) > 1
     seen, cut = set(), 0
     for batch in train:
-        for ids, mask, labels in zip(*(batch[key].tolist() for key in ("input_ids", "attention_mask", "labels"))):
+        for ids, mask, labels in zip(
+            *(batch[key].tolist() for key in ("input_ids", "attention_mask", "labels"))
+        ):
             length = sum(mask)
             assert mask == [1] * length + [0] * (len(mask) - length)
             target = [label for label in labels if label != -100]
             assert ids[length - len(target) : length] == target
-            assert labels == [-100] * (length - len(target)) + target + [-100] * (len(mask) - length)
+            assert labels == [-100] * (length - len(target)) + target + [-100] * (
+                len(mask) - length
+            )
             assert ids[: length - len(target)][-len(tail) :] == tail
             assert target[-1] == tokenizer.eos_token_id and length <= config.max_length
             seen.add(tokenizer.decode(target, skip_special_tokens=True).strip())
@@ -198,7 +273,9 @@ def test_causal_batches(models, data, architecture):
 
 @pytest.mark.parametrize("architecture", SEQ2SEQ)
 def test_seq2seq_batches(models, data, architecture):
-    train, valid, tokenizer, config = loaders("seq2seq_lora", models[architecture], data["77.csv"], max_length=64)
+    train, valid, tokenizer, config = loaders(
+        "seq2seq_lora", models[architecture], data["77.csv"], max_length=64
+    )
     whole = {tuple(tokenizer(text_target=label).input_ids) for label in LABELS}
     cut = 0
     for batch in [*train, *valid]:
@@ -215,16 +292,25 @@ def test_seq2seq_batches(models, data, architecture):
 
 @pytest.mark.parametrize("name", ["77.csv", "bom.csv", "integers.jsonl", "null.json"])
 def test_cells_stay_as_they_stand_and_no_text_is_on_both_sides(models, data, name):
-    train, valid, tokenizer, config = loaders("causal_lm_lora", models["qwen2"], data[name], max_length=512)
+    train, valid, tokenizer, config = loaders(
+        "causal_lm_lora", models["qwen2"], data[name], max_length=512
+    )
     texts = [
-        [tokenizer.decode(row["prompt"]).removeprefix("Tweet text : ").removesuffix(" Label :") for row in split]
+        [
+            tokenizer.decode(row["prompt"]).removeprefix("Tweet text : ").removesuffix(" Label :")
+            for row in split
+        ]
         for split in (train.dataset, valid.dataset)
     ]
-    whole = [{text for text in texts_of_split if len(text) < 400} for texts_of_split in texts]  # the others were cut
+    whole = [
+        {text for text in texts_of_split if len(text) < 400} for texts_of_split in texts
+    ]  # the others were cut
     assert whole[0] and whole[1] and not whole[0] & whole[1]
     if name.endswith(".csv"):
         with data[name].open(newline="", encoding="utf-8-sig") as file:
-            cells = {(row[config.text_column], row[config.label_column]) for row in csv.DictReader(file)}
+            cells = {
+                (row[config.text_column], row[config.label_column]) for row in csv.DictReader(file)
+            }
         labels = train.dataset["label"][:], valid.dataset["label"][:]
         for texts_of_split, labels_of_split in zip(texts, labels):
             short = [pair for pair in zip(texts_of_split, labels_of_split) if len(pair[0]) < 400]
@@ -233,7 +319,9 @@ def test_cells_stay_as_they_stand_and_no_text_is_on_both_sides(models, data, nam
 
 def test_split_depends_on_the_seed_alone(models, data):
     splits = [
-        loaders("causal_lm_lora", models["qwen2"], data["77.csv"], seed=seed)[1].dataset["prompt"][:]
+        loaders("causal_lm_lora", models["qwen2"], data["77.csv"], seed=seed)[1].dataset["prompt"][
+            :
+        ]
         for seed in (1, 1, 2)
     ]
     assert splits[0] == splits[1] != splits[2]
@@ -247,7 +335,11 @@ def test_files_of_a_folder_are_its_splits(models, data):
 @pytest.mark.parametrize("script", ["causal_lm_full", "causal_lm_lora", "seq2seq_lora"])
 def test_knobs_of_the_model_act(models, script):
     module, folder = load(script), models["t5" if script.startswith("seq2seq") else "llama"]
-    settings = {"model_name_or_path": str(folder), "gradient_checkpointing": True, "dtype": "bfloat16"}
+    settings = {
+        "model_name_or_path": str(folder),
+        "gradient_checkpointing": True,
+        "dtype": "bfloat16",
+    }
     settings |= {"attn_implementation": "eager"}
     lora = {
         "lora_r": 3,
@@ -265,5 +357,7 @@ def test_knobs_of_the_model_act(models, script):
     if "lora" in script:
         adapter = model.peft_config["default"]
         assert (adapter.r, adapter.lora_alpha, adapter.lora_dropout) == (3, 6, 0.25)
-        trained = {name.split(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
+        trained = {
+            name.split(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad
+        }
         assert trained and all(name.endswith((".q", ".q_proj")) for name in trained)

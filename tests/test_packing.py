@@ -12,7 +12,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from utils import packing
 from utils.loss import add_token_loss, check_token_loss
-from utils.packing import best_fit, build_loader, join, pack, shuffled_places, split_evenly, stream_places
+from utils.packing import (
+    best_fit,
+    build_loader,
+    join,
+    pack,
+    shuffled_places,
+    split_evenly,
+    stream_places,
+)
 
 
 def make_documents(lengths, seed=0, vocabulary=600):
@@ -42,14 +50,20 @@ def random_lengths(kind, count, capacity, draw):
 def test_best_fit_holds_every_document_once_within_the_capacity(kind, capacity):
     draw = random.Random(capacity)
     for count in (0, 1, 2, 3, 50, 300):
-        lengths = [min(length or 1, capacity) for length in random_lengths(kind, count, capacity, draw)]
+        lengths = [
+            min(length or 1, capacity) for length in random_lengths(kind, count, capacity, draw)
+        ]
         bins = best_fit(lengths, capacity)
         assert sorted(index for one in bins for index in one) == list(range(count))
         assert all(one and sum(lengths[index] for index in one) <= capacity for one in bins)
         fewest = -(-sum(lengths) // capacity)
         large = sum(length > capacity / 2 for length in lengths)  # no two of these share a bin
         small = sum(2 * length <= capacity for length in lengths)
-        assert max(fewest, large) <= len(bins) <= max(11 / 9 * max(fewest, large, 1) + 1, large + small / 2 + 1)
+        assert (
+            max(fewest, large)
+            <= len(bins)
+            <= max(11 / 9 * max(fewest, large, 1) + 1, large + small / 2 + 1)
+        )
 
 
 def test_best_fit_of_many_documents_leaves_little_room():
@@ -92,10 +106,14 @@ def test_join_restarts_positions_and_drops_the_first_label_of_each():
 @pytest.mark.parametrize("size", [1, 2, 5])
 @pytest.mark.parametrize("processes", [1, 2, 3])
 @pytest.mark.parametrize("count", [1, 2, 5, 6, 7, 12])
-def test_split_evenly_gives_every_document_once_and_all_processes_as_many_batches(count, processes, size):
+def test_split_evenly_gives_every_document_once_and_all_processes_as_many_batches(
+    count, processes, size
+):
     documents = make_documents(range(2, count + 2))
     places = [[index] for index in range(count)]
-    splits = [split_evenly(places, documents, size, process, processes) for process in range(processes)]
+    splits = [
+        split_evenly(places, documents, size, process, processes) for process in range(processes)
+    ]
     assert len({len(batches) for batches in splits}) == 1
     real = [batch for batches in splits for batch in batches if batch["labels"].ne(-100).any()]
     borders = [(batch, batch["cu_seq_lens_q"].tolist()) for batch in real]
@@ -106,7 +124,9 @@ def test_split_evenly_gives_every_document_once_and_all_processes_as_many_batche
     ]
     assert sorted(found) == sorted(document["input_ids"] for document in documents)
     assert all(len(starts) <= size + 1 for _, starts in borders)
-    fillers = [batch for batches in splits for batch in batches if not batch["labels"].ne(-100).any()]
+    fillers = [
+        batch for batches in splits for batch in batches if not batch["labels"].ne(-100).any()
+    ]
     assert len(fillers) < processes and all(batch["input_ids"].shape == (1, 2) for batch in fillers)
 
 
@@ -118,7 +138,8 @@ def first_tokens(batches):
 def numbered(lengths):
     """Return documents whose first token is their number."""
     return [
-        {"input_ids": [number] + [7] * (length - 1), "labels": [7] * length} for number, length in enumerate(lengths)
+        {"input_ids": [number] + [7] * (length - 1), "labels": [7] * length}
+        for number, length in enumerate(lengths)
     ]
 
 
@@ -140,7 +161,9 @@ def loaded(endless, size, start, process, processes, num_workers=0, count=8):
 def test_the_places_of_an_update_are_the_same_on_any_number_of_processes(endless):
     alone = loaded(endless, 6, 0, 0, 1)
     for processes in (2, 3, 6):
-        parts = [loaded(endless, 6 // processes, 0, process, processes) for process in range(processes)]
+        parts = [
+            loaded(endless, 6 // processes, 0, process, processes) for process in range(processes)
+        ]
         assert [sum(update, []) for update in zip(*parts)] == alone
     assert sum(loaded(endless, 1, 0, 0, 1, count=48), []) == sum(alone, [])  # accumulated, too
 
@@ -184,17 +207,23 @@ def test_a_stream_is_packed_in_windows_pass_after_pass():
 
     places = list(islice(stream_places(read, 10, True, window=4), 6))
     numbers = [[document["input_ids"][0] for document in place] for place in places]
-    assert numbers == [[3, 1], [2, 0], [4]] * 2  # 6 + 4, 5 + 3, and the last for which the window has no room
+    assert (
+        numbers == [[3, 1], [2, 0], [4]] * 2
+    )  # 6 + 4, 5 + 3, and the last for which the window has no room
     assert seen == [0, 1]
     places = list(islice(stream_places(read, 10, False), 5))
-    assert [[document["input_ids"][0] for document in place] for place in places] == [[n] for n in range(5)]
+    assert [[document["input_ids"][0] for document in place] for place in places] == [
+        [n] for n in range(5)
+    ]
 
 
 def test_a_stream_loads_like_data_in_memory():
     documents = numbered(range(2, 30))
     places = [[number] for number in range(len(documents))]
     stored = loaded((documents, partial(shuffled_places, places, 0, False)), 4, 1, 1, 2)
-    streamed = loaded((None, partial(stream_places, lambda epoch: documents, 32, False)), 4, 1, 1, 2)
+    streamed = loaded(
+        (None, partial(stream_places, lambda epoch: documents, 32, False)), 4, 1, 1, 2
+    )
     assert streamed == stored
 
 
@@ -231,7 +260,9 @@ MIXING = {  # models that hand no borders of documents to their attention
 
 def random_model(architecture, attention, **settings):
     """Return a model whose weights are large enough for every token to count."""
-    config = AutoConfig.for_model(architecture, **(SIZE | (MODELS | MIXING)[architecture] | settings))
+    config = AutoConfig.for_model(
+        architecture, **(SIZE | (MODELS | MIXING)[architecture] | settings)
+    )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     for parameter in model.parameters():
@@ -257,7 +288,9 @@ def packings(count, seed):
     """Return several ways to put documents of random lengths into places."""
     draw = random.Random(seed)
     for _ in range(count):
-        documents = make_documents([draw.choice([2, 3, 9, 17, 40]) for _ in range(7)], draw.random())
+        documents = make_documents(
+            [draw.choice([2, 3, 9, 17, 40]) for _ in range(7)], draw.random()
+        )
         order = draw.sample(range(7), 7)
         cuts = [0, *sorted(draw.sample(range(1, 7), 2)), 7]
         yield documents, [order[begin:end] for begin, end in zip(cuts, cuts[1:])]
@@ -272,7 +305,9 @@ def gradients(model):
 def difference(some, others):
     """Return the largest difference of two sets of gradients, relative to the largest of each tensor."""
     assert some.keys() == others.keys()
-    return max(float((some[name] - others[name]).abs().max() / others[name].abs().max()) for name in some)
+    return max(
+        float((some[name] - others[name]).abs().max() / others[name].abs().max()) for name in some
+    )
 
 
 @pytest.mark.parametrize("architecture", MODELS)
@@ -302,7 +337,10 @@ def test_the_gradient_of_a_document_is_that_of_it_alone(models, architecture):
     for index, document in enumerate(documents):
         ours(**join([document]))["loss"].backward()
         alone = gradients(ours)
-        silent = [one if one is document else one | {"labels": [-100] * len(one["labels"])} for one in documents]
+        silent = [
+            one if one is document else one | {"labels": [-100] * len(one["labels"])}
+            for one in documents
+        ]
         ours(**join(silent))["loss"].backward()
         assert difference(gradients(ours), alone) < 1e-4, index
 
@@ -339,7 +377,9 @@ def test_bfloat16_has_the_loss_of_each_alone(models, architecture):
     for document in documents:
         ids, labels = torch.tensor([document["input_ids"]]), torch.tensor([document["labels"]])
         with torch.no_grad():
-            alone += float(plain(input_ids=ids, labels=labels).loss) * int(labels[:, 1:].ne(-100).sum())
+            alone += float(plain(input_ids=ids, labels=labels).loss) * int(
+                labels[:, 1:].ne(-100).sum()
+            )
     loss = ours(**join(documents))["loss"]
     assert loss.item() == pytest.approx(alone, rel=3e-2)
     loss.backward()
@@ -349,12 +389,19 @@ def test_bfloat16_has_the_loss_of_each_alone(models, architecture):
 def test_a_window_and_a_soft_cap_act(models):
     """What makes the cases of MODELS hard changes the loss, so that the tests above would see it missing."""
     document = join(make_documents([40], seed=9))
-    for architecture, names in {"mistral": ["sliding_window"], "gemma2": list(MODELS["gemma2"])[2:]}.items():
+    for architecture, names in {
+        "mistral": ["sliding_window"],
+        "gemma2": list(MODELS["gemma2"])[2:],
+    }.items():
         for name in names:
-            other = random_model(architecture, packing.NAME, **{name: type(MODELS[architecture][name])(10**4)})
+            other = random_model(
+                architecture, packing.NAME, **{name: type(MODELS[architecture][name])(10**4)}
+            )
             add_token_loss(other)
             with torch.no_grad():
-                losses = [float(model(**document)["loss"]) for model in (models[architecture][0], other)]
+                losses = [
+                    float(model(**document)["loss"]) for model in (models[architecture][0], other)
+                ]
             assert abs(losses[0] / losses[1] - 1) > 1e-3
 
 
@@ -373,7 +420,9 @@ def accelerator():
 
 def checked(accelerator, model):
     documents = make_documents([17, 9], seed=10)
-    return check_token_loss(accelerator, model, join(documents), [join([document]) for document in documents])
+    return check_token_loss(
+        accelerator, model, join(documents), [join([document]) for document in documents]
+    )
 
 
 @pytest.mark.parametrize("architecture", MODELS)

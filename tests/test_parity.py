@@ -13,9 +13,18 @@ SETTINGS = ("--max_steps", UPDATES, "--learning_rate", RATE, "--warmup_ratio", W
 SETTINGS += ("--weight_decay", 0.1)
 # between the norms of the updates, so that some are cut and others are not
 CLIP = {"causal_lm_lora": 0.2, "seq2seq_lora": 0.3, "causal_lm_full": 0.4, "causal_lm_qlora": 0.2}
-ALONE = ("--per_device_eval_batch_size", 1)  # answers of unlike lengths: one process is done before the other
+ALONE = (
+    "--per_device_eval_batch_size",
+    1,
+)  # answers of unlike lengths: one process is done before the other
 WHOLE = ("--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2)
-HALF = ("--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, *ALONE)  # of two processes each
+HALF = (
+    "--per_device_train_batch_size",
+    2,
+    "--gradient_accumulation_steps",
+    2,
+    *ALONE,
+)  # of two processes each
 CUTS = [(8, 1), (4, 2), (2, 4)]
 SIX = ("--max_steps", 2, "--learning_rate", RATE)
 WEIGHTED = "loss = model(**batch, use_cache=False).loss * count[0] / step_tokens[0]"
@@ -54,7 +63,9 @@ class Run:
     def __init__(self, folder, output):
         self.metrics = read_metrics(folder)
         self.answers = re.findall(r"^  prediction .*$", output, re.MULTILINE)
-        self.rows = int(re.search(r"^accuracy=[\d.]+ on (\d+) held-out rows", output, re.MULTILINE)[1])
+        self.rows = int(
+            re.search(r"^accuracy=[\d.]+ on (\d+) held-out rows", output, re.MULTILINE)[1]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +99,12 @@ def single(arguments, forks, tmp_path_factory):
     for script in ("causal_lm_lora", means):
         for rows, steps in CUTS:
             cut = ("--per_device_train_batch_size", rows, "--gradient_accumulation_steps", steps)
-            commands[f"{script} {rows}x{steps}"] = (script, *arguments("causal_lm_lora"), *SETTINGS, *cut)
+            commands[f"{script} {rows}x{steps}"] = (
+                script,
+                *arguments("causal_lm_lora"),
+                *SETTINGS,
+                *cut,
+            )
     for rows, script in ((2, "causal_lm_lora"), (7, "causal_lm_lora"), (2, "seq2seq_lora")):
         flags = (*arguments(script, rows), *SIX, "--per_device_train_batch_size", 6)
         commands[f"{script} on {rows} rows"] = (script, *flags)
@@ -96,7 +112,10 @@ def single(arguments, forks, tmp_path_factory):
     done = run_single(
         forks,
         folder,
-        *((*command, "--output_dir", output) for command, output in zip(commands.values(), folders)),
+        *(
+            (*command, "--output_dir", output)
+            for command, output in zip(commands.values(), folders)
+        ),
         side_by_side=2,
     )
     assert [code for code, _ in done] == [0] * len(commands), "".join(output for _, output in done)
@@ -114,7 +133,13 @@ def assert_same(run, reference, tolerance):
     for key in ("losses", "grad_norms", "learning_rates"):
         assert len(run.metrics[key]) == len(reference.metrics[key]) > 0
         assert run.metrics[key] == pytest.approx(reference.metrics[key], rel=tolerance), key
-    for key in ("score", "target_tokens", "input_tokens", "total_parameters", "trainable_parameters"):
+    for key in (
+        "score",
+        "target_tokens",
+        "input_tokens",
+        "total_parameters",
+        "trainable_parameters",
+    ):
         assert run.metrics[key] == reference.metrics[key]
     assert run.answers == reference.answers
 
@@ -144,7 +169,9 @@ def test_parity(launch, arguments, single, tmp_path, script, config, reference):
     assert (run.metrics["strategy"], run.metrics["num_processes"]) == (config.split("_")[0], 2)
     text = (ROOT / "configs" / f"{config}.yaml").read_text()
     assert run.metrics["offload"] == ("cpu" if "_device: cpu" in text else "none")
-    turned_off = "Turned off" in done.stdout and "fsdp_offload_params" in done.stdout  # as FSDP's is without a GPU
+    turned_off = (
+        "Turned off" in done.stdout and "fsdp_offload_params" in done.stdout
+    )  # as FSDP's is without a GPU
     assert turned_off == ("fsdp_offload_params: true" in text)
     held = [sum(sizes.values()) for sizes in run.metrics["engine"]["bytes_held"]]
     whole = sum(single[reference].metrics["engine"]["bytes_held"][0].values())
@@ -168,9 +195,13 @@ def test_mean_of_means_would_depend_on_it(single):
 
 
 @pytest.mark.parametrize(("script", "config", "reference", "rows"), SCORES)
-def test_three_processes_train_and_score_alike(launch, arguments, single, tmp_path, script, config, reference, rows):
+def test_three_processes_train_and_score_alike(
+    launch, arguments, single, tmp_path, script, config, reference, rows
+):
     flags = (*arguments(script, rows), *SIX, "--per_device_train_batch_size", 2, *ALONE)
-    flags += ("--layerwise_generation",) if config != "ddp" else ()  # test_parity generates with the whole model
+    flags += (
+        ("--layerwise_generation",) if config != "ddp" else ()
+    )  # test_parity generates with the whole model
     done = launch(script, config, *flags, "--output_dir", tmp_path / "run", processes=3)
     run, other = Run(tmp_path / "run", done.stdout), single[f"{reference} on {rows} rows"]
     assert_same(run, other, 1e-3)
@@ -179,17 +210,37 @@ def test_three_processes_train_and_score_alike(launch, arguments, single, tmp_pa
 
 @pytest.mark.parametrize(
     ("script", "config"),
-    [("causal_lm_lora", "ddp"), ("causal_lm_lora_zero3_offload", "zero3"), ("causal_lm_lora_fsdp1", "fsdp1")],
+    [
+        ("causal_lm_lora", "ddp"),
+        ("causal_lm_lora_zero3_offload", "zero3"),
+        ("causal_lm_lora_fsdp1", "fsdp1"),
+    ],
 )
 def test_bf16_acts_and_trains_float32(launch, arguments, single, tmp_path, script, config):
-    flags = (*SETTINGS, *HALF, "--max_grad_norm", CLIP["causal_lm_lora"], "--output_dir", tmp_path / "run")
+    flags = (
+        *SETTINGS,
+        *HALF,
+        "--max_grad_norm",
+        CLIP["causal_lm_lora"],
+        "--output_dir",
+        tmp_path / "run",
+    )
     base = "bfloat16" if config == "fsdp1" else "float32"
     launch(
-        script, config, *arguments(script), *flags, "--dtype", base, processes=2, flags=("--mixed_precision", "bf16")
+        script,
+        config,
+        *arguments(script),
+        *flags,
+        "--dtype",
+        base,
+        processes=2,
+        flags=("--mixed_precision", "bf16"),
     )
     metrics, reference = read_metrics(tmp_path / "run"), single["causal_lm_lora"].metrics
     assert (metrics["mixed_precision"], metrics["trained_dtype"]) == ("bf16", "float32")
-    if config == "fsdp1":  # the frozen weights stay as they were loaded, beside float32 ones that are trained
+    if (
+        config == "fsdp1"
+    ):  # the frozen weights stay as they were loaded, beside float32 ones that are trained
         trained = 4 * metrics["trainable_parameters"]
         for held in metrics["engine"]["bytes_held"]:
             assert held["float32"] == pytest.approx(trained / 2, rel=0.1) and held["bfloat16"] > 0
@@ -201,6 +252,15 @@ def test_bf16_acts_and_trains_float32(launch, arguments, single, tmp_path, scrip
 def test_gradient_checkpointing_changes_no_loss(launch, arguments, single, tmp_path):
     assert_same(single["checkpointing"], single["causal_lm_lora"], 1e-4)
     script = "causal_lm_lora_zero3_offload"
-    flags = (*SETTINGS, *HALF, "--max_grad_norm", CLIP["causal_lm_lora"], "--output_dir", tmp_path / "run")
-    done = launch(script, "zero3", *arguments(script), *flags, "--gradient_checkpointing", processes=2)
+    flags = (
+        *SETTINGS,
+        *HALF,
+        "--max_grad_norm",
+        CLIP["causal_lm_lora"],
+        "--output_dir",
+        tmp_path / "run",
+    )
+    done = launch(
+        script, "zero3", *arguments(script), *flags, "--gradient_checkpointing", processes=2
+    )
     assert_same(Run(tmp_path / "run", done.stdout), single["causal_lm_lora"], 1e-3)

@@ -59,17 +59,35 @@ def bases(tmp_path_factory):
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(run, marks=[pytest.mark.slow] if run[0] in TOLD_TWICE else []) for run in RUNS],
+    params=[
+        pytest.param(run, marks=[pytest.mark.slow] if run[0] in TOLD_TWICE else []) for run in RUNS
+    ],
     ids=[script for script, _, _ in RUNS],
 )
 def run(request, launch, bases, tmp_path_factory):
     """A run of each script: its base model, its folder and its output."""
     script, config, base = request.param
     folder = tmp_path_factory.mktemp(script) / "run"
-    flags = ("--model_name_or_path", bases[base], "--dataset_name", bases["data"], "--output_dir", folder)
-    rate = {"full": 1e-3, "causal": 2e-2, "seq2seq": 1e-2}["full" if "full" in script else script.split("_")[0]]
+    flags = (
+        "--model_name_or_path",
+        bases[base],
+        "--dataset_name",
+        bases["data"],
+        "--output_dir",
+        folder,
+    )
+    rate = {"full": 1e-3, "causal": 2e-2, "seq2seq": 1e-2}[
+        "full" if "full" in script else script.split("_")[0]
+    ]
     done = launch(
-        script, config, *flags, "--max_steps", 6, "--learning_rate", rate, processes=4 if "hybrid" in config else 2
+        script,
+        config,
+        *flags,
+        "--max_steps",
+        6,
+        "--learning_rate",
+        rate,
+        processes=4 if "hybrid" in config else 2,
     )
     return bases[base], folder, done.stdout
 
@@ -117,14 +135,20 @@ def test_files_hold_full_shapes_and_what_was_learned(run):
     rank = json.loads((folder / "adapter_config.json").read_text())["r"]
     weights = {name.removesuffix(".weight"): tensor.shape for name, tensor in original.items()}
     for name, tensor in saved.items():
-        layer, _, half = name.removeprefix("base_model.model.").removesuffix(".weight").partition(".lora_")
+        layer, _, half = (
+            name.removeprefix("base_model.model.").removesuffix(".weight").partition(".lora_")
+        )
         rows, columns = weights[layer]
         assert tuple(tensor.shape) == ((rank, columns) if half == "A" else (rows, rank))
         assert tensor.any()
-    assert read_metrics(folder)["trainable_parameters"] == sum(tensor.numel() for tensor in saved.values())
+    assert read_metrics(folder)["trainable_parameters"] == sum(
+        tensor.numel() for tensor in saved.values()
+    )
 
 
 def test_folder_stands_alone(run):
     base, folder, _ = run
     assert (folder / "tokenizer.json").read_text() == (base / "tokenizer.json").read_text()
-    assert str(ROOT) not in (folder / "README.md").read_text().replace(str(base), "").replace(str(folder), "")
+    assert str(ROOT) not in (folder / "README.md").read_text().replace(str(base), "").replace(
+        str(folder), ""
+    )

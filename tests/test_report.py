@@ -17,7 +17,9 @@ def settings(folder, overwrite=False):
     return SimpleNamespace(output_dir=str(folder), overwrite_output_dir=overwrite)
 
 
-def test_a_folder_that_appears_during_the_run_is_not_overwritten_and_the_run_is_kept(tmp_path, capsys):
+def test_a_folder_that_appears_during_the_run_is_not_overwritten_and_the_run_is_kept(
+    tmp_path, capsys
+):
     with pytest.raises(SystemExit), report.new_folder(settings(tmp_path / "run")) as folder:
         (folder / "mine").write_text("of this run")
         (tmp_path / "run").mkdir()
@@ -31,7 +33,10 @@ def test_a_folder_that_appears_during_the_run_is_not_overwritten_and_the_run_is_
 
 def test_a_run_that_cannot_be_moved_into_place_is_kept(tmp_path, capsys):
     (tmp_path / "run" / "weights").mkdir(parents=True)  # where a file of the run must go
-    with pytest.raises(SystemExit), report.new_folder(settings(tmp_path / "run", overwrite=True)) as folder:
+    with (
+        pytest.raises(SystemExit),
+        report.new_folder(settings(tmp_path / "run", overwrite=True)) as folder,
+    ):
         (folder / "weights").write_text("of this run")
     assert (folder / "weights").read_text() == "of this run"
     assert str(folder) in capsys.readouterr().err
@@ -47,7 +52,10 @@ def test_a_body_that_fails_leaves_nothing(tmp_path):
 @pytest.mark.parametrize(
     "tensors, words",
     [
-        ({"weight": torch.ones(3), "buffer": torch.ones(2)}, None),  # a saved buffer is no parameter
+        (
+            {"weight": torch.ones(3), "buffer": torch.ones(2)},
+            None,
+        ),  # a saved buffer is no parameter
         ({"weight": torch.ones(0)}, "holds 0 of 3 elements"),
         ({"weight": torch.tensor([1.0, 2.0, float("nan")])}, "no numbers"),
     ],
@@ -63,7 +71,9 @@ def test_a_written_model_is_opened_again(tmp_path, capsys, tensors, words):
 
 
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
-@pytest.mark.parametrize("written, words", [(torch.ones(2, 3), None), (torch.zeros(2, 3), "at its start")])
+@pytest.mark.parametrize(
+    "written, words", [(torch.ones(2, 3), None), (torch.zeros(2, 3), "at its start")]
+)
 def test_only_lora_b_must_have_left_zero(tmp_path, capsys, part, written, words):
     save_file({f"layer.{part}.weight": written}, tmp_path / "adapter_model.safetensors")
     trained = {f"layer.{part}.default.weight": torch.nn.Parameter(torch.ones(2, 3))}
@@ -87,7 +97,13 @@ def test_the_card_names_a_base_of_the_hub_and_no_path(tmp_path, name, in_card):
         "output_dir": "o",
     }
     score = {"metric": "accuracy", "before": 0.0, "after": 1.0}
-    run = {"config": config, "score": score, "strategy": "ddp", "num_processes": 2, "losses": [None, 1.0]}
+    run = {
+        "config": config,
+        "score": score,
+        "strategy": "ddp",
+        "num_processes": 2,
+        "losses": [None, 1.0],
+    }
     report.write_metrics(tmp_path, run)
     assert ("base_model: " in (tmp_path / "README.md").read_text()) == in_card
     assert json.loads((tmp_path / "metrics.json").read_text())["losses"] == [None, 1.0]

@@ -16,8 +16,25 @@ from safetensors.torch import load_file
 from single import run_single
 
 STOP, UPDATES = 3, 8  # inside the first epoch of 7 updates
-FLAGS = ("--use_peft_lora", "--lora_dropout", 0.1, "--gradient_accumulation_steps", 2, "--max_steps", UPDATES)
-FLAGS += ("--save_strategy", "steps", "--save_steps", STOP, "--eval_strategy", "steps", "--eval_steps", 4)
+FLAGS = (
+    "--use_peft_lora",
+    "--lora_dropout",
+    0.1,
+    "--gradient_accumulation_steps",
+    2,
+    "--max_steps",
+    UPDATES,
+)
+FLAGS += (
+    "--save_strategy",
+    "steps",
+    "--save_steps",
+    STOP,
+    "--eval_strategy",
+    "steps",
+    "--eval_steps",
+    4,
+)
 FLAGS += ("--num_samples", 1, "--max_new_tokens", 4)
 ON = ("--resume_from_checkpoint", True)
 
@@ -33,16 +50,27 @@ def go_on(folder, source, step):
 def assert_same(folder, other, processes):
     """Losses, norms, evaluations, adapter and the state of every process's optimizer and dice, bit for bit."""
     ours, theirs = read_metrics(folder), read_metrics(other)
-    for key in ("losses", "grad_norms", "learning_rates", "evaluations", "target_tokens", "input_tokens"):
+    for key in (
+        "losses",
+        "grad_norms",
+        "learning_rates",
+        "evaluations",
+        "target_tokens",
+        "input_tokens",
+    ):
         assert ours[key] == theirs[key], key
     last = f"checkpoint-{len(theirs['losses'])}"
-    files = [f"{last}/process-{number:05}-of-{processes:05}.safetensors" for number in range(processes)]
+    files = [
+        f"{last}/process-{number:05}-of-{processes:05}.safetensors" for number in range(processes)
+    ]
     for file in [*files, f"{last}/adapter_model.safetensors", "adapter_model.safetensors"]:
         left, right = load_file(folder / file), load_file(other / file)
         assert left.keys() == right.keys()
         assert [key for key in left if not torch.equal(left[key], right[key])] == [], file
     steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert steps == [json.loads(line)["step"] for line in (other / "log.jsonl").read_text().splitlines()]
+    assert steps == [
+        json.loads(line)["step"] for line in (other / "log.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +85,9 @@ def whole(forks, tmp_path_factory):
         command = ("chat_sft", *FLAGS, *ON, "--output_dir", target)
         [(code, output)] = run_single(forks, folder, command)
         assert code == 0, output
-        assert f"Going on from {target}/checkpoint-{step}, after update {step} of {UPDATES}." in output
+        assert (
+            f"Going on from {target}/checkpoint-{step}, after update {step} of {UPDATES}." in output
+        )
     return folder
 
 
@@ -84,10 +114,14 @@ def test_checkpoint_holds_what_is_trained_and_no_pickle(whole):
     assert suffixes == {".safetensors", ".json", ".jinja"}
     trained = read_metrics(whole / "whole")["trainable_parameters"]
     with safe_open(folder / "process-00000-of-00001.safetensors", framework="pt") as file:
-        values = [file.get_slice(name).get_shape() for name in file.keys() if name.endswith(".value")]
+        values = [
+            file.get_slice(name).get_shape() for name in file.keys() if name.endswith(".value")
+        ]
     assert sum(torch.Size(shape).numel() for shape in values) == trained
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    assert size < 4 * 4 * trained + 2**17  # adapter, values and two moments, in float32, and some kB of states
+    assert (
+        size < 4 * 4 * trained + 2**17
+    )  # adapter, values and two moments, in float32, and some kB of states
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.slow)])
@@ -127,11 +161,27 @@ def read(file):
 
 
 def test_signal_to_the_launcher_stops_all_processes(environment, tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
-    command += ["--config_file", "configs/ddp.yaml", "examples/chat_sft.py", "--use_peft_lora", "--max_steps", "1000"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--main_process_port",
+        "0",
+    ]
+    command += [
+        "--config_file",
+        "configs/ddp.yaml",
+        "examples/chat_sft.py",
+        "--use_peft_lora",
+        "--max_steps",
+        "1000",
+    ]
     command += ["--eval_strategy", "no", "--output_dir", str(tmp_path / "run")]
     with (tmp_path / "output.txt").open("w") as output:
-        launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+        launcher = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=output
+        )
     while launcher.poll() is None and '"step": 5' not in read(tmp_path / "run/log.jsonl"):
         time.sleep(0.02)
     launcher.terminate()
@@ -143,7 +193,14 @@ def test_signal_to_the_launcher_stops_all_processes(environment, tmp_path):
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(environment, kills):
-    command = [sys.executable, "benchmarks/kill.py", "--kills", str(kills), "--seed", str(os.getpid())]
+    command = [
+        sys.executable,
+        "benchmarks/kill.py",
+        "--kills",
+        str(kills),
+        "--seed",
+        str(os.getpid()),
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{kills} kills" in done.stdout and "bit for bit" in done.stdout

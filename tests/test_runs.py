@@ -16,7 +16,11 @@ MAIN = "seq2seq_lora_zero3_offload"
 KEYS = """config versions strategy offload device num_processes mixed_precision trained_dtype engine
 trainable_parameters total_parameters losses learning_rates grad_norms score target_tokens input_tokens train_seconds
 tokens_per_second memory saved""".split()
-MEMORY = [f"{kind}_{moment}" for kind in ("gpu", "gpu_reserved", "cpu") for moment in ("begin", "end", "peak")]
+MEMORY = [
+    f"{kind}_{moment}"
+    for kind in ("gpu", "gpu_reserved", "cpu")
+    for moment in ("begin", "end", "peak")
+]
 FACTS = "adamw_mode bytes_held frozen_gradients offload_optimizer offload_param optimizer parameters_held".split()
 REPORT = [
     f"{kind} {words}"
@@ -42,17 +46,38 @@ def main_job(launch, tmp_path_factory):
 def small(tmp_path_factory):
     """Flags of a small model and small data."""
     folder = tmp_path_factory.mktemp("small")
-    model, data = make_model(folder / "llama", "llama"), make_data(folder / "data", train=40, validation=12)
-    return ("--model_name_or_path", model, "--dataset_name", data, "--max_steps", 2, "--warmup_ratio", 0)
+    model, data = (
+        make_model(folder / "llama", "llama"),
+        make_data(folder / "data", train=40, validation=12),
+    )
+    return (
+        "--model_name_or_path",
+        model,
+        "--dataset_name",
+        data,
+        "--max_steps",
+        2,
+        "--warmup_ratio",
+        0,
+    )
 
 
 def test_readme_gives_that_command():
     [command] = [
-        line for line in (ROOT / "README.md").read_text().splitlines() if f"/{MAIN}.py" in line and "pip" in line
+        line
+        for line in (ROOT / "README.md").read_text().splitlines()
+        if f"/{MAIN}.py" in line and "pip" in line
     ]
     words = shlex.split(command.strip(" `"))
     start = words.index("launch")
-    wanted = ["launch", "--config_file", "configs/zero3_offload.yaml", "--num_processes", "2", f"examples/{MAIN}.py"]
+    wanted = [
+        "launch",
+        "--config_file",
+        "configs/zero3_offload.yaml",
+        "--num_processes",
+        "2",
+        f"examples/{MAIN}.py",
+    ]
     assert words[start:] in (wanted, [*wanted[:3], *wanted[5:]])
 
 
@@ -61,7 +86,10 @@ def test_main_job_learns(main_job):
     score = metrics["score"]
     assert score["metric"] == "accuracy"
     assert score["before"] <= 0.65 and score["after"] >= 0.90
-    assert f"accuracy={score['after']:.4f} on 100 held-out rows (before training {score['before']:.4f})" in output
+    assert (
+        f"accuracy={score['after']:.4f} on 100 held-out rows (before training {score['before']:.4f})"
+        in output
+    )
 
 
 def test_main_job_prints_the_memory_in_the_words_of_the_guide(main_job):
@@ -76,11 +104,18 @@ def test_main_job_shows_predictions_files_and_how_to_load(main_job):
     output, folder, metrics = main_job
     lines = output.splitlines()
     [saved] = [number for number, line in enumerate(lines) if line == f"saved in {folder}:"]
-    assert [line.startswith("  prediction ") and "  label " in line for line in lines[saved - 10 : saved]] == [
-        True
-    ] * 10
-    files = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
-    assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "memory.png"} < set(files)
+    assert [
+        line.startswith("  prediction ") and "  label " in line
+        for line in lines[saved - 10 : saved]
+    ] == [True] * 10
+    files = {
+        str(file.relative_to(folder)): file.stat().st_size
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+    assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "memory.png"} < set(
+        files
+    )
     del files["metrics.json"]
     assert metrics["saved"] == files
     rows = [f"  {size:>12,} bytes  {name}" for name, size in sorted(files.items())]
@@ -95,7 +130,9 @@ def test_main_job_shows_predictions_files_and_how_to_load(main_job):
 
 def test_main_job_is_readable(main_job):
     lines = [line for line in main_job[0].splitlines() if line.strip()]
-    bar = [line for line in lines if re.match(r" *\d+%\|", line)]  # on a console each of these is drawn over the last
+    bar = [
+        line for line in lines if re.match(r" *\d+%\|", line)
+    ]  # on a console each of these is drawn over the last
     assert len([line for line in bar if "| 0/" in line]) == 1
     assert len(lines) - len(bar) <= 80, main_job[0]
     assert not re.search(r"(Future|User|Deprecation)Warning", main_job[0])
@@ -105,10 +142,16 @@ def test_main_job_runs_the_real_engine(main_job):
     metrics = main_job[2]
     assert [word for word in ABORTS if word in main_job[0]] == []
     engine = metrics["engine"]
-    assert (metrics["strategy"], metrics["offload"], metrics["num_processes"]) == ("zero3", "cpu", 2)
+    assert (metrics["strategy"], metrics["offload"], metrics["num_processes"]) == (
+        "zero3",
+        "cpu",
+        2,
+    )
     assert (engine["optimizer"], engine["adamw_mode"]) == ("DeepSpeedCPUAdam", True)
     assert (engine["offload_optimizer"], engine["offload_param"]) == ("cpu", "cpu")
-    assert engine["parameters_held"] == 2 * [pytest.approx(metrics["total_parameters"] / 2, rel=0.01)]
+    assert engine["parameters_held"] == 2 * [
+        pytest.approx(metrics["total_parameters"] / 2, rel=0.01)
+    ]
 
 
 def test_facts_come_from_the_engine(launch, small, tmp_path):
@@ -116,8 +159,14 @@ def test_facts_come_from_the_engine(launch, small, tmp_path):
     launch("causal_lm_lora", "zero2", *flags, processes=2, real=True)
     metrics = read_metrics(tmp_path / "run")
     engine = metrics["engine"]
-    assert (metrics["strategy"], metrics["offload"], engine["offload_param"]) == ("zero2", "none", "none")
-    assert "CPUAdam" not in engine["optimizer"] and engine["optimizer"].endswith(("AdamW", "FusedAdam"))
+    assert (metrics["strategy"], metrics["offload"], engine["offload_param"]) == (
+        "zero2",
+        "none",
+        "none",
+    )
+    assert "CPUAdam" not in engine["optimizer"] and engine["optimizer"].endswith(
+        ("AdamW", "FusedAdam")
+    )
     assert engine["parameters_held"] == 2 * [metrics["total_parameters"]]
     assert_complete(metrics, 2, "causal_lm_lora")
 
@@ -132,17 +181,25 @@ def test_causal_lm_lora_learns(launch, tmp_path):
 def assert_complete(metrics, processes, script):
     """metrics.json has the keys that every run's has, and one entry of memory per phase and process."""
     assert sorted(metrics) == sorted(KEYS)
-    assert list(metrics["config"]) == [field.name for field in dataclasses.fields(load(script).Config)]
-    assert {"torch", "accelerate", "deepspeed", "peft", "transformers", "datasets"} <= set(metrics["versions"])
+    assert list(metrics["config"]) == [
+        field.name for field in dataclasses.fields(load(script).Config)
+    ]
+    assert {"torch", "accelerate", "deepspeed", "peft", "transformers", "datasets"} <= set(
+        metrics["versions"]
+    )
     assert sorted(metrics["engine"]) == FACTS
     assert list(metrics["memory"]) == ["load", "train", "eval"]
     for entries in metrics["memory"].values():
         assert [sorted(entry) for entry in entries] == processes * [sorted(MEMORY)]
         assert all(entry["cpu_peak"] >= entry["cpu_begin"] > 0 for entry in entries)
     for key in ("losses", "learning_rates", "grad_norms"):
-        assert len(metrics[key]) == len(metrics["losses"]) and all(isinstance(value, float) for value in metrics[key])
+        assert len(metrics[key]) == len(metrics["losses"]) and all(
+            isinstance(value, float) for value in metrics[key]
+        )
     assert 0 < metrics["target_tokens"] < metrics["input_tokens"]
-    assert metrics["tokens_per_second"] == pytest.approx(metrics["input_tokens"] / metrics["train_seconds"])
+    assert metrics["tokens_per_second"] == pytest.approx(
+        metrics["input_tokens"] / metrics["train_seconds"]
+    )
     assert 0 < metrics["trainable_parameters"] <= metrics["total_parameters"]
 
 
@@ -204,7 +261,9 @@ def test_output_is_replaced_only_when_asked_and_a_stranger_stays(repeated):
     metrics = read_metrics(folder / "one")
     strangers = {folder / "one" / "notes.txt", folder / "one" / "sub" / "more.txt"}
     assert strangers < files and all(file.read_bytes() == before[file] for file in strangers)
-    assert files - strangers == {folder / "one" / name for name in (*metrics["saved"], "metrics.json")}
+    assert files - strangers == {
+        folder / "one" / name for name in (*metrics["saved"], "metrics.json")
+    }
     assert folder / "one" / "adapter_model.safetensors" in before  # of the earlier run, gone now
     assert folder / "one" / "model.safetensors" in files
     assert not list(folder.glob(".*"))

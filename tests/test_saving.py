@@ -75,7 +75,10 @@ def bases(tmp_path_factory):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     make_data(folder / "data", train=32, validation=4)
-    write_csv(folder / "data" / "train.csv", [(f"{text} {NEW[i % 2]}", label) for i, (text, label) in rows()])
+    write_csv(
+        folder / "data" / "train.csv",
+        [(f"{text} {NEW[i % 2]}", label) for i, (text, label) in rows()],
+    )
     return {name: folder / name for name in ("llama", "qwen2", "data")}
 
 
@@ -84,7 +87,14 @@ def rows():
 
 
 def flags(bases, model, output_dir):
-    words = ("--model_name_or_path", bases[model], "--dataset_name", bases["data"], "--output_dir", output_dir)
+    words = (
+        "--model_name_or_path",
+        bases[model],
+        "--dataset_name",
+        bases["data"],
+        "--output_dir",
+        output_dir,
+    )
     return (*words, "--max_steps", 2, "--learning_rate", 1e-2)
 
 
@@ -92,7 +102,9 @@ def assert_slices(tensors):
     """Every process's slice is there: half of each LoRA matrix is the number of the first, half that of the second."""
     assert len(tensors) == 2 * 2 * 7  # a pair of matrices for each linear layer
     for name, tensor in tensors.items():
-        assert [(tensor == process / 64).sum().item() for process in (1, 2)] == [tensor.numel() / 2] * 2, name
+        assert [(tensor == process / 64).sum().item() for process in (1, 2)] == [
+            tensor.numel() / 2
+        ] * 2, name
 
 
 def test_slices_that_were_offloaded_are_saved(launch, bases, tmp_path):
@@ -103,11 +115,15 @@ def test_slices_that_were_offloaded_are_saved(launch, bases, tmp_path):
 
 @pytest.mark.parametrize("base", ["llama", "qwen2"])
 @pytest.mark.parametrize("config", DUMP)
-def test_slices_whole_layers_and_new_tokens_are_saved_reloaded_and_merged(launch, bases, tmp_path, config, base):
+def test_slices_whole_layers_and_new_tokens_are_saved_reloaded_and_merged(
+    launch, bases, tmp_path, config, base
+):
     copy = plant(tmp_path, SHARDED[config], (SAVE, SAVE + DUMP[config] + WRITE + FILL))
     whole = ("--modules_to_save", "lm_head", "embed_tokens")
     # FSDP's own checkpointing puts one more wrapper, and so one more name, around the layers
-    more = ("--fsdp_activation_checkpointing", "true") if (config, base) == ("fsdp1", "llama") else ()
+    more = (
+        ("--fsdp_activation_checkpointing", "true") if (config, base) == ("fsdp1", "llama") else ()
+    )
     launch(copy, config, *flags(bases, base, tmp_path / "run"), *whole, processes=2, flags=more)
     saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
     assert_slices({name: tensor for name, tensor in saved.items() if "lora_" in name})
@@ -126,17 +142,22 @@ def test_slices_whole_layers_and_new_tokens_are_saved_reloaded_and_merged(launch
     assert original.config.tie_word_embeddings == (base == "qwen2")
     for name in heads:
         before = (original.lm_head if "lm_head" in name else original.model.embed_tokens).weight
-        assert (trained[name][-2:] != before[-2:]).any(dim=1).all(), "the rows of the new tokens were not trained"
+        assert (trained[name][-2:] != before[-2:]).any(dim=1).all(), (
+            "the rows of the new tokens were not trained"
+        )
 
     merge_adapter.main([str(tmp_path / "run"), "--output_dir", str(tmp_path / "merged")])
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
     for name in heads:
         assert torch.equal(
-            merged["lm_head.weight" if "lm_head" in name else "model.embed_tokens.weight"], trained[name]
+            merged["lm_head.weight" if "lm_head" in name else "model.embed_tokens.weight"],
+            trained[name],
         )
 
 
-*MERGES, WRITES = re.findall(r"```python\n(.*?)```", (ROOT / "docs/merging.md").read_text(), re.DOTALL)
+*MERGES, WRITES = re.findall(
+    r"```python\n(.*?)```", (ROOT / "docs/merging.md").read_text(), re.DOTALL
+)
 COMPARE = """    again, merged_predictions, _ = evaluate(accelerator, model, tokenizer, valid_loader)
     assert (again, merged_predictions) == (after, predictions)
     assert any(layer.merged for layer in model.modules() if hasattr(layer, "merged"))
@@ -150,10 +171,14 @@ BESIDE = [
 ]
 
 
-@pytest.mark.parametrize(("config", "block", "beside"), list(zip(DUMP, MERGES, BESIDE, strict=True)))
+@pytest.mark.parametrize(
+    ("config", "block", "beside"), list(zip(DUMP, MERGES, BESIDE, strict=True))
+)
 def test_documented_block_merges_while_sharded(launch, bases, tmp_path, config, block, beside):
     block += WRITES.replace("outputs/merged", str(tmp_path / "merged"))
-    copy = plant(tmp_path, SHARDED[config], (STEP, GRADIENTS + STEP), (SAVE, f"{block}\n{COMPARE}\n{SAVE}"))
+    copy = plant(
+        tmp_path, SHARDED[config], (STEP, GRADIENTS + STEP), (SAVE, f"{block}\n{COMPARE}\n{SAVE}")
+    )
     launch(copy, config, *flags(bases, "llama", tmp_path / "run"), *beside, processes=2)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     expected = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run").merge_and_unload()
@@ -164,16 +189,26 @@ def test_documented_block_merges_while_sharded(launch, bases, tmp_path, config, 
     assert torch.allclose(merged(ids).logits, logits, atol=1e-4)
 
 
-IN_8BIT = ("--optim", "paged_adamw_8bit", "--lora_r", 128)  # matrices of fewer than 4096 elements stay in 32 bits
+IN_8BIT = (
+    "--optim",
+    "paged_adamw_8bit",
+    "--lora_r",
+    128,
+)  # matrices of fewer than 4096 elements stay in 32 bits
 
 
 @pytest.mark.parametrize(
     ("script", "config"), [("causal_lm_qlora", "zero2"), ("causal_lm_qlora_zero3", "zero3_qlora")]
 )
-def test_optimizers_in_8_bits_train_where_their_state_can_be_saved(launch, bases, tmp_path, script, config):
+def test_optimizers_in_8_bits_train_where_their_state_can_be_saved(
+    launch, bases, tmp_path, script, config
+):
     launch(script, config, *flags(bases, "llama", tmp_path / "run"), *IN_8BIT, processes=2)
     metrics = read_metrics(tmp_path / "run")
-    assert metrics["engine"]["optimizer"] == "PagedAdamW8bit" and metrics["losses"][1] < metrics["losses"][0]
+    assert (
+        metrics["engine"]["optimizer"] == "PagedAdamW8bit"
+        and metrics["losses"][1] < metrics["losses"][0]
+    )
 
 
 def weaken(folder, old, new):
@@ -184,16 +219,30 @@ def weaken(folder, old, new):
 
 
 def test_a_base_that_is_replicated_in_silence_ends_the_run(launch, bases, tmp_path):
-    copy = plant(tmp_path, "causal_lm_qlora_fsdp2")  # accelerate leaves what is stored as uint8 out of FSDP2's units
+    copy = plant(
+        tmp_path, "causal_lm_qlora_fsdp2"
+    )  # accelerate leaves what is stored as uint8 out of FSDP2's units
     weaken(tmp_path, 'if strategy.startswith("fsdp") and storage != config.dtype:', "if False:")
-    arguments = ("--bnb_4bit_quant_storage", "uint8", "--output_dir", tmp_path / "run", "--max_steps", 10**6)
+    arguments = (
+        "--bnb_4bit_quant_storage",
+        "uint8",
+        "--output_dir",
+        tmp_path / "run",
+        "--max_steps",
+        10**6,
+    )
     done = launch(copy, "fsdp2_qlora", *arguments, processes=2, code=None)
     assert done.returncode != 0 and not (tmp_path / "run").exists()
     (line,) = set(re.findall("error: .*", done.stdout))
-    assert "bytes of parameters, and fsdp2 should spread them over 2" in line and "bnb_4bit_quant_storage" in line
+    assert (
+        "bytes of parameters, and fsdp2 should spread them over 2" in line
+        and "bnb_4bit_quant_storage" in line
+    )
 
 
-def test_an_optimizer_whose_state_cannot_be_saved_ends_the_run_at_its_first_update(launch, bases, tmp_path):
+def test_an_optimizer_whose_state_cannot_be_saved_ends_the_run_at_its_first_update(
+    launch, bases, tmp_path
+):
     copy = plant(tmp_path, "causal_lm_qlora_fsdp1")
     refusal = '    if strategy == "fsdp1":\n        refuse(f"--optim'  # it is known, and refused even before
     weaken(tmp_path, refusal, refusal.replace("fsdp1", "never"))
@@ -201,18 +250,29 @@ def test_an_optimizer_whose_state_cannot_be_saved_ends_the_run_at_its_first_upda
     done = launch(copy, "fsdp1_qlora", *arguments, processes=2, code=None)
     assert done.returncode != 0 and not (tmp_path / "run").exists()
     (line,) = set(re.findall("error: .*", done.stdout))
-    assert "state of PagedAdamW8bit cannot be saved under fsdp1" in line and "give --optim adamw_torch" in line
+    assert (
+        "state of PagedAdamW8bit cannot be saved under fsdp1" in line
+        and "give --optim adamw_torch" in line
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", SHARDED)
 def test_saving_gathers_what_was_trained_alone(launch, bases, tmp_path, config):
-    size = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 16, "num_attention_heads": 12}
+    size = {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 12,
+    }
     size |= {"num_key_value_heads": 12, "head_dim": 64}
     model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "large", "llama", **size))
     assert model.num_parameters() > 150e6
     begin = f"    phase = tracker.phase('save')\n    phase.__enter__()\n{SAVE}"
-    end = "    phase.__exit__(None, None, None)\n    print('tracked', tracker.entries['save'])\n" + END
+    end = (
+        "    phase.__exit__(None, None, None)\n    print('tracked', tracker.entries['save'])\n"
+        + END
+    )
     copy = plant(tmp_path, SHARDED[config], (SAVE, begin), (END, end))
     arguments = flags(bases | {"large": tmp_path / "large"}, "large", tmp_path / "run")
     done = launch(copy, config, *arguments, "--max_length", 48, processes=2, timeout=3600)

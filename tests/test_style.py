@@ -13,7 +13,9 @@ from test_models import load
 from tools import lineage
 
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
-ROOTS = {"chat_sft"}  # production scripts, roots of their own: other functions, flags and sizes than the lessons'
+ROOTS = {
+    "chat_sft"
+}  # production scripts, roots of their own: other functions, flags and sizes than the lessons'
 NAMES = [script.stem for script in SCRIPTS if script.stem not in ROOTS]
 FLAGS = """model_name_or_path
 dtype attn_implementation dataset_name text_column label_column prompt_template max_length
@@ -38,13 +40,17 @@ def read_from_config(source):
     for node in ast.walk(ast.parse(source)):
         value = node.value if isinstance(node, ast.Attribute | ast.Subscript) else None
         if isinstance(value, ast.Name) and value.id == "config":
-            read.add(node.attr if isinstance(node, ast.Attribute) else getattr(node.slice, "value", None))
+            read.add(
+                node.attr if isinstance(node, ast.Attribute) else getattr(node.slice, "value", None)
+            )
     return read
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)
 def test_ruff(command):
-    done = subprocess.run([sys.executable, "-m", "ruff", *command], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", *command], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -63,11 +69,19 @@ def test_size(name):
 def test_functions_and_imports(name):
     tree = ast.parse(text(name))
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    assert [node.name for node in functions] == ["build_dataloaders", "build_model", "evaluate", "main"]
+    assert [node.name for node in functions] == [
+        "build_dataloaders",
+        "build_model",
+        "evaluate",
+        "main",
+    ]
     assert all(len(node.args.args) <= 4 and not node.args.kwonlyargs for node in functions)
     assert [node.name for node in tree.body if isinstance(node, ast.ClassDef)] == ["Config"]
     names = {
-        name.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom | ast.Import) for name in node.names
+        name.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom | ast.Import)
+        for name in node.names
     }
     assert not any("Trainer" in name for name in names)
     assert "Trainer" not in text(name)
@@ -75,7 +89,10 @@ def test_functions_and_imports(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_knob_is_read_where_it_acts(name):
-    sources = [text(name), *((ROOT / "utils" / f"{part}.py").read_text() for part in ("report", "launch", "memory"))]
+    sources = [
+        text(name),
+        *((ROOT / "utils" / f"{part}.py").read_text() for part in ("report", "launch", "memory")),
+    ]
     acting = set().union(*map(read_from_config, sources))
     if "data_files(config.dataset_name)" not in text(name):
         acting.discard("dataset_name")
@@ -108,7 +125,10 @@ def test_flags_of_one_name_are_alike():
     for name in NAMES:
         for flag, field in fields(name).items():
             kept = first.setdefault(flag, (field.type, field.metadata["help"]))
-            own = {"seq2seq": ("prompt_template", "max_length"), "causal": ("dtype",) if "qlora" in name else ()}
+            own = {
+                "seq2seq": ("prompt_template", "max_length"),
+                "causal": ("dtype",) if "qlora" in name else (),
+            }
             if flag not in own[name.split("_")[0]]:
                 assert (field.type, field.metadata["help"]) == kept, f"{name} {flag}"
 
@@ -116,7 +136,9 @@ def test_flags_of_one_name_are_alike():
 @pytest.mark.parametrize("name", NAMES)
 def test_run_line(name):
     [command] = re.findall(r"^Run: +(.*)$", ast.get_docstring(ast.parse(text(name))), re.MULTILINE)
-    form = re.fullmatch(r"accelerate launch --config_file (configs/(\w+)\.yaml) (examples/\w+\.py)", command)
+    form = re.fullmatch(
+        r"accelerate launch --config_file (configs/(\w+)\.yaml) (examples/\w+\.py)", command
+    )
     assert form and form[3] == f"examples/{name}.py"
     assert (ROOT / form[1]).is_file()
     [strategies] = re.findall(r"check_settings\(config, (\([^)]*\)),", text(name))
@@ -134,7 +156,9 @@ def test_form_of_a_production_script(name):
     assert list(script.sections) == [lineage.HEAD, *lineage.SECTIONS]
     assert max(map(len, text(name).splitlines())) <= 119
     [command] = re.findall(r"^Run: +(.*)$", ast.get_docstring(ast.parse(text(name))), re.MULTILINE)
-    form = re.match(r"accelerate launch --config_file (configs/\w+\.yaml) (examples/\w+\.py)( --|$)", command)
+    form = re.match(
+        r"accelerate launch --config_file (configs/\w+\.yaml) (examples/\w+\.py)( --|$)", command
+    )
     assert form and form[2] == f"examples/{name}.py" and (ROOT / form[1]).is_file()
 
 

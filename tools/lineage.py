@@ -25,8 +25,12 @@ ROOT = "none"  # what a root writes after `Base:`
 HEAD = "docstring and imports"  # the text before the first banner, free in every script
 NAMES = ("Settings", "Data", "Model", "Evaluation", "Setup", "Training loop", "Save")
 FROZEN = "6. Training loop"  # no variant may declare it, so it is byte-identical from a root down to the last leaf
-THAWED = {"causal_lm_lora_resume.py"}  # but where the change is the lesson: it saves inside the loop
-MAX_CHANGED_LINES = 120  # added plus removed: two screenfuls; who must read more has no use for the base
+THAWED = {
+    "causal_lm_lora_resume.py"
+}  # but where the change is the lesson: it saves inside the loop
+MAX_CHANGED_LINES = (
+    120  # added plus removed: two screenfuls; who must read more has no use for the base
+)
 CONTEXT = 3  # unchanged lines around a change, as in git
 
 
@@ -67,7 +71,10 @@ class Report(NamedTuple):
 
     def __str__(self) -> str:
         errors = f", {len(self.errors)} errors" * bool(self.errors)
-        return "{1} scripts, {2} roots, {3} pairs compared, {4} diff pages fresh".format(*self) + errors
+        return (
+            "{1} scripts, {2} roots, {3} pairs compared, {4} diff pages fresh".format(*self)
+            + errors
+        )
 
 
 def parse(path: Path) -> Script:
@@ -84,20 +91,33 @@ def parse(path: Path) -> Script:
 
 def parse_docstring(script: Script, docstring: str) -> None:
     """Fill in summary, base and changes."""
-    script.summary = re.split(r"(?<=\.)\s", " ".join(docstring.split("\n\n")[0].split()), maxsplit=1)[0]
+    script.summary = re.split(
+        r"(?<=\.)\s", " ".join(docstring.split("\n\n")[0].split()), maxsplit=1
+    )[0]
     lines = re.findall(r"^(Base|Changes|Run|Needs|Expect):(.*)$", docstring, re.MULTILINE)
     keys = [key for key, _ in lines]
-    if keys not in (["Base", "Changes", "Run", "Needs", "Expect"], ["Base", "Run", "Needs", "Expect"]):
-        script.problems.append(f"docstring: has the lines {keys}; write Base, Changes, Run, Needs, Expect once each")
+    if keys not in (
+        ["Base", "Changes", "Run", "Needs", "Expect"],
+        ["Base", "Run", "Needs", "Expect"],
+    ):
+        script.problems.append(
+            f"docstring: has the lines {keys}; write Base, Changes, Run, Needs, Expect once each"
+        )
     values = {key: value.strip() for key, value in lines}
     script.base, declared = values.get("Base", ""), values.get("Changes", "none")
     script.changes = [] if declared == "none" else declared.split(", ")
     if script.changes != [section for section in SECTIONS if section in script.changes]:
-        script.problems.append(f"Changes: `{declared}` is no list, in order and once each, of {', '.join(SECTIONS)}")
+        script.problems.append(
+            f"Changes: `{declared}` is no list, in order and once each, of {', '.join(SECTIONS)}"
+        )
     if script.is_root and script.changes:
-        script.problems.append("Changes: a root has nothing to change; remove the line or name a base")
+        script.problems.append(
+            "Changes: a root has nothing to change; remove the line or name a base"
+        )
     elif FROZEN in script.changes and script.name not in THAWED:
-        script.problems.append(f"{FROZEN}: no variant may declare it; change other sections or make it a root")
+        script.problems.append(
+            f"{FROZEN}: no variant may declare it; change other sections or make it a root"
+        )
 
 
 def parse_sections(script: Script, text: str) -> None:
@@ -146,7 +166,9 @@ def malformed(scripts: dict[str, Script]) -> list[str]:
     for script in scripts.values():
         problems = list(script.problems)
         if not script.is_root and script.base not in scripts:
-            problems.append(f"Base: `{script.base}` does not exist; name one of the scripts, or `{ROOT}`")
+            problems.append(
+                f"Base: `{script.base}` does not exist; name one of the scripts, or `{ROOT}`"
+            )
         if descent(scripts, script)[-1].base == script.name:
             problems.append(f"Base: `{script.base}` descends from this script; break the cycle")
         errors += [f"examples/{script.name}: {problem}" for problem in problems]
@@ -163,7 +185,9 @@ def load(folder: Path) -> dict[str, Script]:
 
 def pairs(scripts: dict[str, Script]) -> list[tuple[Script, Script]]:
     """Every variant with its base, where the banners of both are whole."""
-    found = [(script, scripts[script.base]) for script in scripts.values() if script.base in scripts]
+    found = [
+        (script, scripts[script.base]) for script in scripts.values() if script.base in scripts
+    ]
     return [(script, base) for script, base in found if script.sections and base.sections]
 
 
@@ -175,17 +199,24 @@ def differing(script: Script, base: Script) -> list[str]:
 def hunks(script: Script, base: Script) -> list[str]:
     """Unified diff lines from base to script, each hunk headed by its section."""
     # Paired with its section's name, a line never matches an equal line of another section.
-    old, new = ([(name, line) for name, text in s.sections.items() for line in StringIO(text)] for s in (base, script))
+    old, new = (
+        [(name, line) for name, text in s.sections.items() for line in StringIO(text)]
+        for s in (base, script)
+    )
     lines = []
     for group in SequenceMatcher(None, old, new, autojunk=False).get_grouped_opcodes(CONTEXT):
         (_, i1, _, j1, _), (_, _, i2, _, j2) = group[0], group[-1]
-        section = next(old[i][0] if i < k else new[j][0] for tag, i, k, j, _ in group if tag != "equal")
+        section = next(
+            old[i][0] if i < k else new[j][0] for tag, i, k, j, _ in group if tag != "equal"
+        )
         lines.append(f"@@ -{i1 + 1},{i2 - i1} +{j1 + 1},{j2 - j1} @@ {section}\n")
         for tag, i1, i2, j1, j2 in group:
             if tag == "equal":
                 lines += [" " + line for _, line in old[i1:i2]]
             else:
-                lines += ["-" + line for _, line in old[i1:i2]] + ["+" + line for _, line in new[j1:j2]]
+                lines += ["-" + line for _, line in old[i1:i2]] + [
+                    "+" + line for _, line in new[j1:j2]
+                ]
     return lines
 
 
@@ -226,12 +257,18 @@ def drift(script: Script, base: Script) -> list[str]:
     problems = []
     for section in SECTIONS:
         if section in differ - declared:
-            problems.append(f"{section}: differs from {base.name}; declare it, or let `fix` copy the base's over it")
+            problems.append(
+                f"{section}: differs from {base.name}; declare it, or let `fix` copy the base's over it"
+            )
         elif section in declared - differ:
-            problems.append(f"{section}: declared, but equal to {base.name}; take it out of Changes")
+            problems.append(
+                f"{section}: declared, but equal to {base.name}; take it out of Changes"
+            )
     count = sum(line[0] in "+-" for line in hunks(script, base))
     if count > MAX_CHANGED_LINES:
-        problems.append(f"diff: {count} lines differ from {base.name}, cap {MAX_CHANGED_LINES}; find a nearer base")
+        problems.append(
+            f"diff: {count} lines differ from {base.name}, cap {MAX_CHANGED_LINES}; find a nearer base"
+        )
     return [f"examples/{script.name}: {problem}" for problem in problems]
 
 
@@ -246,10 +283,17 @@ def check(folder: Path = EXAMPLES) -> Report:
         if is_fresh(path, page(script, base)):
             fresh += 1
         else:
-            errors.append(f"examples/diffs/{path.name}: {'stale' if path.exists() else 'missing'}; run `write`")
-    errors += [f"examples/diffs/{path.name}: belongs to no variant; run `write`" for path in orphans(folder, scripts)]
+            errors.append(
+                f"examples/diffs/{path.name}: {'stale' if path.exists() else 'missing'}; run `write`"
+            )
+    errors += [
+        f"examples/diffs/{path.name}: belongs to no variant; run `write`"
+        for path in orphans(folder, scripts)
+    ]
     roots = sum(script.is_root for script in scripts.values())
-    assert errors or compared == len(scripts) - roots, f"{compared} pairs of {len(scripts)} scripts, {roots} roots"
+    assert errors or compared == len(scripts) - roots, (
+        f"{compared} pairs of {len(scripts)} scripts, {roots} roots"
+    )
     return Report(errors, len(scripts), roots, compared, fresh)
 
 
@@ -270,7 +314,9 @@ def fix(folder: Path = EXAMPLES) -> list[str]:
         if copied:
             script.sections |= {section: base.sections[section] for section in copied}
             replace(folder / script.name, "".join(script.sections.values()))
-            done += [f"examples/{script.name}: {section}: copied from {base.name}" for section in copied]
+            done += [
+                f"examples/{script.name}: {section}: copied from {base.name}" for section in copied
+            ]
     return done
 
 
@@ -305,7 +351,10 @@ def tree(folder: Path = EXAMPLES) -> str:
     scripts = load(folder)
 
     def below(base: str, prefix: str) -> list[str]:
-        lines, children = [], sorted(script.name for script in scripts.values() if script.base == base)
+        lines, children = (
+            [],
+            sorted(script.name for script in scripts.values() if script.base == base),
+        )
         for child in children:
             branch, trunk = ("`- ", "   ") if child == children[-1] else ("|- ", "|  ")
             lines += [prefix + branch + child.removesuffix(".py"), *below(child, prefix + trunk)]
@@ -316,10 +365,14 @@ def tree(folder: Path = EXAMPLES) -> str:
 
 def main() -> int:
     """The command line; 1 where something is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m tools.lineage", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.lineage", description=__doc__.partition("\n")[0]
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for function in (check, fix, show, write, tree):
-        commands.add_parser(function.__name__, help=function.__doc__).set_defaults(function=function)
+        commands.add_parser(function.__name__, help=function.__doc__).set_defaults(
+            function=function
+        )
     commands.choices["show"].add_argument("name", metavar="SCRIPT")
     arguments = vars(parser.parse_args())
     command, function = arguments.pop("command"), arguments.pop("function")

@@ -33,7 +33,9 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.modules["bitsandbytes"] = None  # peft would import it, 47 MB that only `dequantized` needs
     if sys.platform == "linux":
-        ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: what is freed goes back to the system at once
+        ctypes.CDLL(None).mallopt(
+            -3, 2**20
+        )  # M_MMAP_THRESHOLD: what is freed goes back to the system at once
 
 import torch
 import transformers
@@ -54,7 +56,13 @@ from utils.report import fail, new_folder
 BLOCK = 2**21  # numbers of a weight that are in memory at a time, 8 MB in 32 bit
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+DTYPES |= {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 # how far the written model's logits may be from those of base + adapter, as a fraction of the largest logit
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 AUTO_CLASSES = {
@@ -63,7 +71,14 @@ AUTO_CLASSES = {
     "SEQ_CLS": transformers.AutoModelForSequenceClassification,
     "TOKEN_CLS": transformers.AutoModelForTokenClassification,
 }
-TOKENIZER = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja"]
+TOKENIZER = [
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.jinja",
+]
 TOKENIZER += ["spiece.model", "sentencepiece*.model", "source.spm", "target.spm"]
 
 
@@ -107,7 +122,9 @@ class Lazy(torch.Tensor):
         if not cls.recording or func is torch.ops.aten.equal.default:
             return func(*values(args), **values(kwargs))
         meta_args, meta_kwargs = tree_map_only(torch.Tensor, without_values, (args, kwargs))
-        outputs = func(*meta_args, **meta_kwargs | ({"device": "meta"} if "device" in meta_kwargs else {}))
+        outputs = func(
+            *meta_args, **meta_kwargs | ({"device": "meta"} if "device" in meta_kwargs else {})
+        )
         if isinstance(outputs, torch.Tensor):
             make = functools.partial(compute, func, args, kwargs, None)
             return Lazy(outputs.shape, outputs.dtype, make, native, adapted)
@@ -130,10 +147,15 @@ def compute(func, args, kwargs, output, rows=None):
     if func is aten.split.Tensor and dim == 0:
         start = output * args[1]
         stop = min(start + args[1], len(first))
-        return take(first, slice(start, stop) if rows is None else slice(start + rows.start, start + rows.stop))
+        return take(
+            first,
+            slice(start, stop) if rows is None else slice(start + rows.start, start + rows.stop),
+        )
     if rows is not None and func is aten.stack.default and dim == 0:
         return torch.stack([take(tensor) for tensor in first[rows]])
-    of_rows = func is aten._to_copy.default or dim > 0 and func in (aten.cat.default, aten.split.Tensor)
+    of_rows = (
+        func is aten._to_copy.default or dim > 0 and func in (aten.cat.default, aten.split.Tensor)
+    )
     result = func(*values(args, rows if of_rows else None), **values(kwargs))
     return take(result if output is None else result[output], None if of_rows else rows)
 
@@ -165,7 +187,9 @@ def addmm(bias, x, weight):  # as GPT-2's Conv1D calls it
     return take(bias, None) + sum(x[:, rows] @ take(weight, rows) for rows in blocks(weight))
 
 
-def embedding(ids, weight, *options, **more):  # options that change the weight or its gradient, for training alone
+def embedding(
+    ids, weight, *options, **more
+):  # options that change the weight or its gradient, for training alone
     unique, positions = ids.unique(return_inverse=True)
     return torch.cat([take(weight, slice(row, row + 1)) for row in unique.tolist()])[positions]
 
@@ -173,10 +197,17 @@ def embedding(ids, weight, *options, **more):  # options that change the weight 
 def getitem(tensor, index):
     """Return `tensor[index]`, which for one expert reads that one."""
     number = isinstance(index, int) or (isinstance(index, torch.Tensor) and index.dim() == 0)
-    return take(tensor, slice(int(index), int(index) + 1))[0] if number else take(tensor, None)[index]
+    return (
+        take(tensor, slice(int(index), int(index) + 1))[0] if number else take(tensor, None)[index]
+    )
 
 
-IN_BLOCKS = {F.linear: linear, F.embedding: embedding, torch.addmm: addmm, torch.Tensor.__getitem__: getitem}
+IN_BLOCKS = {
+    F.linear: linear,
+    F.embedding: embedding,
+    torch.addmm: addmm,
+    torch.Tensor.__getitem__: getitem,
+}
 
 
 def without_values(tensor):
@@ -197,7 +228,15 @@ def fetch(name, revision, kind):
     """Return the folder of a local path or of a Hub id, fetched (or taken from the cache) without pickled weights."""
     if Path(name).is_dir():
         return Path(name)
-    files = ["*.json", "*.model", "*.spm", "*.txt", "*.jinja", "model*.safetensors", "adapter_model.safetensors"]
+    files = [
+        "*.json",
+        "*.model",
+        "*.spm",
+        "*.txt",
+        "*.jinja",
+        "model*.safetensors",
+        "adapter_model.safetensors",
+    ]
     flag = "--base_model_name_or_path" if kind == "base" else "the folder of an adapter"
     try:
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=files))
@@ -205,7 +244,9 @@ def fetch(name, revision, kind):
         fail(f"there is no {kind} {name}: give {flag}")
     except Exception as error:  # no such repository, no network, offline without a cache
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        fail(f"the {kind} {name} is neither a folder nor to be had from the Hub, give {flag}: {reason}")
+        fail(
+            f"the {kind} {name} is neither a folder nor to be had from the Hub, give {flag}: {reason}"
+        )
 
 
 def read_weights(folder, stem, kind, adapted=False):
@@ -220,7 +261,9 @@ def read_weights(folder, stem, kind, adapted=False):
     weights = {}
     for path in sorted(folder / name for name in names):
         if not path.is_file():
-            fail(f"the {kind} {folder} lacks {path.name}: only safetensors are read, save it with safe_serialization")
+            fail(
+                f"the {kind} {folder} lacks {path.name}: only safetensors are read, save it with safe_serialization"
+            )
         try:
             with safe_open(path, framework="pt"):  # checks header and length, reads no values
                 pass
@@ -232,9 +275,13 @@ def read_weights(folder, stem, kind, adapted=False):
         header.pop("__metadata__", None)
         for key, entry in header.items():
             if entry["dtype"] not in DTYPES:
-                fail(f"{path} holds {key} in {entry['dtype']}: give a base in 16, 32 or bitsandbytes' 4 bit")
+                fail(
+                    f"{path} holds {key} in {entry['dtype']}: give a base in 16, 32 or bitsandbytes' 4 bit"
+                )
             shape, dtype = entry["shape"], DTYPES[entry["dtype"]]
-            make = functools.partial(read_tensor, path, start + entry["data_offsets"][0], shape, dtype)
+            make = functools.partial(
+                read_tensor, path, start + entry["data_offsets"][0], shape, dtype
+            )
             weights[key] = Lazy(shape, dtype, make, dtype, adapted)
     return weights
 
@@ -260,15 +307,24 @@ def dequantized(weights):
 
     plain = {key: weight for key, weight in weights.items() if not re.search(r"\.weight\.\w", key)}
     for key in plain:
-        parts = {name.removeprefix(f"{key}."): w for name, w in weights.items() if name.startswith(f"{key}.")}
+        parts = {
+            name.removeprefix(f"{key}."): w
+            for name, w in weights.items()
+            if name.startswith(f"{key}.")
+        }
         if parts:
 
             def state(parts=parts):
-                return QuantState.from_dict({name: part.make() for name, part in parts.items()}, torch.device("cpu"))
+                return QuantState.from_dict(
+                    {name: part.make() for name, part in parts.items()}, torch.device("cpu")
+                )
 
             def make(rows=None, packed=weights[key], state=state):
                 # FSDP needs the packed bytes stored as floats
-                return take(dequantize_4bit(packed.make().reshape(-1).view(torch.uint8)[:, None], state()), rows)
+                return take(
+                    dequantize_4bit(packed.make().reshape(-1).view(torch.uint8)[:, None], state()),
+                    rows,
+                )
 
             shape, dtype = state().shape, state().dtype
             plain[key] = Lazy(shape, dtype, make, dtype, False)
@@ -283,16 +339,27 @@ def read_adapter_config(folder):
     try:
         kind = json.loads(path.read_text()).get("peft_type")
         if kind != "LORA":
-            fail(f"{folder} is an adapter of type {kind}, and only LORA (also rsLoRA, DoRA) can be merged here")
+            fail(
+                f"{folder} is an adapter of type {kind}, and only LORA (also rsLoRA, DoRA) can be merged here"
+            )
         config = LoraConfig.from_pretrained(folder)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # half a file, a list, a foreign setting
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ) as error:  # half a file, a list, a foreign setting
         fail(f"{path} is no configuration of a LoRA: {error}")
     variants = [
-        f.name for f in dataclasses.fields(config) if f.metadata.get("is_lora_variant") and f.name != "use_dora"
+        f.name
+        for f in dataclasses.fields(config)
+        if f.metadata.get("is_lora_variant") and f.name != "use_dora"
     ]
     for name in (*variants, "layer_replication", "use_qalora", "megatron_config"):
         if getattr(config, name):
-            fail(f"{folder} was trained with {name}, which cannot be merged exactly: load it with peft instead")
+            fail(
+                f"{folder} was trained with {name}, which cannot be merged exactly: load it with peft instead"
+            )
     if config.init_lora_weights not in (True, False, "gaussian", "eva", "orthogonal"):
         fail(
             f"{folder} was started with init_lora_weights={config.init_lora_weights!r}, which changed the base too: "
@@ -334,10 +401,14 @@ def resize(model_class, config, base, adapter):
     replaced = {}
     for key, weight in list(adapter.items()):
         name = key.removeprefix("base_model.model.")
-        if ".modules_to_save." in name or ".original_module." in name:  # after a resize PEFT saves a module thrice
+        if (
+            ".modules_to_save." in name or ".original_module." in name
+        ):  # after a resize PEFT saves a module thrice
             del adapter[key]
             continue
-        if ".token_adapter.base_layer." in name:  # the resized embeddings below the tokens that are trained alone
+        if (
+            ".token_adapter.base_layer." in name
+        ):  # the resized embeddings below the tokens that are trained alone
             del adapter[key]
         name = name.replace(".token_adapter.", ".").replace(".base_layer.", ".")
         replaced[name] = Lazy(weight.shape, weight.dtype, weight.make, native, True)
@@ -350,7 +421,9 @@ def resize(model_class, config, base, adapter):
         if module in embeddings and f"{name}.weight" in replaced:
             config.get_text_config().vocab_size = replaced[f"{name}.weight"].shape[0]
     for name in replaced.keys() & model.state_dict().keys():
-        bare = name.removeprefix(f"{model.base_model_prefix}.")  # as some checkpoints, gpt2's among them, have it
+        bare = name.removeprefix(
+            f"{model.base_model_prefix}."
+        )  # as some checkpoints, gpt2's among them, have it
         key = bare if bare in base else name
         if key not in base or base[key].shape != replaced[name].shape:
             base[key] = replaced[name]
@@ -368,12 +441,18 @@ def add_adapter(model, config, adapter):
         except KeyError as error:
             fail(f"the adapter lacks {error.args[0]}: save it again, gathered from every process")
         except (ValueError, RuntimeError, TypeError) as error:
-            reason = next((line for line in str(error).splitlines() if "size mismatch" in line), str(error)).strip()
+            reason = next(
+                (line for line in str(error).splitlines() if "size mismatch" in line), str(error)
+            ).strip()
             fail(f"the adapter does not fit this base, give the one it was trained on: {reason}")
     missing = [key for key in found.missing_keys if ".lora_" in key]
-    unexpected = [key for key in found.unexpected_keys if ".token_adapter." not in key]  # the copy at the tied end
+    unexpected = [
+        key for key in found.unexpected_keys if ".token_adapter." not in key
+    ]  # the copy at the tied end
     if unexpected:
-        fail(f"the adapter's {unexpected[0]} is of no module of this base, give the one it was trained on")
+        fail(
+            f"the adapter's {unexpected[0]} is of no module of this base, give the one it was trained on"
+        )
     if missing:
         fail(f"the adapter lacks {missing[0]}: save it again, gathered from every process")
     return peft_model.eval()
@@ -394,8 +473,12 @@ def merge_unit(unit, rows=None):
     ]
     for module, name, parameter, part in lazies:
         module._parameters[name] = torch.nn.Parameter(parameter.make(part), requires_grad=False)
-    if hasattr(unit, "unload_and_optionally_merge_module"):  # as in PEFT's own _unload_and_optionally_merge
-        merged = unit.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+    if hasattr(
+        unit, "unload_and_optionally_merge_module"
+    ):  # as in PEFT's own _unload_and_optionally_merge
+        merged = unit.unload_and_optionally_merge_module(
+            merge=True, safe_merge=False, adapter_names=None
+        )
     else:
         unit.merge()
         merged = unit.get_base_layer()
@@ -415,7 +498,11 @@ def merge_lazily(model, plain):
         model: with PEFT's wrappers in it.
         plain: name -> tensor, its state before they were put in.
     """
-    wrappers = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)}
+    wrappers = {
+        n: m
+        for n, m in model.named_modules()
+        if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    }
     now = model.state_dict(keep_vars=True)
     last = {}  # one unit's tensors: all weights of a module, and all experts cut from one, come of a single merge
 
@@ -432,10 +519,15 @@ def merge_lazily(model, plain):
     weights = {}
     for name, tensor in plain.items():
         ends = [i for i, letter in enumerate(name) if letter == "."]
-        path = next((name[:end] for end in ends if name[:end] in wrappers), None)  # the outermost: wrappers nest
+        path = next(
+            (name[:end] for end in ends if name[:end] in wrappers), None
+        )  # the outermost: wrappers nest
         native = tensor.native if isinstance(tensor, Lazy) else tensor.dtype
         if path is None:
-            make, adapted = functools.partial(take, now[name]), isinstance(now[name], Lazy) and now[name].adapted
+            make, adapted = (
+                functools.partial(take, now[name]),
+                isinstance(now[name], Lazy) and now[name].adapted,
+            )
         else:
             make, adapted = functools.partial(merged, path, name.removeprefix(f"{path}.")), True
         weights[name] = Lazy(tensor.shape, tensor.dtype, make, native, adapted)
@@ -452,7 +544,9 @@ def untie(tied, config, weights):
     if all(not (a.adapted or b.adapted) or equal(a, b) for a, b in pairs):
         for target in tied:
             del weights[target]
-    elif not config.is_encoder_decoder:  # T5 and its kin scale logits by the flag: there unequal weights must suffice
+    elif (
+        not config.is_encoder_decoder
+    ):  # T5 and its kin scale logits by the flag: there unequal weights must suffice
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
 
 
@@ -504,7 +598,9 @@ def write_model(folder, weights, wanted, max_shard_size):
         room -= size
     total = sum(sum(shard.values()) for shard in shards)
     if shutil.disk_usage(folder).free < total:
-        fail(f"{folder.parent} has no room for {total:,} bytes: free some, or give another --output_dir")
+        fail(
+            f"{folder.parent} has no room for {total:,} bytes: free some, or give another --output_dir"
+        )
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     names = names if len(shards) > 1 else ["model.safetensors"]
     codes = {dtype: code for code, dtype in DTYPES.items()}
@@ -512,7 +608,10 @@ def write_model(folder, weights, wanted, max_shard_size):
         for name, shard in zip(names, shards):
             header, offset = {"__metadata__": {"format": "pt"}}, 0
             for key, size in shard.items():
-                entry = {"dtype": codes[output_dtype(weights[key], wanted)], "shape": list(weights[key].shape)}
+                entry = {
+                    "dtype": codes[output_dtype(weights[key], wanted)],
+                    "shape": list(weights[key].shape),
+                }
                 header[key] = entry | {"data_offsets": [offset, offset + size]}
                 offset += size
             text = json.dumps(header).encode()
@@ -523,7 +622,9 @@ def write_model(folder, weights, wanted, max_shard_size):
                     for rows in blocks(weights[key]):
                         tensor = weights[key].make(rows).to(output_dtype(weights[key], wanted))
                         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                            raise ValueError(f"{key} has values that {tensor.dtype} cannot hold, give another --dtype")
+                            raise ValueError(
+                                f"{key} has values that {tensor.dtype} cannot hold, give another --dtype"
+                            )
                         file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
                         bar.update(tensor.nbytes)
     if len(shards) > 1:
@@ -536,7 +637,9 @@ def copy_tokenizer(folder, sources):
     """Copy the tokenizer's files from the first of the sources that has one."""
     for source in sources:
         if (source / "tokenizer_config.json").is_file():
-            for path in {path for pattern in TOKENIZER for path in source.glob(pattern) if path.is_file()}:
+            for path in {
+                path for pattern in TOKENIZER for path in source.glob(pattern) if path.is_file()
+            }:
                 shutil.copyfile(path, folder / path.name)
             return
 
@@ -560,15 +663,21 @@ def merge(arguments):
     base_name = arguments.base_model_name_or_path or adapter_config.base_model_name_or_path
     if not base_name:
         fail(f"{adapter_folder} does not name its base: give --base_model_name_or_path")
-    base_folder = fetch(base_name, None if arguments.base_model_name_or_path else adapter_config.revision, "base")
+    base_folder = fetch(
+        base_name, None if arguments.base_model_name_or_path else adapter_config.revision, "base"
+    )
     if not (base_folder / "config.json").is_file():
-        fail(f"the base {base_folder} holds no config.json: give the folder of a transformers model")
+        fail(
+            f"the base {base_folder} holds no config.json: give the folder of a transformers model"
+        )
     config = transformers.AutoConfig.from_pretrained(base_folder, trust_remote_code=False)
     base = read_weights(base_folder, "model", "base")
     if hasattr(config, "quantization_config"):
         if not config.quantization_config.get("load_in_4bit"):
             method = config.quantization_config.get("quant_method")
-            fail(f"the base {base_name} is quantized by {method}: name the original with --base_model_name_or_path")
+            fail(
+                f"the base {base_name} is quantized by {method}: name the original with --base_model_name_or_path"
+            )
         del config.quantization_config
         base = dequantized(base)
     if adapter_config.task_type in AUTO_CLASSES:
@@ -576,11 +685,15 @@ def merge(arguments):
             with torch.device("meta"):
                 model_class = type(AUTO_CLASSES[adapter_config.task_type].from_config(config))
         except ValueError:
-            fail(f"the base {base_name} is a {config.model_type}, and the adapter one for {adapter_config.task_type}")
+            fail(
+                f"the base {base_name} is a {config.model_type}, and the adapter one for {adapter_config.task_type}"
+            )
     elif hasattr(transformers, (config.architectures or ["none"])[0]):
         model_class = getattr(transformers, config.architectures[0])
     else:
-        fail(f"the base {base_name} names no class of transformers in its config.json: its own code is not run")
+        fail(
+            f"the base {base_name} names no class of transformers in its config.json: its own code is not run"
+        )
     tied = resize(model_class, config, base, adapter)
 
     model = build_model(model_class, config, base)
@@ -589,7 +702,9 @@ def merge(arguments):
     trained = adapter_config.trainable_token_indices or []
     trained = set(sum(trained.values(), []) if isinstance(trained, dict) else trained)
     if any(token >= rows for token in trained):
-        fail(f"the adapter trains token {max(trained)} of {rows}: save it with save_embedding_layers=True")
+        fail(
+            f"the adapter trains token {max(trained)} of {rows}: save it with save_embedding_layers=True"
+        )
     add_adapter(model, adapter_config, adapter)  # in place
     ids = probe_ids(rows, trained)
     expected = probe(model, ids)
@@ -598,16 +713,22 @@ def merge(arguments):
     untie(tied, config, weights)
     with recording():
         weights = revert_weight_conversion(model, weights)
-    exact = deviation(expected, probe(build_model(model_class, config, weights), ids), 1e-4, "the merged weights")
+    exact = deviation(
+        expected, probe(build_model(model_class, config, weights), ids), 1e-4, "the merged weights"
+    )
 
     with new_folder(arguments) as folder:
         wanted = arguments.dtype and getattr(torch, arguments.dtype)
-        config.dtype = wanted or max((w.native for w in base.values()), key=[w.native for w in base.values()].count)
+        config.dtype = wanted or max(
+            (w.native for w in base.values()), key=[w.native for w in base.values()].count
+        )
         config.architectures = [model_class.__name__]
         config.save_pretrained(folder)
         write_model(folder, weights, wanted, arguments.max_shard_size)
         if (base_folder / "generation_config.json").is_file():
-            shutil.copyfile(base_folder / "generation_config.json", folder / "generation_config.json")
+            shutil.copyfile(
+                base_folder / "generation_config.json", folder / "generation_config.json"
+            )
         copy_tokenizer(folder, (adapter_folder, base_folder))
         config = transformers.AutoConfig.from_pretrained(folder)
         written = build_model(model_class, config, read_weights(folder, "model", "result"))
@@ -629,14 +750,24 @@ def merge(arguments):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m tools.merge_adapter", description=__doc__.splitlines()[0])
-    parser.add_argument("adapter", help="folder of the adapter, or its id on the Hub")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder to make; it must not exist")
-    parser.add_argument("--base_model_name_or_path", help="base to merge into (default: the one the adapter names)")
-    parser.add_argument(
-        "--dtype", choices=["float32", "float16", "bfloat16"], help="of the result (default: the base's)"
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.merge_adapter", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--max_shard_size", type=byte_count, default="5GB", help="of a weight file (default: 5GB)")
+    parser.add_argument("adapter", help="folder of the adapter, or its id on the Hub")
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, help="folder to make; it must not exist"
+    )
+    parser.add_argument(
+        "--base_model_name_or_path", help="base to merge into (default: the one the adapter names)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        help="of the result (default: the base's)",
+    )
+    parser.add_argument(
+        "--max_shard_size", type=byte_count, default="5GB", help="of a weight file (default: 5GB)"
+    )
     parser.set_defaults(overwrite_output_dir=False)  # read by `new_folder`
     parser.error = lambda message: fail(f"{message}: --help lists the flags")
     parsed = parser.parse_args(arguments)
@@ -649,10 +780,17 @@ def main(arguments=None):
             merge(parsed)
         except KeyboardInterrupt:
             fail("interrupted, nothing was saved")
-        except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:  # full disk, a bad config.json
+        except (
+            OSError,
+            ValueError,
+            SafetensorError,
+            StrictDataclassError,
+        ) as error:  # full disk, a bad config.json
             fail(f"nothing was saved: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # reading takes most of the time, and threads wait for each other on a busy machine
+    torch.set_num_threads(
+        1
+    )  # reading takes most of the time, and threads wait for each other on a busy machine
     main()

@@ -74,13 +74,19 @@ def stepped(accelerator, optimizer):
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         zero = accelerator.deepspeed_engine_wrapped.engine.optimizer
         stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
-        masters = zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups
+        masters = (
+            zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups
+        )
         if any(master is None or not master.numel() for master in masters):
-            raise CheckpointError("the optimizer's values lie on NVMe, of which no checkpoint is made")
+            raise CheckpointError(
+                "the optimizer's values lie on NVMe, of which no checkpoint is made"
+            )
         return zero.optimizer, list(masters)
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
-    return optimizer, [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return optimizer, [
+        parameter for group in optimizer.param_groups for parameter in group["params"]
+    ]
 
 
 def local(tensor):
@@ -102,7 +108,9 @@ def training_state(accelerator, optimizer):
     if accelerator.scaler is not None:
         numbers["scaler"] = accelerator.scaler.state_dict()
     if scaler := engine_scaler(accelerator):
-        numbers["loss_scaler"] = {name: value for name, value in vars(scaler).items() if type(value) in (int, float)}
+        numbers["loss_scaler"] = {
+            name: value for name, value in vars(scaler).items() if type(value) in (int, float)
+        }
     return {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}, numbers
 
 
@@ -116,7 +124,9 @@ def restore_training_state(accelerator, optimizer, tensors, numbers):
             own = {name.split(".", 1)[1]: name for name in tensors if name.startswith(f"{index}.")}
             value = tensors.get(own.pop("value", None))
             if value is None or value.shape != local(master).shape:
-                raise CheckpointError(f"it holds no value of shape {tuple(local(master).shape)} for tensor {index}")
+                raise CheckpointError(
+                    f"it holds no value of shape {tuple(local(master).shape)} for tensor {index}"
+                )
             local(master).copy_(value)
             for key, name in own.items():
                 state = tensors[name]
@@ -124,7 +134,9 @@ def restore_training_state(accelerator, optimizer, tensors, numbers):
                     state = state.to(local(master).device)
                 if isinstance(master, DTensor) and state.shape == local(master).shape:
                     layout = {"shape": master.shape, "stride": master.stride()}
-                    state = DTensor.from_local(state, master.device_mesh, master.placements, run_check=False, **layout)
+                    state = DTensor.from_local(
+                        state, master.device_mesh, master.placements, run_check=False, **layout
+                    )
                 inner.state[master][key] = state
             for name in [name for name in numbers if name.startswith(f"{index}.")]:
                 inner.state[master][name.split(".", 1)[1]] = numbers.pop(name)
@@ -161,7 +173,9 @@ def random_state():
     version, words, gauss = random.getstate()
     name, keys, *position = numpy.random.get_state()
     state = {"python": torch.tensor(words), "numpy": torch.from_numpy(keys.astype("int64"))}
-    state["numpy_position"] = torch.tensor([float(number) for number in position], dtype=torch.float64)
+    state["numpy_position"] = torch.tensor(
+        [float(number) for number in position], dtype=torch.float64
+    )
     state["torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -224,7 +238,9 @@ def save_checkpoint(accelerator, output_dir, step, optimizer, state, write_weigh
     accelerator.wait_for_everyone()
     file = folder / process_file(accelerator, accelerator.process_index)
     if not folder.is_dir():
-        raise OSError(f"process {accelerator.process_index} does not see {folder}: give all machines the same folder")
+        raise OSError(
+            f"process {accelerator.process_index} does not see {folder}: give all machines the same folder"
+        )
     save_file(tensors, file, {"numbers": json.dumps(numbers)})
     flush(file)
     files = dict(gather_object([(file.name, digest(file))]))
@@ -233,7 +249,9 @@ def save_checkpoint(accelerator, output_dir, step, optimizer, state, write_weigh
             if other.name not in files:
                 flush(other)
                 files[other.name] = digest(other)
-        (folder / "state.json").write_text(json.dumps(state | {"step": step, "files": files}, indent=1) + "\n")
+        (folder / "state.json").write_text(
+            json.dumps(state | {"step": step, "files": files}, indent=1) + "\n"
+        )
         flush(folder / "state.json")
         flush(folder)
         if target.exists():  # of an earlier run that came this far, and went on from before it
@@ -284,9 +302,13 @@ def find_checkpoint(output_dir, wanted):
     if wanted.lower() == "true":
         return next(reversed(checkpoints(output_dir)), None)
     if not Path(wanted).is_dir():
-        raise CheckpointError(f"--resume_from_checkpoint {wanted} is not there: give a checkpoint's folder, or True")
+        raise CheckpointError(
+            f"--resume_from_checkpoint {wanted} is not there: give a checkpoint's folder, or True"
+        )
     newest = next(reversed(checkpoints(output_dir)), None)
-    if newest and Path(wanted).resolve() in (folder.resolve() for folder in checkpoints(output_dir)[:-1]):
+    if newest and Path(wanted).resolve() in (
+        folder.resolve() for folder in checkpoints(output_dir)[:-1]
+    ):
         raise CheckpointError(f"{newest} is newer than {wanted}: go on from it, or move it away")
     return Path(wanted)
 
@@ -302,7 +324,9 @@ def check_same_run(folder, then, now):
     names = [name for name in {**then, **now} if then.get(name, False) != now.get(name, False)]
     if names:
         told = ", ".join(f"{name} {then.get(name)} (now {now.get(name)})" for name in names)
-        raise CheckpointError(f"{folder} was made with {told}: give the same to go on exactly, or start a new run")
+        raise CheckpointError(
+            f"{folder} was made with {told}: give the same to go on exactly, or start a new run"
+        )
 
 
 def read_state(folder, needed=()):
@@ -315,7 +339,9 @@ def read_state(folder, needed=()):
         state = json.loads((folder / "state.json").read_text())
         files, _ = state.pop("files").items(), [state[name] for name in ("step", *needed)]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{folder} is no checkpoint, its state.json cannot be read ({error})") from error
+        raise CheckpointError(
+            f"{folder} is no checkpoint, its state.json cannot be read ({error})"
+        ) from error
     if pickles := [file.name for file in folder.iterdir() if file.suffix in PICKLES]:
         raise CheckpointError(
             f"{folder} holds {pickles[0]}, a pickle, which could run any code: no file of ours is one"
@@ -337,7 +363,11 @@ def load_checkpoint(accelerator, folder, optimizer):
     try:
         with safe_open(values, framework="pt") as file:
             numbers = json.loads(file.metadata()["numbers"])
-            tensors = {name: file.get_tensor(name) for name in file.keys() if not name.startswith("random.")}
+            tensors = {
+                name: file.get_tensor(name)
+                for name in file.keys()
+                if not name.startswith("random.")
+            }
         with safe_open(own, framework="pt") as file:
             states = [name for name in file.keys() if name.startswith("random.")]
             random_states = {name.removeprefix("random."): file.get_tensor(name) for name in states}

@@ -17,7 +17,14 @@ import os
 import re
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, IterableDatasetDict, disable_progress_bars, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDatasetDict,
+    disable_progress_bars,
+    load_dataset,
+    load_from_disk,
+)
 from datasets.utils.logging import set_verbosity
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -52,10 +59,15 @@ def read_splits(dataset_name, splits="", streaming=False):
     set_verbosity(logging.CRITICAL)  # what they would log is said in the one sentence
     if not dataset_name:
         raise DataError("--dataset_name is empty: give a file, a folder or a Hub id")
-    path, is_file = Path(dataset_name), os.path.isfile(dataset_name)  # a name that is too long is no file
+    path, is_file = (
+        Path(dataset_name),
+        os.path.isfile(dataset_name),
+    )  # a name that is too long is no file
     wanted = [name.strip() for name in splits.split(",") if name.strip()]
     if len(wanted) > 2:
-        raise DataError(f"--splits {splits} names {len(wanted)} splits: give one to train on, and one to evaluate on")
+        raise DataError(
+            f"--splits {splits} names {len(wanted)} splits: give one to train on, and one to evaluate on"
+        )
     if is_file and path.suffix not in FORMATS:
         raise DataError(f"--dataset_name {path} is no {', '.join(FORMATS)} file: convert it")
     if is_file and not path.stat().st_size:
@@ -68,14 +80,18 @@ def read_splits(dataset_name, splits="", streaming=False):
         check_utf8(path)
     try:
         if is_file:
-            found = load_dataset(FORMATS[path.suffix], data_files=str(path), streaming=streaming, **as_text([path]))
+            found = load_dataset(
+                FORMATS[path.suffix], data_files=str(path), streaming=streaming, **as_text([path])
+            )
         elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             found = load_from_disk(
                 path, keep_in_memory=not streaming
             )  # else it would write its caches beside the data
             found = found if isinstance(found, DatasetDict) else DatasetDict(train=found)
             if streaming:
-                found = IterableDatasetDict({name: split.to_iterable_dataset() for name, split in found.items()})
+                found = IterableDatasetDict(
+                    {name: split.to_iterable_dataset() for name, split in found.items()}
+                )
         else:
             files = [file for file in path.glob("*") if file.suffix in FORMATS]
             found = load_dataset(dataset_name, streaming=streaming, **as_text(files))
@@ -86,7 +102,9 @@ def read_splits(dataset_name, splits="", streaming=False):
             wanted = [name for name in ("train", *held_out[:1]) if name in found] or list(found)[:1]
         missing = [name for name in wanted if name.partition("[")[0] not in found]
         if missing:
-            raise DataError(f"--splits: {dataset_name} has no split {missing[0]}, it has {', '.join(found)}")
+            raise DataError(
+                f"--splits: {dataset_name} has no split {missing[0]}, it has {', '.join(found)}"
+            )
         rows = [take(found[name.partition("[")[0]], name) for name in wanted]
         if streaming:
             next(iter(rows[0]), None)
@@ -120,8 +138,13 @@ def take(rows, name):
         return rows
     bounds = re.fullmatch(r"[^\[]*\[(-?\d+%?)?:(-?\d+%?)?\]", name)
     if not hasattr(rows, "select") or not bounds:
-        raise DataError(f"--splits {name}: a slice is [a:b] or [a%:b%], and needs data that is not streamed")
-    numbers = [b and (len(rows) * int(b[:-1]) // 100 if b.endswith("%") else int(b)) for b in bounds.groups()]
+        raise DataError(
+            f"--splits {name}: a slice is [a:b] or [a%:b%], and needs data that is not streamed"
+        )
+    numbers = [
+        b and (len(rows) * int(b[:-1]) // 100 if b.endswith("%") else int(b))
+        for b in bounds.groups()
+    ]
     start, end, _ = slice(*numbers).indices(len(rows))
     return rows.select(range(start, end) if start < end else [])
 
@@ -139,7 +162,9 @@ def check_utf8(path):
                 try:
                     line.decode()
                 except UnicodeDecodeError as error:
-                    raise DataError(f"{file}, line {number} is no UTF-8 text ({error}): convert it") from error
+                    raise DataError(
+                        f"{file}, line {number} is no UTF-8 text ({error}): convert it"
+                    ) from error
 
 
 def find_broken_line(path):
@@ -153,8 +178,14 @@ def find_broken_line(path):
                 except ValueError as error:
                     if number == 1 and file.suffix == ".json":
                         break  # one value over several lines, of which the libraries say where it breaks
-                    reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-                    raise DataError(f"{file}, line {number} is no JSON object ({reason}): mend it") from error
+                    reason = (
+                        f"{error.msg}, column {error.colno}"
+                        if isinstance(error, json.JSONDecodeError)
+                        else error
+                    )
+                    raise DataError(
+                        f"{file}, line {number} is no JSON object ({reason}): mend it"
+                    ) from error
 
 
 def shape_of(rows, text_field=""):
@@ -198,10 +229,16 @@ def as_document(row, shape, where):
     extra = ["input"] if shape in INSTRUCTIONS and row.get("input") else []
     for column in (*shape, *extra):
         if not isinstance(row[column], str):
-            raise DataError(f"{where} has no text in {column}, but {type(row[column]).__name__}: convert it")
+            raise DataError(
+                f"{where} has no text in {column}, but {type(row[column]).__name__}: convert it"
+            )
     if shape in INSTRUCTIONS:
         question = "\n\n".join(part for part in (values[0], row.get("input")) if part)
-        return "chat", check_messages([message("user", question), message("assistant", values[1])], where), 0
+        return (
+            "chat",
+            check_messages([message("user", question), message("assistant", values[1])], where),
+            0,
+        )
     return ("pair", *values) if len(values) == 2 else ("text", *values)
 
 
@@ -212,19 +249,36 @@ def message(role, content):
 def check_messages(messages, where):
     """Return the messages with roles as templates know them. DataError: as `as_document` says."""
     if not isinstance(messages, list):
-        raise DataError(f"{where} holds a {type(messages).__name__}, not a list of messages: convert it")
+        raise DataError(
+            f"{where} holds a {type(messages).__name__}, not a list of messages: convert it"
+        )
     checked, before = [], None
     for number, entry in enumerate(messages, start=1):
-        if not isinstance(entry, dict) or not {"role", "from"} & set(entry) or not {"content", "value"} & set(entry):
-            raise DataError(f'{where}, message {number} is no {{"role": ..., "content": ...}}: mend it')
+        if (
+            not isinstance(entry, dict)
+            or not {"role", "from"} & set(entry)
+            or not {"content", "value"} & set(entry)
+        ):
+            raise DataError(
+                f'{where}, message {number} is no {{"role": ..., "content": ...}}: mend it'
+            )
         if entry.get("tool_calls"):
-            raise DataError(f"{where}, message {number} calls tools, which no template here writes: drop the row")
-        role, content = entry.get("role") or entry.get("from"), entry.get("content") or entry.get("value")
+            raise DataError(
+                f"{where}, message {number} calls tools, which no template here writes: drop the row"
+            )
+        role, content = (
+            entry.get("role") or entry.get("from"),
+            entry.get("content") or entry.get("value"),
+        )
         role = ROLES.get(role, role) if isinstance(role, str) else role
         if role not in tuple(FOLLOWS):
-            raise DataError(f"{where}, message {number} has the role {role!r}: it must be one of {', '.join(FOLLOWS)}")
+            raise DataError(
+                f"{where}, message {number} has the role {role!r}: it must be one of {', '.join(FOLLOWS)}"
+            )
         if not isinstance(content, str) or not content.strip():
-            raise DataError(f"{where}, message {number} ({role}) has no text: fill it, or drop the row")
+            raise DataError(
+                f"{where}, message {number} ({role}) has no text: fill it, or drop the row"
+            )
         if before not in FOLLOWS[role]:
             raise DataError(
                 f"{where}, message {number}: roles are out of order, {role} after {before or 'nothing'}: a system "
@@ -233,5 +287,7 @@ def check_messages(messages, where):
         checked.append(message(role, content))
         before = role
     if all(entry["role"] != "assistant" for entry in checked):
-        raise DataError(f"{where} has no assistant's turn, so nothing to learn: add one, or drop the row")
+        raise DataError(
+            f"{where} has no assistant's turn, so nothing to learn: add one, or drop the row"
+        )
     return checked

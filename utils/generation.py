@@ -32,7 +32,11 @@ def generating(accelerator, model):
                 del unit.forward
     elif isinstance(model, FSDPModule):
         units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
-        freed = [unit for unit in units[1:] if list(unit.children()) or unit is model.get_input_embeddings()]
+        freed = [
+            unit
+            for unit in units[1:]
+            if list(unit.children()) or unit is model.get_input_embeddings()
+        ]
         for unit in freed:  # all but root, norm and head, which stay gathered anyhow
             unit.set_reshard_after_forward(not whole)
         yield model

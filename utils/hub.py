@@ -19,7 +19,10 @@ from huggingface_hub import HfApi, get_session
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, disable_progress_bars
 
-SIGN_OF_LIFE, SILENCE = 10, 60  # seconds that the Hub has to answer at all, and between two bytes of an upload
+SIGN_OF_LIFE, SILENCE = (
+    10,
+    60,
+)  # seconds that the Hub has to answer at all, and between two bytes of an upload
 # hf_xet raises ConnectionError, and a gateway that fails may answer with a page that is no JSON
 TEMPORARY = (TimeoutException, NetworkError, RemoteProtocolError, ConnectionError, JSONDecodeError)
 
@@ -74,7 +77,9 @@ class HubPusher:
         Returns whether the newest push to every path_in_repo arrived. Never raises; later pushes are not sent.
         """
         with self.changed:
-            in_time = self.changed.wait_for(lambda: self.closed or not (self.waiting or self.sending), timeout)
+            in_time = self.changed.wait_for(
+                lambda: self.closed or not (self.waiting or self.sending), timeout
+            )
             self.closed = True
             self.changed.notify_all()
         self.snapshots.cleanup()
@@ -83,13 +88,19 @@ class HubPusher:
                 print(f"hub: pushed to {self.url}", flush=True)
             return True
         if not in_time:
-            self.reason = f"not done after {timeout:g} seconds" + (f" [{self.reason}]" if self.reason else "")
+            self.reason = f"not done after {timeout:g} seconds" + (
+                f" [{self.reason}]" if self.reason else ""
+            )
             for thread in [one for one in concurrent.futures.thread._threads_queues if one.daemon]:
-                del concurrent.futures.thread._threads_queues[thread]  # uploads of ours, or Python's end awaits them
+                del concurrent.futures.thread._threads_queues[
+                    thread
+                ]  # uploads of ours, or Python's end awaits them
         private, commands = ["--private"] * self.private, []
         for path, (folder, _) in self.missing.items():
             words = ["hf", "upload", self.repo_id, str(folder), *filter(None, [path]), *private]
-            commands.append(shlex.join([*words, *(f"--exclude={pattern}" for pattern in self.ignored[path])]))
+            commands.append(
+                shlex.join([*words, *(f"--exclude={pattern}" for pattern in self.ignored[path])])
+            )
         commands = " && ".join(commands)
         self._say(f"{self.reason}; `{commands}` does it later")
         return False
@@ -118,17 +129,24 @@ class HubPusher:
                 api = HfApi(token=True)
                 get_session().timeout = SILENCE  # huggingface_hub itself would wait for ever
                 # asked first, for upload_folder tries for minutes to reach a Hub that is down
-                get_session().head(api.endpoint, headers=build_hf_headers(token=True), timeout=SIGN_OF_LIFE)
+                get_session().head(
+                    api.endpoint, headers=build_hf_headers(token=True), timeout=SIGN_OF_LIFE
+                )
                 if self.url is None:
                     self.url = api.create_repo(self.repo_id, private=self.private, exist_ok=True)
                     self.repo_id = self.url.repo_id
                 with disable_progress_bars():
                     api.upload_folder(
-                        repo_id=self.repo_id, folder_path=snapshot, path_in_repo=path, commit_message=message
+                        repo_id=self.repo_id,
+                        folder_path=snapshot,
+                        path_in_repo=path,
+                        commit_message=message,
                     )
                 return True
             except BaseException as caught:  # hf_xet's panics are no Exception
-                wrapped = type(caught) is RuntimeError and caught.__cause__  # what happened to a file in LFS
+                wrapped = (
+                    type(caught) is RuntimeError and caught.__cause__
+                )  # what happened to a file in LFS
                 error = wrapped or caught
             last = attempt == self.retries or not may_pass(error)
             self._fail(error, spoken=last and not self.closed)

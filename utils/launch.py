@@ -52,7 +52,9 @@ def start_accelerator(tf32=False, deterministic=False, **kwargs):
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     # peft's, where both of two tied layers are trained whole: they part, and the file holds both
-    warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True` and a tied layer is part of", UserWarning)
+    warnings.filterwarnings(
+        "ignore", "Model has `tie_word_embeddings=True` and a tied layer is part of", UserWarning
+    )
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
@@ -63,7 +65,9 @@ def start_accelerator(tf32=False, deterministic=False, **kwargs):
     transformers.utils.logging.disable_progress_bar()
     # both set by `accelerate launch`, the first for one process, too
     if {"ACCELERATE_DYNAMO_BACKEND", "LOCAL_RANK"} & set(os.environ) and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # a launcher that is killed leaves no process behind
+        ctypes.CDLL(None).prctl(
+            PR_SET_PDEATHSIG, signal.SIGTERM
+        )  # a launcher that is killed leaves no process behind
     use_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     use_fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     if use_deepspeed:
@@ -73,8 +77,12 @@ def start_accelerator(tf32=False, deterministic=False, **kwargs):
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = TIMEOUT
     turned_off = []
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said here, DeepSpeed need not warn that it found none
-        if "bitsandbytes" in sys.modules:  # some CPUs would repack 4-bit weights to answer, in place and coarser
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # said here, DeepSpeed need not warn that it found none
+        if (
+            "bitsandbytes" in sys.modules
+        ):  # some CPUs would repack 4-bit weights to answer, in place and coarser
             sys.modules["bitsandbytes.nn.modules"].has_avx512bf16 = lambda: False
     on_gpu = uses_gpu()
     threads = use_all_cores() if on_gpu else 0
@@ -102,11 +110,17 @@ def start_accelerator(tf32=False, deterministic=False, **kwargs):
     accelerator = Accelerator(**kwargs)
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
-        raise RuntimeError(f"{launched} processes were launched, but accelerate runs {accelerator.num_processes}")
+        raise RuntimeError(
+            f"{launched} processes were launched, but accelerate runs {accelerator.num_processes}"
+        )
     if use_fsdp and (policy := accelerator.state.fsdp_plugin.mixed_precision_policy) is not None:
         # accelerate's rounds to bf16 or fp16 what must not be: gradients on their way, the rotary embedding's
         # frequencies (a buffer) under version 1, and the loss (an output) under version 2
-        kept = {"buffer_dtype": torch.float32} if hasattr(policy, "buffer_dtype") else {"output_dtype": None}
+        kept = (
+            {"buffer_dtype": torch.float32}
+            if hasattr(policy, "buffer_dtype")
+            else {"output_dtype": None}
+        )
         policy = dataclasses.replace(policy, reduce_dtype=torch.float32, **kept)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     if offloads_optimizer(accelerator) and (reason := cpu_adam_failure(accelerator)):
@@ -202,7 +216,11 @@ def adamw(name):
         return partial(torch.optim.AdamW, fused=PartialState().device.type == "cuda")
     import bitsandbytes
 
-    classes = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw_32bit": "PagedAdamW32bit"}
+    classes = {
+        "adamw_8bit": "AdamW8bit",
+        "paged_adamw_8bit": "PagedAdamW8bit",
+        "paged_adamw_32bit": "PagedAdamW32bit",
+    }
     return getattr(bitsandbytes.optim, classes[name])
 
 
@@ -264,7 +282,10 @@ def turn_off_gpu_settings():
 def offloads_optimizer(accelerator):
     """Return whether DeepSpeed keeps the optimizer off the device, where it wants to step with its own CPU Adam."""
     plugin = accelerator.deepspeed_plugin
-    return plugin is not None and plugin.get_value("zero_optimization.offload_optimizer.device", "none") != "none"
+    return (
+        plugin is not None
+        and plugin.get_value("zero_optimization.offload_optimizer.device", "none") != "none"
+    )
 
 
 def cpu_adam_failure(accelerator):
@@ -295,5 +316,9 @@ def describe(accelerator):
     else:
         strategy = "DistributedDataParallel"
     backend = torch.distributed.get_backend() if torch.distributed.is_initialized() else "no"
-    processes = f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}"
-    return f"Running {strategy} on {processes}, {accelerator.device.type} device, {backend} backend."
+    processes = (
+        f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}"
+    )
+    return (
+        f"Running {strategy} on {processes}, {accelerator.device.type} device, {backend} backend."
+    )

@@ -40,12 +40,18 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, scale, softcap, chunk, gradients=True):
         device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        for_hidden, for_weight, for_bias = (gradients and needed for needed in ctx.needs_input_grad[:3])
+        dtype = (
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        )
+        for_hidden, for_weight, for_bias = (
+            gradients and needed for needed in ctx.needs_input_grad[:3]
+        )
         to_hidden = torch.zeros_like(hidden) if for_hidden else None
         to_weight = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
         to_bias = torch.zeros_like(bias, dtype=torch.float32) if for_bias else None
-        loss, correct = (hidden.new_zeros((), dtype=torch.float32) for _ in range(2))  # no views, of which FSDP2 warns
+        loss, correct = (
+            hidden.new_zeros((), dtype=torch.float32) for _ in range(2)
+        )  # no views, of which FSDP2 warns
         with torch.autocast(device, enabled=False):
             head, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
             for rows in torch.arange(len(labels), device=hidden.device).split(chunk):
@@ -61,7 +67,9 @@ class HeadLoss(torch.autograd.Function):
                     correct += (logits.argmax(-1, keepdim=True) == label).sum()
                     continue
                 # towards the logits: the softmax, minus 1 at the label
-                gradient = likelihood.exp_().scatter_add_(-1, label, torch.full_like(label, -1, dtype=torch.float32))
+                gradient = likelihood.exp_().scatter_add_(
+                    -1, label, torch.full_like(label, -1, dtype=torch.float32)
+                )
                 if softcap is not None:
                     gradient *= 1 - (logits / softcap) ** 2
                 if scale != 1:
@@ -145,7 +153,9 @@ def add_token_loss(model, chunk_bytes=None):
         correct = (logits.argmax(-1) == labels).sum()
         return functional.cross_entropy(logits, labels, reduction="sum"), correct
 
-    @wraps(plain)  # whose arguments generate looks at, to ask for the logits of the last token alone
+    @wraps(
+        plain
+    )  # whose arguments generate looks at, to ask for the logits of the last token alone
     def forward(input_ids=None, labels=None, full_logits=False, label_positions=None, **kwargs):
         if labels is None or full_logits:
             return plain(input_ids=input_ids, labels=labels, **kwargs)
@@ -164,7 +174,10 @@ def add_token_loss(model, chunk_bytes=None):
             checkpoint(chunk_loss, *part, use_reentrant=False)
             for part in zip(rows.tensor_split(int(chunks)), labels.tensor_split(int(chunks)))
         ]
-        return {"loss": sum(loss for loss, _ in losses), "correct": sum(correct for _, correct in losses)}
+        return {
+            "loss": sum(loss for loss, _ in losses),
+            "correct": sum(correct for _, correct in losses),
+        }
 
     causal.forward = forward
 
@@ -192,7 +205,11 @@ def check_token_loss(accelerator, model, packed, alone):
         causal.set_attn_implementation("eager")
         theirs = 0.0
         for batch in alone:
-            inputs = {"input_ids": batch["input_ids"], "labels": batch["labels"], "use_cache": False}
+            inputs = {
+                "input_ids": batch["input_ids"],
+                "labels": batch["labels"],
+                "use_cache": False,
+            }
             mean = float(model(**inputs, full_logits=True).loss)
             theirs += mean * int(batch["labels"][:, 1:].ne(-100).sum())
         causal.set_attn_implementation(attention)
@@ -204,11 +221,11 @@ def check_token_loss(accelerator, model, packed, alone):
         changed = float(model(**others | {"input_ids": ids})["loss"])
     model.train(was_training)
     weight = causal.get_input_embeddings().weight
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, weight.dtype)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
+        accelerator.mixed_precision, weight.dtype
+    )
     if abs(kept - changed) > LEAK[dtype] * abs(kept):
         return f"{type(causal).__name__} lets documents that stand side by side see each other"
     if abs(ours - theirs) <= TOLERANCE[dtype] * abs(theirs):
         return None
-    return (
-        f"{type(causal).__name__} has a loss of {theirs:.4f} on documents one by one, and of {ours:.4f} side by side"
-    )
+    return f"{type(causal).__name__} has a loss of {theirs:.4f} on documents one by one, and of {ours:.4f} side by side"

@@ -59,13 +59,19 @@ class MemoryTracker:
         exception goes on. ValueError: the name was measured before, or another phase is still running.
         """
         if self.running is not None:
-            raise ValueError(f"phase {name!r} cannot begin inside phase {self.running!r}: phases do not nest")
+            raise ValueError(
+                f"phase {name!r} cannot begin inside phase {self.running!r}: phases do not nest"
+            )
         if name in self.entries:
-            raise ValueError(f"phase {name!r} was measured before: give every phase a name of its own")
+            raise ValueError(
+                f"phase {name!r} was measured before: give every phase a name of its own"
+            )
         self.running = name
 
         gc.collect()
-        on_gpu = PartialState().device.type == "cuda"  # of this run: a machine with GPUs can also train on its CPU
+        on_gpu = (
+            PartialState().device.type == "cuda"
+        )  # of this run: a machine with GPUs can also train on its CPU
         if on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -90,7 +96,9 @@ class MemoryTracker:
                 self.seconds[name] = time.perf_counter() - start
                 stop.set()
                 thread.join()
-                cpu_peak = max(cpu_peak, resident())  # before the collection: what it frees still lived in the phase
+                cpu_peak = max(
+                    cpu_peak, resident()
+                )  # before the collection: what it frees still lived in the phase
                 gc.collect()
                 if on_gpu:
                     torch.cuda.empty_cache()
@@ -134,7 +142,9 @@ def report(name: str, entry: dict[str, int]) -> str:
     """The eight printed lines of a phase, in MB of 2**20 bytes; rounded, then subtracted, so that they add up."""
     lines = []
     for kind in ("gpu", "cpu"):
-        begin, end, peak = (round(entry[f"{kind}_{moment}"] / MB) for moment in ("begin", "end", "peak"))
+        begin, end, peak = (
+            round(entry[f"{kind}_{moment}"] / MB) for moment in ("begin", "end", "peak")
+        )
         lines += [
             f"{kind.upper()} Memory before entering the {name} : {begin}",
             f"{kind.upper()} Memory consumed at the end of the {name} (end-begin): {end - begin}",
@@ -147,7 +157,9 @@ def report(name: str, entry: dict[str, int]) -> str:
 def gpu_total() -> int:
     """Bytes of memory of the GPU of this process; 0 without one."""
     on_gpu = PartialState().device.type == "cuda"
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if on_gpu else 0
+    return (
+        torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if on_gpu else 0
+    )
 
 
 def fits_whole(accelerator, model) -> bool:
@@ -158,10 +170,16 @@ def fits_whole(accelerator, model) -> bool:
     """
     needed = 0
     for parameter in model.parameters():
-        whole = getattr(parameter, "ds_shape", getattr(parameter, "_unpadded_unsharded_size", parameter.shape))
+        whole = getattr(
+            parameter, "ds_shape", getattr(parameter, "_unpadded_unsharded_size", parameter.shape)
+        )
         needed += whole.numel() * parameter.element_size()
     if accelerator.device.type == "cuda":
-        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        free = (
+            torch.cuda.mem_get_info()[0]
+            + torch.cuda.memory_reserved()
+            - torch.cuda.memory_allocated()
+        )
     else:
         available = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
         free = int(available[1]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -184,7 +202,9 @@ def draw_memory(memory: dict[str, list[dict[str, int]]], limit: int = 0):
 
     `limit`, in bytes, is drawn as a line in the panel of the GPU; 0 draws none. `memory` has at least one phase.
     """
-    from matplotlib.figure import Figure  # without pyplot: it chooses no backend and needs no closing
+    from matplotlib.figure import (
+        Figure,
+    )  # without pyplot: it chooses no backend and needs no closing
 
     processes = len(next(iter(memory.values())))
     used_gpu = any(entry["gpu_peak"] for entries in memory.values() for entry in entries)
@@ -196,7 +216,8 @@ def draw_memory(memory: dict[str, list[dict[str, int]]], limit: int = 0):
     for kind, panel in zip(kinds, panels):
         for number, (name, entries) in enumerate(memory.items()):
             begin, end, peak = (
-                [entry[f"{kind}_{moment}"] / MB for entry in entries] for moment in ("begin", "end", "peak")
+                [entry[f"{kind}_{moment}"] / MB for entry in entries]
+                for moment in ("begin", "end", "peak")
             )
             center = [rank + (number + 0.5) * width - 0.4 for rank in range(processes)]
             panel.bar(center, peak, width, color=f"C{number}", alpha=0.6, label=name)

@@ -28,7 +28,11 @@ def best_fit(lengths, capacity):
     Best fit, longest first: every document goes into the fullest bin that has room for it. Needs at most 11/9 of the
     fewest possible bins, and one (Johnson et al. 1974, doi:10.1137/0203025). Each length is 1 to `capacity`.
     """
-    rooms, by_room, bins = [], {}, []  # rooms: sorted, those that some bin has; by_room: room -> bins
+    rooms, by_room, bins = (
+        [],
+        {},
+        [],
+    )  # rooms: sorted, those that some bin has; by_room: room -> bins
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         at = bisect_left(rooms, lengths[index])
         if at < len(rooms):
@@ -76,7 +80,9 @@ def join(documents):
     labels = [label for document in documents for label in [-100, *document["labels"][1:]]]
     positions = [place for place, label in enumerate(labels[1:]) if label != -100]
     return {
-        "input_ids": torch.tensor([[token for document in documents for token in document["input_ids"]]]),
+        "input_ids": torch.tensor(
+            [[token for document in documents for token in document["input_ids"]]]
+        ),
         "labels": torch.tensor([labels]),
         "label_positions": torch.tensor(positions, dtype=torch.int64),
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
@@ -123,7 +129,9 @@ class Batches(IterableDataset):
 
     def __iter__(self):
         worker = get_worker_info()
-        own = islice(self.generate(), worker.id if worker else 0, None, worker.num_workers if worker else 1)
+        own = islice(
+            self.generate(), worker.id if worker else 0, None, worker.num_workers if worker else 1
+        )
         return (fetch(places, self.documents) for places in own)
 
 
@@ -151,7 +159,9 @@ def build_loader(endless, documents, size, start, process, processes, num_worker
 
 def split_evenly(places, documents, size, process, processes):
     """Return a process's batches of an evaluation, as many as every other's: where it has none, one without labels."""
-    starts = range(process * size, len(places) + -len(places) % (size * processes), size * processes)
+    starts = range(
+        process * size, len(places) + -len(places) % (size * processes), size * processes
+    )
     filler = {"input_ids": [0, 0], "labels": [-100, -100]}
     batches = []
     for start in starts:
@@ -203,10 +213,16 @@ def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
     """
     unknown = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
     if unknown or len(query) != 1 or not getattr(module, "is_causal", True):
-        raise ValueError(f"{type(module).__name__} attends in a way ({unknown}) that this function does not know")
+        raise ValueError(
+            f"{type(module).__name__} attends in a way ({unknown}) that this function does not know"
+        )
     # the rotary embedding multiplies by float32 numbers; under autocast the values are bf16 or fp16
     query, key = query.to(value.dtype), key.to(value.dtype)
-    window, softcap, starts = kwargs.get("sliding_window"), kwargs.get("softcap"), kwargs.get("cu_seq_lens_q")
+    window, softcap, starts = (
+        kwargs.get("sliding_window"),
+        kwargs.get("softcap"),
+        kwargs.get("cu_seq_lens_q"),
+    )
     if starts is None:  # generation: one document, perhaps with the keys of what came before
         whole = one_document(query, key, value, window, softcap, dropout, scaling)
         return whole.transpose(1, 2), None
@@ -236,7 +252,8 @@ def one_document(query, key, value, window, softcap, dropout, scaling):
     mask = None
     if softcap is not None or queries not in (1, keys) or (window is not None and keys > window):
         back = (
-            torch.arange(keys, device=query.device) - torch.arange(keys - queries, keys, device=query.device)[:, None]
+            torch.arange(keys, device=query.device)
+            - torch.arange(keys - queries, keys, device=query.device)[:, None]
         )
         mask = back <= 0 if window is None else (back <= 0) & (back > -window)
     if (query.is_cuda or softcap is not None) and query.shape[1] != key.shape[1]:
@@ -246,7 +263,9 @@ def one_document(query, key, value, window, softcap, dropout, scaling):
     if softcap is None:
         causal = mask is None and queries > 1
         options = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-        return functional.scaled_dot_product_attention(query, key, value, mask, dropout, causal, **options)
+        return functional.scaled_dot_product_attention(
+            query, key, value, mask, dropout, causal, **options
+        )
     scores = query @ key.transpose(2, 3) * scaling
     scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, -torch.inf)
     weights = functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)

@@ -48,7 +48,9 @@ def full_shape(parameter):
     """Return the whole shape of a parameter, of which a sharding strategy leaves a process only a slice."""
     if hasattr(parameter, "ds_shape"):  # ZeRO-3
         return tuple(parameter.ds_shape)
-    if hasattr(parameter, "_unpadded_unsharded_size"):  # FSDP1 flattens the parameters of a unit into one
+    if hasattr(
+        parameter, "_unpadded_unsharded_size"
+    ):  # FSDP1 flattens the parameters of a unit into one
         return tuple(parameter._unpadded_unsharded_size)
     return tuple(parameter.shape)
 
@@ -59,7 +61,9 @@ def held_part(parameter):
         return parameter.ds_tensor
     if hasattr(parameter, "_local_shard"):  # FSDP1
         return parameter._local_shard
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter.data  # FSDP2, or whole
+    return (
+        parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
+    )  # FSDP2, or whole
 
 
 def count_bytes(tensors):
@@ -80,11 +84,15 @@ def bytes_held(parameters):
 
 def count_elements(model, trained_alone=False):
     """Return how many numbers a model has; of a 4-bit weight, which packs several into one element, all of them."""
-    count = sum(math.prod(full_shape(p)) for p in model.parameters() if p.requires_grad or not trained_alone)
+    count = sum(
+        math.prod(full_shape(p)) for p in model.parameters() if p.requires_grad or not trained_alone
+    )
     if not trained_alone:
         for module in model.modules():
             if getattr(module, "quant_state", None) is not None:  # of a bitsandbytes.nn.Linear4bit
-                packed = math.ceil(module.quant_state.shape.numel() / 2) // module.quant_storage.itemsize
+                packed = (
+                    math.ceil(module.quant_state.shape.numel() / 2) // module.quant_storage.itemsize
+                )
                 count += module.quant_state.shape.numel() - packed
     return count
 
@@ -97,9 +105,16 @@ def check_sharding(accelerator, model):
     parameters = list(accelerator.unwrap_model(model).parameters())
     held, whole = bytes_held(parameters)
     total, most = sum(whole.values()), max(sum(sizes.values()) for sizes in held)
-    sizes = [", ".join(f"{dtype} {size:,}" for dtype, size in sorted(one.items())) for one in (*held, whole)]
-    accelerator.print(f"bytes of parameters per process: {' | '.join(sizes[:-1])}; of the whole model: {sizes[-1]}")
-    if most > 1.1 * total / shards(accelerator) + 2**16:  # the rest is padding, of which small models have much
+    sizes = [
+        ", ".join(f"{dtype} {size:,}" for dtype, size in sorted(one.items()))
+        for one in (*held, whole)
+    ]
+    accelerator.print(
+        f"bytes of parameters per process: {' | '.join(sizes[:-1])}; of the whole model: {sizes[-1]}"
+    )
+    if (
+        most > 1.1 * total / shards(accelerator) + 2**16
+    ):  # the rest is padding, of which small models have much
         fail_together(
             accelerator,
             f"a process holds {most:,} of {total:,} bytes of parameters, and {strategy(accelerator)} should spread "
@@ -123,7 +138,9 @@ def save_optimizer_once(accelerator, model, optimizer):
             state, buffer = optimizer_state(accelerator, model, optimizer), io.BytesIO()
             torch.save(state, buffer)
             buffer.seek(0)
-            if accelerator.distributed_type != DistributedType.DEEPSPEED:  # which pickles objects of its own
+            if (
+                accelerator.distributed_type != DistributedType.DEEPSPEED
+            ):  # which pickles objects of its own
                 torch.load(buffer, weights_only=True)
         except Exception as error:  # whatever a strategy raises about a state that it does not know
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
@@ -148,8 +165,12 @@ def optimizer_state(accelerator, model, optimizer):
         return accelerator.deepspeed_engine_wrapped.engine.optimizer.state_dict()
     if strategy(accelerator) == "fsdp1":
         state = FSDP.optim_state_dict(model, optimizer.optimizer)
-        if any(isinstance(value, dict) for entry in state["state"].values() for value in entry.values()):
-            raise ValueError("FSDP gathers no tensors that lie in a dict, each process would save its slice alone")
+        if any(
+            isinstance(value, dict) for entry in state["state"].values() for value in entry.values()
+        ):
+            raise ValueError(
+                "FSDP gathers no tensors that lie in a dict, each process would save its slice alone"
+            )
         return state
     return optimizer.state_dict()
 
@@ -160,8 +181,15 @@ def shards(accelerator):
         plugin = accelerator.state.fsdp_plugin
         if plugin.fsdp_version == 2:
             mesh = accelerator.torch_device_mesh
-            return accelerator.num_processes if mesh is None else accelerator.parallelism_config.dp_shard_size
-        if plugin.sharding_strategy in (ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP):
+            return (
+                accelerator.num_processes
+                if mesh is None
+                else accelerator.parallelism_config.dp_shard_size
+            )
+        if plugin.sharding_strategy in (
+            ShardingStrategy.FULL_SHARD,
+            ShardingStrategy.SHARD_GRAD_OP,
+        ):
             return accelerator.num_processes
     return accelerator.num_processes if strategy(accelerator) == "zero3" else 1
 
@@ -171,7 +199,11 @@ def begin_log(output_dir, start):
     path = Path(output_dir, "log.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_text().splitlines(keepends=True) if start and path.is_file() else []
-    path.write_text("".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= start))
+    path.write_text(
+        "".join(
+            line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= start
+        )
+    )
 
 
 def note(accelerator, output_dir, values):
@@ -218,8 +250,12 @@ def collect_metrics(accelerator, model, config, tracker, score, updates, metric=
         "config": asdict(config),
         "versions": {library: version(library) for library in LIBRARIES if find_spec(library)},
         "strategy": strategy(accelerator),
-        "offload": engine["offload_param"] if engine["offload_optimizer"] == "none" else engine["offload_optimizer"],
-        "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
+        "offload": engine["offload_param"]
+        if engine["offload_optimizer"] == "none"
+        else engine["offload_optimizer"],
+        "device": torch.cuda.get_device_name()
+        if accelerator.device.type == "cuda"
+        else accelerator.device.type,
         "num_processes": accelerator.num_processes,
         "mixed_precision": mixed_precision(accelerator),
         "trained_dtype": str(trained_dtype(accelerator, parameters)).removeprefix("torch."),
@@ -263,7 +299,9 @@ def trained_dtype(accelerator, parameters):
         return next(p.dtype for p in parameters if p.requires_grad)
     zero = accelerator.deepspeed_engine_wrapped.engine.optimizer
     stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
-    return (zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups)[0].dtype
+    return (zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups)[
+        0
+    ].dtype
 
 
 def engine_facts(accelerator, parameters):
@@ -277,9 +315,14 @@ def engine_facts(accelerator, parameters):
     facts = {"offload_optimizer": "none", "offload_param": "none"}
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         engine = accelerator.deepspeed_engine_wrapped.engine
-        for part, offload in (("optimizer", engine.zero_offload_optimizer()), ("param", engine.zero_offload_param())):
+        for part, offload in (
+            ("optimizer", engine.zero_offload_optimizer()),
+            ("param", engine.zero_offload_param()),
+        ):
             facts[f"offload_{part}"] = "none" if offload is None else str(offload.device)
-    elif accelerator.device.type != "cpu" and held_part(parameters[0]).device.type == "cpu":  # FSDP's
+    elif (
+        accelerator.device.type != "cpu" and held_part(parameters[0]).device.type == "cpu"
+    ):  # FSDP's
         facts = {"offload_optimizer": "cpu", "offload_param": "cpu"}
     gradients = sum(not p.requires_grad and p.grad is not None for p in parameters)
     return facts | {
@@ -334,7 +377,12 @@ def earlier_files(target):
 
 def name_in_file(name):
     """Return the key that PEFT's files have for a trained parameter: its name without the adapter's and wrappers'."""
-    for part in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", ".modules_to_save.default", ".default"):
+    for part in (
+        "_fsdp_wrapped_module.",
+        "_checkpoint_wrapped_module.",
+        ".modules_to_save.default",
+        ".default",
+    ):
         name = name.replace(part, "")
     return name
 
@@ -352,12 +400,18 @@ def check_adapter(folder, trained, learning_rates):
         for name, parameter in trained.items():
             key = name_in_file(name)
             if key not in keys:
-                fail(f"the written adapter lacks {key}: every process must gather it before one saves")
+                fail(
+                    f"the written adapter lacks {key}: every process must gather it before one saves"
+                )
             tensor = file.get_tensor(key)
             if tuple(tensor.shape) != full_shape(parameter):
-                fail(f"the written adapter's {key} is {tuple(tensor.shape)}, not {full_shape(parameter)}: gather it")
+                fail(
+                    f"the written adapter's {key} is {tuple(tensor.shape)}, not {full_shape(parameter)}: gather it"
+                )
             if not torch.isfinite(tensor).all():
-                fail(f"the written adapter has values in {key} that are no numbers: lower --learning_rate")
+                fail(
+                    f"the written adapter has values in {key} that are no numbers: lower --learning_rate"
+                )
             if "lora_B" in key and any(learning_rates) and not tensor.any():
                 fail(f"the written adapter has {key} at its start, 0: it was not trained")
 
@@ -371,17 +425,27 @@ def check_model(folder, num_elements):
                 tensor = file.get_tensor(key)
                 found += tensor.numel()
                 if not torch.isfinite(tensor).all():
-                    fail(f"the written model has values in {key} that are no numbers: lower --learning_rate")
+                    fail(
+                        f"the written model has values in {key} that are no numbers: lower --learning_rate"
+                    )
     if found < num_elements:  # buffers that are saved count on top
-        fail(f"the written model holds {found} of {num_elements} elements: every process must gather before one saves")
+        fail(
+            f"the written model holds {found} of {num_elements} elements: every process must gather before one saves"
+        )
 
 
 def write_metrics(folder, metrics):
     """Write README.md, the model card, and metrics.json with the size of every other file in it."""
     config, score = metrics["config"], metrics["score"]
     name = config["model_name_or_path"]
-    base_model = "" if Path(name).is_dir() else f"base_model: {name}\n"  # the Hub refuses a card with a path
-    columns = f", column `{config['label_column']}` from `{config['text_column']}`" if "label_column" in config else ""
+    base_model = (
+        "" if Path(name).is_dir() else f"base_model: {name}\n"
+    )  # the Hub refuses a card with a path
+    columns = (
+        f", column `{config['label_column']}` from `{config['text_column']}`"
+        if "label_column" in config
+        else ""
+    )
     measure = "exact-match accuracy" if score["metric"] == "accuracy" else score["metric"]
     held_out = ""
     if score["after"] is not None:
@@ -413,7 +477,10 @@ def load_lines(folder, output_dir, config):
         name = json.loads((folder / "config.json").read_text())["architectures"][0]
     lines, options = [f"from {library(folder)} import {name}"], f'"{output_dir}"'
     if config.get("use_4bit_quantization", "bnb_4bit_quant_storage" in config):
-        kind, nested = config.get("bnb_4bit_quant_type", "nf4"), config.get("use_nested_quant", True)
+        kind, nested = (
+            config.get("bnb_4bit_quant_type", "nf4"),
+            config.get("use_nested_quant", True),
+        )
         lines += [
             "from transformers import BitsAndBytesConfig",
             f'four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="{kind}", '
@@ -427,7 +494,9 @@ def load_lines(folder, output_dir, config):
 def print_results(config, metrics, predictions, labels):
     """Print the score, ten predictions beside their labels, what was saved with its bytes, and how to load it."""
     score = metrics["score"]
-    print(f"accuracy={score['after']:.4f} on {len(labels)} held-out rows (before training {score['before']:.4f})")
+    print(
+        f"accuracy={score['after']:.4f} on {len(labels)} held-out rows (before training {score['before']:.4f})"
+    )
     width = max(len(repr(prediction)) for prediction in predictions[:10])
     for prediction, label in zip(predictions[:10], labels[:10]):
         print(f"  prediction {prediction!r:<{width}}  label {label!r}")
@@ -448,7 +517,10 @@ def push_to_hub(config):
     hub = HfApi()
     try:
         hub.create_repo(config.hub_model_id, private=True, exist_ok=True)
-        print("pushed to", hub.upload_folder(repo_id=config.hub_model_id, folder_path=config.output_dir).repo_url)
+        print(
+            "pushed to",
+            hub.upload_folder(repo_id=config.hub_model_id, folder_path=config.output_dir).repo_url,
+        )
     except Exception as error:  # no network, no token, no rights: the files stay where they are
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         fail(
@@ -477,5 +549,7 @@ def finish_run(accelerator, config, metrics, predictions, labels):
     if is_main_process:
         print_results(config, metrics, predictions, labels)
     end_run(accelerator)
-    if is_main_process and config.hub_model_id:  # alone: a long upload must not run into a collective's time limit
+    if (
+        is_main_process and config.hub_model_id
+    ):  # alone: a long upload must not run into a collective's time limit
         push_to_hub(config)

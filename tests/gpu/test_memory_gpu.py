@@ -51,7 +51,9 @@ def test_run_on_the_cpu_of_this_machine_has_no_gpu_figures():
     with tracker.phase("train"):
         pass
     del planted
-    assert not any(value for key, value in tracker.entries["train"].items() if key.startswith("gpu"))
+    assert not any(
+        value for key, value in tracker.entries["train"].items() if key.startswith("gpu")
+    )
     assert gpu_total() == 0
 
 

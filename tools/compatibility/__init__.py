@@ -33,7 +33,9 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "compatibility.json"
 PAGE = ROOT / "docs" / "compatibility.md"
 LIBRARIES = ("torch", "accelerate", "deepspeed", "transformers", "peft", "bitsandbytes")
-TIME_LIMIT = 400  # seconds for a step of a cell, with room for compiling DeepSpeed's CPU Adam; then it hangs
+TIME_LIMIT = (
+    400  # seconds for a step of a cell, with room for compiling DeepSpeed's CPU Adam; then it hangs
+)
 TOLERANCE = 1e-3  # of losses and gradient norms, relative to those of one process
 LOGITS_TOLERANCE = 1e-4  # of the reloaded and of the merged model
 LEAST_FALL = 0.01  # of the loss from the first update to the last, relative
@@ -63,11 +65,19 @@ def run_process(step, job):
 
 def start_server():
     """Return the context whose processes are forked from one that has paid for the imports, once."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; as `accelerate launch` sets it for two processes
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to look for a GPU must not touch it before the fork
+    os.environ["OMP_NUM_THREADS"] = (
+        "1"  # before torch is imported; as `accelerate launch` sets it for two processes
+    )
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
+    )
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = (
+        "1"  # to look for a GPU must not touch it before the fork
+    )
     if not count_gpus():
-        os.environ["DS_ACCELERATOR"] = "cpu"  # said here, DeepSpeed need not warn that it found none
+        os.environ["DS_ACCELERATOR"] = (
+            "cpu"  # said here, DeepSpeed need not warn that it found none
+        )
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tools.compatibility.cell"])
     return context
@@ -85,7 +95,9 @@ def run_step(context, step, jobs, folder, limit=TIME_LIMIT):
     try:
         while any(process.is_alive() for process in processes) and time.monotonic() < end:
             if any(process.exitcode for process in processes):
-                end = min(end, time.monotonic() + 2)  # the others may have an error of their own to tell
+                end = min(
+                    end, time.monotonic() + 2
+                )  # the others may have an error of their own to tell
             time.sleep(0.02)
         failed = [process.exitcode for process in processes if process.exitcode]
         hangs = any(process.is_alive() for process in processes) and not failed
@@ -102,7 +114,11 @@ def run_step(context, step, jobs, folder, limit=TIME_LIMIT):
         return min(errors, key=lambda error: ("by peer" in error["message"], error["time"]))
     if hangs or failed:
         at = folder / "check.txt"
-        message = f"hangs: no end after {limit} s" if hangs else f"a process ended with exit code {failed[0]}"
+        message = (
+            f"hangs: no end after {limit} s"
+            if hangs
+            else f"a process ended with exit code {failed[0]}"
+        )
         return {"check": at.read_text() if at.is_file() else "starts", "message": message}
     return {}
 
@@ -114,7 +130,9 @@ def measure(context, cell, model_folder, log):
     if cell.endswith("/fsdp1") and setting and "error" in facts:
         again = run_cell(context, cell, setting, model_folder, log)
         if "error" not in again:
-            return again | {"without": f"{CHECKS[facts['error']['check']]}: {facts['error']['message']}"}
+            return again | {
+                "without": f"{CHECKS[facts['error']['check']]}: {facts['error']['message']}"
+            }
     return facts
 
 
@@ -148,7 +166,9 @@ def run_cell(context, cell, setting, model_folder, log):
         found = [json.loads(file.read_text()) for file in sorted(folder.glob("found-*.json"))]
     facts = {key: value for one in found for key, value in one.items()}
     facts["seconds"] = round(time.monotonic() - started, 1)
-    return facts | ({"error": {"check": error["check"], "message": plain(error["message"])}} if error else {})
+    return facts | (
+        {"error": {"check": error["check"], "message": plain(error["message"])}} if error else {}
+    )
 
 
 def plain(message):
@@ -186,13 +206,19 @@ def judge(cell, facts, reference):
         answers["starts"] = ""
         asked = row.optimizer.rpartition(".")[2]
         if row.optimizer != Row.optimizer:
-            answers["optimizer"] = "" if facts["optimizer"] == asked else f"{asked} became {facts['optimizer']}"
+            answers["optimizer"] = (
+                "" if facts["optimizer"] == asked else f"{asked} became {facts['optimizer']}"
+            )
         if "--dynamo_backend" in row.flags and "graphs" in facts:
-            answers["compiles"] = "" if facts["graphs"] else "torch.compile was asked for, and compiled no graph"
+            answers["compiles"] = (
+                "" if facts["graphs"] else "torch.compile was asked for, and compiled no graph"
+            )
         if column in SHARDED:
             share = max(facts["bytes"]) / facts["whole"]
             answers["shards"] = (
-                "" if share <= 1.1 / len(facts["bytes"]) else f"a process holds {share:.0%} of the bytes"
+                ""
+                if share <= 1.1 / len(facts["bytes"])
+                else f"a process holds {share:.0%} of the bytes"
             )
     if "losses" in facts:
         first, last = facts["losses"][0], facts["losses"][-1]
@@ -216,7 +242,8 @@ def compare_curves(facts, reference):
     """Return "" where losses and gradient norms are those of one process, else the largest relative difference."""
     for name, word in (("losses", "loss"), ("grad_norms", "gradient norm")):
         difference = max(
-            abs(a - b) / max(abs(b), 1e-9) if a == a else float("inf") for a, b in zip(facts[name], reference[name])
+            abs(a - b) / max(abs(b), 1e-9) if a == a else float("inf")
+            for a, b in zip(facts[name], reference[name])
         )
         if difference > TOLERANCE:
             return f"{word} differs by up to {difference:.2g} of the single process's"
@@ -270,7 +297,9 @@ def read_cells(folder, results=RESULTS):
 
 def dump(results):
     """Return the results as JSON with a line per cell, so that a difference names the cells."""
-    cells = ",\n".join(f"{json.dumps(cell)}: {json.dumps(facts)}" for cell, facts in results["cells"].items())
+    cells = ",\n".join(
+        f"{json.dumps(cell)}: {json.dumps(facts)}" for cell, facts in results["cells"].items()
+    )
     head = json.dumps(results | {"cells": {}}, indent=1)
     return head.removesuffix("{}\n}") + "{\n" + cells + "\n}\n}\n"
 
@@ -286,7 +315,9 @@ def select(patterns, cells):
         return [cell for cell in CELLS if cell not in cells]
     for pattern in patterns:
         if not any(fnmatch(cell, pattern) for cell in CELLS):
-            raise SystemExit(f"error: --only {pattern} names no cell: it is ROW/COLUMN, as lora/zero3 or 'lora/*'")
+            raise SystemExit(
+                f"error: --only {pattern} names no cell: it is ROW/COLUMN, as lora/zero3 or 'lora/*'"
+            )
     wanted = {cell for cell in CELLS if any(fnmatch(cell, pattern) for pattern in patterns)}
     references = {f"{cell.split('/')[0]}/single" for cell in wanted} - set(cells)
     return [cell for cell in CELLS if cell in wanted | references]
@@ -309,7 +340,10 @@ def measure_all(todo, folder, cells):
             cells[cell] = facts
             answers = judge(cell, facts, cells.get(f"{cell.split('/')[0]}/single"))
             reason = next((reason for reason in answers.values() if reason), "")
-            print(f"{number}/{len(todo)} {cell}: {status(answers, facts)} ({facts['seconds']} s) {reason}", flush=True)
+            print(
+                f"{number}/{len(todo)} {cell}: {status(answers, facts)} ({facts['seconds']} s) {reason}",
+                flush=True,
+            )
 
 
 # Render -------------------------------------------------------------------------------------------
@@ -332,7 +366,9 @@ def table(corner, entry):
 def render(results):
     """Return the page of the results, which are the content of docs/compatibility.json."""
     cells, notes = results["cells"], []
-    judged = {cell: judge(cell, cells[cell], cells.get(f"{cell.split('/')[0]}/single")) for cell in cells}
+    judged = {
+        cell: judge(cell, cells[cell], cells.get(f"{cell.split('/')[0]}/single")) for cell in cells
+    }
 
     def note(text):
         if text not in notes:
@@ -342,12 +378,20 @@ def render(results):
     def entry(cell):
         facts, row = cells.get(cell, {}), cell.split("/")[0]
         answers = judged.get(cell, {})
-        marks = [note(f"{CHECKS[check]}: `{why.replace('`', chr(39))}`") for check, why in answers.items() if why]
+        marks = [
+            note(f"{CHECKS[check]}: `{why.replace('`', chr(39))}`")
+            for check, why in answers.items()
+            if why
+        ]
         if "without" in facts:
             words = " ".join(SETTINGS[ROWS[row].setting])
-            marks.append(note(f"with `{words}`; without it `{facts['without'].replace('`', chr(39))}`"))
+            marks.append(
+                note(f"with `{words}`; without it `{facts['without'].replace('`', chr(39))}`")
+            )
         words = status(answers, facts)
-        return " ".join([words if words.startswith(("yes", "not measured")) else f"**{words}**", *marks])
+        return " ".join(
+            [words if words.startswith(("yes", "not measured")) else f"**{words}**", *marks]
+        )
 
     def bytes_entry(cell):
         facts = cells.get(cell, {})
@@ -357,12 +401,16 @@ def render(results):
     good = sum(not any(answers.values()) for answers in judged.values())
     return PAGE_TEMPLATE.format(
         table=main,
-        notes="\n".join(f'{number}. <a id="n{number}"></a>{text}' for number, text in enumerate(notes, 1)),
+        notes="\n".join(
+            f'{number}. <a id="n{number}"></a>{text}' for number, text in enumerate(notes, 1)
+        ),
         rows="\n".join(f"- `{name}`: {row.title}" for name, row in ROWS.items()),
         bytes=table("", bytes_entry),
         checkpoints=", ".join(f"`{name}`" for name, row in ROWS.items() if row.checkpoint),
         summary=f"{good} cells say yes, {len(judged) - good} do not, {len(CELLS) - len(judged)} are not measured",
-        versions=", ".join(f"{library} {number}" for library, number in results["versions"].items()),
+        versions=", ".join(
+            f"{library} {number}" for library, number in results["versions"].items()
+        ),
         hardware=results["hardware"],
         date=results["date"],
         tolerance=TOLERANCE,
@@ -433,10 +481,18 @@ Versions: {versions}. Hardware: {hardware}. Date: {date}.
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[], metavar="ROW/COLUMN", help="measure these anew")
-    parser.add_argument("--folder", default=ROOT / "outputs" / "compatibility", help="where single cells are kept")
-    parser.add_argument("--write", action="store_true", help="write docs/compatibility.md and .json at the end")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="ROW/COLUMN", help="measure these anew"
+    )
+    parser.add_argument(
+        "--folder", default=ROOT / "outputs" / "compatibility", help="where single cells are kept"
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="write docs/compatibility.md and .json at the end"
+    )
     options = parser.parse_args(arguments)
     cells = read_cells(options.folder)
     if todo := select(options.only, cells):

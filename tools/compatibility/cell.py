@@ -43,7 +43,9 @@ from utils.launch import start_accelerator
 from utils.report import bytes_held, held_part, name_in_file, optimizer_state, stepping_optimizer
 
 VOCABULARY = 256
-ROWS_PER_UPDATE = 16  # all there are: every update sees the same rows, so that its loss is comparable to the last
+ROWS_PER_UPDATE = (
+    16  # all there are: every update sees the same rows, so that its loss is comparable to the last
+)
 ACCUMULATION = 2
 UPDATES = 5
 MAX_GRAD_NORM = 0.5  # low enough to act
@@ -65,11 +67,17 @@ def main(step, job):
 
     code = 0
     try:
-        {"make_model": make_model, "train": train, "reload": reload, "state": save_state}[step](job, found, enter)
+        {"make_model": make_model, "train": train, "reload": reload, "state": save_state}[step](
+            job, found, enter
+        )
     except BaseException as error:  # whatever a library raises is what is being measured
         traceback.print_exc()
         code = 1
-        content = {"check": at[0], "message": f"{type(error).__name__}: {error}", "time": time.time()}
+        content = {
+            "check": at[0],
+            "message": f"{type(error).__name__}: {error}",
+            "time": time.time(),
+        }
         (folder / f"error-{rank}.json").write_text(json.dumps(content))
     if rank == 0:
         (folder / f"found-{step}.json").write_text(json.dumps(found))
@@ -82,14 +90,23 @@ def make_model(job, found, enter):
     """Write the base model of all cells."""
     torch.manual_seed(0)
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": VOCABULARY} | heads
+    size = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "vocab_size": VOCABULARY,
+    } | heads
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    LlamaForCausalLM(LlamaConfig(**size, **special, tie_word_embeddings=False)).save_pretrained(job["model"])
+    LlamaForCausalLM(LlamaConfig(**size, **special, tie_word_embeddings=False)).save_pretrained(
+        job["model"]
+    )
 
 
 def set_environment(job):
     """Set the variables that `accelerate launch` and torchrun would set for this process."""
-    args = launch_command_parser().parse_args([*job["launch"], "--main_process_port", "0", "script.py"])
+    args = launch_command_parser().parse_args(
+        [*job["launch"], "--main_process_port", "0", "script.py"]
+    )
     args, defaults, precision_from_file = _validate_launch_command(args)
     if args.use_deepspeed:
         fields = [*defaults.deepspeed_config, *(["mixed_precision"] if precision_from_file else [])]
@@ -102,7 +119,12 @@ def set_environment(job):
     os.environ |= environment
     if job["world"] > 1:
         rank, world = str(job["rank"]), str(job["world"])
-        os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        os.environ |= {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": world,
+            "LOCAL_WORLD_SIZE": world,
+        }
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
 
 
@@ -174,11 +196,17 @@ def update(job, found, enter):
         )
     set_seed(0)
     model = build_base(row, job["model"])
-    model = peft.get_peft_model(model, getattr(peft, row.config)(task_type="CAUSAL_LM", **row.options))
-    _, whole = bytes_held(list(model.parameters()))  # now: what FSDP1 makes of them knows its own part alone
+    model = peft.get_peft_model(
+        model, getattr(peft, row.config)(task_type="CAUSAL_LM", **row.options)
+    )
+    _, whole = bytes_held(
+        list(model.parameters())
+    )  # now: what FSDP1 makes of them knows its own part alone
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     data = make_data(row)
-    sampler = RandomSampler(data, num_samples=UPDATES * len(data), generator=torch.Generator().manual_seed(0))
+    sampler = RandomSampler(
+        data, num_samples=UPDATES * len(data), generator=torch.Generator().manual_seed(0)
+    )
     micro_batch = ROWS_PER_UPDATE // ACCUMULATION // accelerator.num_processes
     loader = DataLoader(data, micro_batch, sampler=sampler, collate_fn=collate)
     model, optimizer, loader = prepare(accelerator, row, model, loader)
@@ -207,7 +235,9 @@ def update(job, found, enter):
                 optimizer.zero_grad()
         losses.append(accelerator.reduce(step_loss).item())
         norms.append(float(norm))
-    found["bytes"] = [held + copies for held, copies in zip(found["bytes"], gather_object([kept_copies(model)]))]
+    found["bytes"] = [
+        held + copies for held, copies in zip(found["bytes"], gather_object([kept_copies(model)]))
+    ]
     found["losses"], found["grad_norms"] = losses, norms
     found["graphs"] = counters["stats"]["unique_graphs"]  # that torch.compile made
     return accelerator, model, names
@@ -215,9 +245,21 @@ def update(job, found, enter):
 
 def kept_copies(model):
     """Return the bytes of 8-bit weights that bitsandbytes keeps in this process beside the parameters themselves."""
-    states = [(module, getattr(module.state, "CB", None)) for module in model.modules() if hasattr(module, "state")]
-    owned = {held_part(module.weight).untyped_storage().data_ptr() for module, whole in states if whole is not None}
-    copies = [whole for _, whole in states if whole is not None and whole.untyped_storage().data_ptr() not in owned]
+    states = [
+        (module, getattr(module.state, "CB", None))
+        for module in model.modules()
+        if hasattr(module, "state")
+    ]
+    owned = {
+        held_part(module.weight).untyped_storage().data_ptr()
+        for module, whole in states
+        if whole is not None
+    }
+    copies = [
+        whole
+        for _, whole in states
+        if whole is not None and whole.untyped_storage().data_ptr() not in owned
+    ]
     return sum(whole.numel() for whole in copies)
 
 
@@ -240,11 +282,17 @@ def prepare(accelerator, row, model, loader):
     """Prepare in the order that the strategy needs, as the scripts do."""
     if launched_strategy() == "fsdp1":
         plugin = accelerator.state.fsdp_plugin
-        plugin.auto_wrap_policy = fsdp_auto_wrap_policy(model)  # a unit for each trained matrix or prompt
+        plugin.auto_wrap_policy = fsdp_auto_wrap_policy(
+            model
+        )  # a unit for each trained matrix or prompt
         model = accelerator.prepare(model)
-        optimizer = build_optimizer(row, [parameter for parameter in model.parameters() if parameter.requires_grad])
+        optimizer = build_optimizer(
+            row, [parameter for parameter in model.parameters() if parameter.requires_grad]
+        )
         return model, *accelerator.prepare(optimizer, loader)
-    optimizer = build_optimizer(row, [parameter for parameter in model.parameters() if parameter.requires_grad])
+    optimizer = build_optimizer(
+        row, [parameter for parameter in model.parameters() if parameter.requires_grad]
+    )
     return accelerator.prepare(model, optimizer, loader)
 
 
@@ -260,15 +308,23 @@ def gather(accelerator, model, names):
         mixed = accelerator.state.fsdp_plugin.use_orig_params
         state_dict = {}
         for path, unit in model.named_modules():
-            if isinstance(unit, FSDP) and (mixed or all(weight.requires_grad for weight in unit.parameters())):
+            if isinstance(unit, FSDP) and (
+                mixed or all(weight.requires_grad for weight in unit.parameters())
+            ):
                 with FSDP.summon_full_params(unit, writeback=False, recurse=mixed):
                     whole = unit.module.named_parameters(clean(path))
-                    state_dict |= {clean(name): weight.detach().cpu().clone() for name, weight in whole}
+                    state_dict |= {
+                        clean(name): weight.detach().cpu().clone() for name, weight in whole
+                    }
                 if mixed:
                     break
         return {name: state_dict[name] for name in names}
     unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
-    trained = {clean(name): parameter for name, parameter in unwrapped.named_parameters() if parameter.requires_grad}
+    trained = {
+        clean(name): parameter
+        for name, parameter in unwrapped.named_parameters()
+        if parameter.requires_grad
+    }
     if launched_strategy() == "zero3":
         with GatheredParameters(list(trained.values())):
             return {name: parameter.detach().cpu().clone() for name, parameter in trained.items()}
@@ -304,7 +360,9 @@ def save(accelerator, model, state_dict, job):
     prompt = list(unwrapped.prompt_encoder.parameters())
     with GatheredParameters(prompt) if strategy == "zero3" else nullcontext():
         main = accelerator.is_main_process
-        unwrapped.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False, is_main_process=main)
+        unwrapped.save_pretrained(
+            folder, state_dict=state_dict, save_embedding_layers=False, is_main_process=main
+        )
 
 
 def save_state(job, found, enter):
@@ -312,8 +370,12 @@ def save_state(job, found, enter):
     accelerator, model, _ = update(job, {}, enter)
     enter("state")
     if launched_strategy() == "fsdp1":
-        optimizer_state(accelerator, model, accelerator._optimizers[0])  # raises where a slice alone would be written
-    options = {"exclude_frozen_parameters": True} if accelerator.deepspeed_plugin is not None else {}
+        optimizer_state(
+            accelerator, model, accelerator._optimizers[0]
+        )  # raises where a slice alone would be written
+    options = (
+        {"exclude_frozen_parameters": True} if accelerator.deepspeed_plugin is not None else {}
+    )
     accelerator.save_state(Path(job["folder"]) / "state", **options)
     accelerator.wait_for_everyone()
     found["state"] = True
@@ -327,14 +389,22 @@ def reload(job, found, enter):
     device = start_accelerator().device
     folder = Path(job["folder"])
     kept = torch.load(folder / "compare.pt")
-    model = peft.PeftModel.from_pretrained(build_base(row, job["model"]), folder / "adapter").to(device).eval()
+    model = (
+        peft.PeftModel.from_pretrained(build_base(row, job["model"]), folder / "adapter")
+        .to(device)
+        .eval()
+    )
     parameters = dict(model.named_parameters())
-    prompts = model.peft_config["default"].peft_type in PROMPTS  # holds what the encoder made, not the encoder
+    prompts = (
+        model.peft_config["default"].peft_type in PROMPTS
+    )  # holds what the encoder made, not the encoder
     missing = [] if prompts else [name for name in kept["trained"] if name not in parameters]
     unequal = [
         name
         for name, tensor in kept["trained"].items()
-        if name in parameters and not prompts and not torch.equal(tensor, parameters[name].detach().cpu())
+        if name in parameters
+        and not prompts
+        and not torch.equal(tensor, parameters[name].detach().cpu())
     ]
     with torch.no_grad():
         logits = model(input_ids=probe_batch().to(device)).logits.cpu()

@@ -27,7 +27,10 @@ class Row:
 LINEAR = {"target_modules": "all-linear"}
 LORA = LINEAR | {"r": 8, "lora_alpha": 32, "lora_dropout": 0.0}
 VIRTUAL = {"num_virtual_tokens": 8}
-VERA = LINEAR | {"r": 16, "save_projection": False}  # the random matrices are drawn anew from their key
+VERA = LINEAR | {
+    "r": 16,
+    "save_projection": False,
+}  # the random matrices are drawn anew from their key
 # name -> flags of `accelerate launch`: what a cell of FSDP1 is measured again with, where it failed
 SETTINGS = {
     "original": ("--fsdp_use_orig_params", "true"),
@@ -37,7 +40,8 @@ SETTINGS = {
 ROWS = {
     "lora": Row("LoRA on all linear layers", options=LORA, checkpoint=True, setting="sharded"),
     "rslora": Row(
-        "LoRA scaled by the root of its rank, `use_rslora`", options=LORA | {"use_rslora": True, "lora_alpha": 12}
+        "LoRA scaled by the root of its rank, `use_rslora`",
+        options=LORA | {"use_rslora": True, "lora_alpha": 12},
     ),
     "dora": Row("weight-decomposed LoRA, `use_dora`", options=LORA | {"use_dora": True}),
     "pissa": Row(
@@ -64,8 +68,12 @@ ROWS = {
         learning_rate=1e-1,
         setting="original",
     ),
-    "prompt_tuning": Row("prompt tuning", "PromptTuningConfig", VIRTUAL, learning_rate=1e-1, merges=False),
-    "prefix_tuning": Row("prefix tuning", "PrefixTuningConfig", VIRTUAL, learning_rate=1e-1, merges=False),
+    "prompt_tuning": Row(
+        "prompt tuning", "PromptTuningConfig", VIRTUAL, learning_rate=1e-1, merges=False
+    ),
+    "prefix_tuning": Row(
+        "prefix tuning", "PrefixTuningConfig", VIRTUAL, learning_rate=1e-1, merges=False
+    ),
     "p_tuning": Row(
         "p-tuning: a prompt made by an MLP",
         "PromptEncoderConfig",
@@ -73,21 +81,34 @@ ROWS = {
         merges=False,
     ),
     "vera": Row(
-        "VeRA: scales beside shared random matrices", "VeraConfig", VERA, learning_rate=1e-1, setting="original"
+        "VeRA: scales beside shared random matrices",
+        "VeraConfig",
+        VERA,
+        learning_rate=1e-1,
+        setting="original",
     ),
     "loha": Row(
-        "LoHa: a Hadamard product of two LoRAs", "LoHaConfig", LINEAR | {"r": 4, "alpha": 8}, setting="original"
+        "LoHa: a Hadamard product of two LoRAs",
+        "LoHaConfig",
+        LINEAR | {"r": 4, "alpha": 8},
+        setting="original",
     ),
     "oft": Row("OFT: orthogonal rotations", "OFTConfig", LINEAR | {"oft_block_size": 8, "r": 0}),
     "base_8bit": Row("LoRA on an 8-bit base", options=LORA, base="8-bit"),
-    "base_4bit": Row("LoRA on a 4-bit base: nf4, double quantization, float32 storage", options=LORA, base="4-bit"),
+    "base_4bit": Row(
+        "LoRA on a 4-bit base: nf4, double quantization, float32 storage",
+        options=LORA,
+        base="4-bit",
+    ),
     "adamw_8bit": Row(
         "LoRA, bitsandbytes' `AdamW8bit`",
         options=LORA,
         optimizer="bitsandbytes.optim.AdamW8bit",
         checkpoint=True,
         setting="sharded",
-        optimizer_options={"min_8bit_size": 256},  # its default would keep the small matrices of this model in 32 bits
+        optimizer_options={
+            "min_8bit_size": 256
+        },  # its default would keep the small matrices of this model in 32 bits
     ),
     "adamw_paged": Row(
         "LoRA, bitsandbytes' `PagedAdamW32bit`",
@@ -99,7 +120,11 @@ ROWS = {
     "torch_compile": Row(
         "LoRA, compiled: `accelerate launch --dynamo_backend inductor`",
         options=LORA,
-        flags=("--dynamo_backend", "inductor", "--dynamo_use_dynamic"),  # batches of any length: one compilation
+        flags=(
+            "--dynamo_backend",
+            "inductor",
+            "--dynamo_use_dynamic",
+        ),  # batches of any length: one compilation
     ),
 }
 # column -> its launch config, flags of `accelerate launch`
@@ -116,4 +141,9 @@ COLUMNS = {
     "fsdp2": ("fsdp2", ()),
 }
 CELLS = [f"{row}/{column}" for row in ROWS for column in COLUMNS]
-SHARDED = ("zero3", "zero3_offload", "fsdp1", "fsdp2")  # columns in which a process holds a part of every parameter
+SHARDED = (
+    "zero3",
+    "zero3_offload",
+    "fsdp1",
+    "fsdp2",
+)  # columns in which a process holds a part of every parameter
