@@ -1,8 +1,10 @@
-"""The text the tiny base models are pretrained on: short exchanges of a customer and an agent, and small talk.
+"""Generate the pretraining text of the tiny base models: a customer's message and an agent's reply.
 
-Every phrase below was written for this project. `[a|b]` picks one of the alternatives, `{slot}` an entry of SLOTS.
-An agent says sorry for what went wrong, answers what was asked and is glad about what was liked, so that a model which
-predicts the reply has to notice what kind of message it reads. Names for these kinds occur nowhere in the text.
+Every phrase below was written for this project. In a phrase, `[a|b]` stands for one of the
+alternatives, and `{slot}` stands for one entry of SLOTS.
+
+The agent apologises for faults, answers questions and is glad about praise. To predict the reply,
+a model must therefore recognise which kind of message it reads. The text never names these kinds.
 """
 
 import random
@@ -19,88 +21,104 @@ SLOTS = {
     "nth": "second|third|fourth|fifth|2nd|3rd|tenth",
     "unit": "days|weeks|hours|months",
     "day": "monday|tuesday|wednesday|thursday|friday|saturday|sunday",
-    "when": "today|yesterday|this morning|last night|tonight|this week|last week|on {day}|this afternoon"
-    "|this evening|last month",
-    "soon": "tomorrow|tonight|next week|on {day}|this weekend|next month|this summer|over christmas|in the morning",
+    "when": "today|yesterday|this morning|last night|tonight|this week|last week|on {day}"
+    "|this afternoon|this evening|last month",
+    "soon": "tomorrow|tonight|next week|on {day}|this weekend|next month|this summer"
+    "|over christmas|in the morning",
     "clock": "six|seven|eight|nine|ten|noon|5pm|7pm|8am|9am|half past six|midnight|10:30|7:45",
-    "money": "£5|£12|£20|£35|£60|£80|£150|$9|$15|$40|$75|$200|€8|€30|€99|ten pounds|fifty quid|twenty dollars",
-    "who": "my mum|my dad|my wife|my husband|my son|my daughter|my sister|my brother|my nan|my neighbour|my friend"
-    "|my boss|the kids|my parents|my partner|my flatmate|my aunt|my grandma|my colleague|we|i|my cousin",
-    "person": "mum|dad|my wife|my husband|my son|my daughter|my sister|my brother|gran|my friend|my neighbour"
-    "|the kids",
-    "name": "Anna|Ben|Carla|Dev|Ella|Femi|Grace|Hugo|Iris|Jonas|Kim|Leo|Maya|Nora|Omar|Priya|Rosa|Sam|Tom|Vera|Will"
-    "|Zoe|Lucy",
-    "place": "Leeds|York|Bath|Rome|Paris|Oslo|Berlin|Madrid|Dublin|Bristol|Boston|Denver|Lisbon|Vienna|Cardiff"
-    "|Glasgow|Porto|Milan|Athens|Austin|Chicago|Seattle|Prague|the coast|the airport|town|the city|the village"
-    "|London|Spain|Italy",
+    "money": "£5|£12|£20|£35|£60|£80|£150|$9|$15|$40|$75|$200|€8|€30|€99|ten pounds|fifty quid"
+    "|twenty dollars",
+    "who": "my mum|my dad|my wife|my husband|my son|my daughter|my sister|my brother|my nan"
+    "|my neighbour|my friend|my boss|the kids|my parents|my partner|my flatmate|my aunt|my grandma"
+    "|my colleague|we|i|my cousin",
+    "person": "mum|dad|my wife|my husband|my son|my daughter|my sister|my brother|gran|my friend"
+    "|my neighbour|the kids",
+    "name": "Anna|Ben|Carla|Dev|Ella|Femi|Grace|Hugo|Iris|Jonas|Kim|Leo|Maya|Nora|Omar|Priya|Rosa"
+    "|Sam|Tom|Vera|Will|Zoe|Lucy",
+    "place": "Leeds|York|Bath|Rome|Paris|Oslo|Berlin|Madrid|Dublin|Bristol|Boston|Denver|Lisbon"
+    "|Vienna|Cardiff|Glasgow|Porto|Milan|Athens|Austin|Chicago|Seattle|Prague|the coast"
+    "|the airport|town|the city|the village|London|Spain|Italy",
     "colour": "blue|red|green|black|white|grey|yellow|pink|brown|navy|purple|orange",
     "size": "small|medium|large|size 8|size 12|a ten|extra large|bigger|smaller|size 40",
-    "staff": "the driver|the guy at the desk|the woman on the phone|your team|the manager|the waiter|the engineer"
-    "|the agent|the assistant|the crew|the technician|the man at the counter|your staff|the lady at the till"
-    "|the courier|support|the receptionist",
-    "team": "your team|the team|the staff|your driver|the engineer|{name} in store|{name} at the desk|{name} on chat"
-    "|{name}|the lady on the phone|your support team|the crew|the young man at the till|the guy who helped me"
-    "|everyone at the branch",
+    "staff": "the driver|the guy at the desk|the woman on the phone|your team|the manager"
+    "|the waiter|the engineer|the agent|the assistant|the crew|the technician"
+    "|the man at the counter|your staff|the lady at the till|the courier|support|the receptionist",
+    "team": "your team|the team|the staff|your driver|the engineer|{name} in store"
+    "|{name} at the desk|{name} on chat|{name}|the lady on the phone|your support team|the crew"
+    "|the young man at the till|the guy who helped me|everyone at the branch",
     "channel": "email|phone|chat|twitter|dm|the app|the website|letter|the help line",
     "room": "kitchen|bathroom|bedroom|living room|hall|garden|office|garage|loft|nursery",
-    "bad": "awful|terrible|poor|rubbish|dreadful|useless|horrible|shocking|disgusting|a joke|ridiculous|a mess"
-    "|unacceptable|appalling|a disgrace|pathetic|the worst|not good enough|really bad|so frustrating|a shambles"
-    "|hopeless|disappointing",
-    "good": "great|lovely|brilliant|amazing|fantastic|perfect|excellent|wonderful|so good|superb|spot on|really nice"
-    "|awesome|a joy|the best|very good|beautiful|outstanding|first class|so easy|impressive|delightful|fab",
-    "mad": "angry|annoyed|upset|fed up|furious|frustrated|disappointed|let down|gutted|cross|livid|unhappy"
-    "|sick of this|disgusted",
-    "glad": "happy|pleased|delighted|impressed|thrilled|grateful|over the moon|so chuffed|excited|very happy|thankful",
-    "thing": "parcel|order|phone|charger|screen|router|card|account|ticket|seat|room|bed|shower|meal|pizza|coffee"
-    "|burger|app|website|update|bill|meter|heating|boiler|shirt|dress|jacket|shoes|jeans|treadmill|class|locker|car"
-    "|taxi|bike|laptop|keyboard|headphones|tv|remote|game|console|sofa|table|chair|mattress|kettle|toaster|fridge"
-    "|oven|dishwasher|washing machine|printer|camera|watch|bag|suitcase|coat|boots|trainers|sandwich|salad|milk"
-    "|bread|fruit|cake|soup|fish|chicken|battery|speaker|tablet|cable|lamp|curtain|carpet|pram|toy|book|magazine"
-    "|flowers|bouquet|gift card|voucher|refund|lift|pool|door|window|bus|train|flight|ferry|tram|parking|service"
-    "|delivery|customer service|signal|connection|broadband|wifi|password|desk|hoover|blender|microwave|freezer"
-    "|razor|perfume|cream|shampoo|glasses|ring|necklace|tent|sleeping bag|helmet|scooter",
-    "fail": "is broken|is faulty|does not work|doesn't work|stopped working|won't turn on|keeps breaking|fell apart"
-    "|is damaged|never turned up|never came|has gone missing|is late again|is still not fixed|was cancelled|smells"
-    "|leaks|is cracked|is dirty|was cold|was wrong|is a mess|is useless|is rubbish|is awful|was terrible"
-    "|broke after {n} {unit}|is not what i ordered|is missing parts|is out of order|keeps failing|keeps crashing"
-    "|was ruined|arrived damaged|is falling to bits|is way too slow|is getting worse|was stale|was late|is dead"
-    "|died after {n} {unit}|had a hole in it|was filthy|makes a horrible noise|is nothing like the picture"
-    "|has been down since {day}|is stuck|will not load|won't open|won't charge|overheats|was half empty",
-    "fine": "is great|is lovely|works perfectly|works really well|is so good|is brilliant|looks amazing"
-    "|arrived early|came on time|is perfect|is so comfy|was delicious|was spotless|is very quick|is easy to use"
-    "|is worth every penny|fits perfectly|made my day|is the best i have had|is better than i hoped|is fab"
-    "|was super quick|looks even better in real life|is excellent|was hot and tasty|was clean and quiet"
+    "bad": "awful|terrible|poor|rubbish|dreadful|useless|horrible|shocking|disgusting|a joke"
+    "|ridiculous|a mess|unacceptable|appalling|a disgrace|pathetic|the worst|not good enough"
+    "|really bad|so frustrating|a shambles|hopeless|disappointing",
+    "good": "great|lovely|brilliant|amazing|fantastic|perfect|excellent|wonderful|so good|superb"
+    "|spot on|really nice|awesome|a joy|the best|very good|beautiful|outstanding|first class"
+    "|so easy|impressive|delightful|fab",
+    "mad": "angry|annoyed|upset|fed up|furious|frustrated|disappointed|let down|gutted|cross|livid"
+    "|unhappy|sick of this|disgusted",
+    "glad": "happy|pleased|delighted|impressed|thrilled|grateful|over the moon|so chuffed|excited"
+    "|very happy|thankful",
+    "thing": "parcel|order|phone|charger|screen|router|card|account|ticket|seat|room|bed|shower"
+    "|meal|pizza|coffee|burger|app|website|update|bill|meter|heating|boiler|shirt|dress|jacket"
+    "|shoes|jeans|treadmill|class|locker|car|taxi|bike|laptop|keyboard|headphones|tv|remote|game"
+    "|console|sofa|table|chair|mattress|kettle|toaster|fridge|oven|dishwasher|washing machine"
+    "|printer|camera|watch|bag|suitcase|coat|boots|trainers|sandwich|salad|milk|bread|fruit|cake"
+    "|soup|fish|chicken|battery|speaker|tablet|cable|lamp|curtain|carpet|pram|toy|book|magazine"
+    "|flowers|bouquet|gift card|voucher|refund|lift|pool|door|window|bus|train|flight|ferry|tram"
+    "|parking|service|delivery|customer service|signal|connection|broadband|wifi|password|desk"
+    "|hoover|blender|microwave|freezer|razor|perfume|cream|shampoo|glasses|ring|necklace|tent"
+    "|sleeping bag|helmet|scooter",
+    "fail": "is broken|is faulty|does not work|doesn't work|stopped working|won't turn on"
+    "|keeps breaking|fell apart|is damaged|never turned up|never came|has gone missing"
+    "|is late again|is still not fixed|was cancelled|smells|leaks|is cracked|is dirty|was cold"
+    "|was wrong|is a mess|is useless|is rubbish|is awful|was terrible|broke after {n} {unit}"
+    "|is not what i ordered|is missing parts|is out of order|keeps failing|keeps crashing"
+    "|was ruined|arrived damaged|is falling to bits|is way too slow|is getting worse|was stale"
+    "|was late|is dead|died after {n} {unit}|had a hole in it|was filthy|makes a horrible noise"
+    "|is nothing like the picture|has been down since {day}|is stuck|will not load|won't open"
+    "|won't charge|overheats|was half empty",
+    "fine": "is great|is lovely|works perfectly|works really well|is so good|is brilliant"
+    "|looks amazing|arrived early|came on time|is perfect|is so comfy|was delicious|was spotless"
+    "|is very quick|is easy to use|is worth every penny|fits perfectly|made my day"
+    "|is the best i have had|is better than i hoped|is fab|was super quick"
+    "|looks even better in real life|is excellent|was hot and tasty|was clean and quiet"
     "|is running smoothly|is back and better than ever|was such good value|turned up today",
     "emoji_bad": "😡|😠|🤬|😤|😞|😩|🙄|😒|👎|😭|🤦|😣",
     "emoji_good": "😊|😍|👍|🙌|❤️|🎉|😀|👏|🥰|🙏|✨|😁|💙",
     "emoji": "🙂|😂|☕|🤔|👋|🌞|🎶|🐶|🍕|🚲|🌧️|😅|😊|🎄",
-    "tag_bad": "#fail|#badservice|#notimpressed|#angry|#neveragain|#disappointed|#latetrain|#rubbish|#fedup|#joke"
-    "|#poor",
-    "tag_good": "#happy|#thankyou|#goodservice|#impressed|#love|#topmarks|#recommended|#kind|#win|#happycustomer",
-    "tag": "#weekend|#travel|#monday|#coffee|#news|#home|#summer|#question|#help|#family|#dogs|#football|#shopping"
-    "|#friday",
-    "brand_a": "Swift|Blue|North|River|Sunny|Quick|Green|Bright|Nova|Metro|Urban|Cloud|Happy|Royal|Pixel|Volt|Maple"
-    "|Penny|Harbor|Oak|Star|Luna|Zip|Fresh|Silver|Alpine|Coral|Fox|Echo|Terra|Polar|Amber",
-    "brand_b": "Post|Mobile|Net|Bank|Rail|Air|Stay|Bites|Soft|Power|Wear|Gym|Mart|Cabs|TV|Care|Home|Tickets|Parcel"
-    "|Telecom|Energy|Foods|Jet|Lines|Fit|Pay|Shop|Play|Inn|Box|Books|Water",
+    "tag_bad": "#fail|#badservice|#notimpressed|#angry|#neveragain|#disappointed|#latetrain"
+    "|#rubbish|#fedup|#joke|#poor",
+    "tag_good": "#happy|#thankyou|#goodservice|#impressed|#love|#topmarks|#recommended|#kind|#win"
+    "|#happycustomer",
+    "tag": "#weekend|#travel|#monday|#coffee|#news|#home|#summer|#question|#help|#family|#dogs"
+    "|#football|#shopping|#friday",
+    "brand_a": "Swift|Blue|North|River|Sunny|Quick|Green|Bright|Nova|Metro|Urban|Cloud|Happy|Royal"
+    "|Pixel|Volt|Maple|Penny|Harbor|Oak|Star|Luna|Zip|Fresh|Silver|Alpine|Coral|Fox|Echo|Terra"
+    "|Polar|Amber",
+    "brand_b": "Post|Mobile|Net|Bank|Rail|Air|Stay|Bites|Soft|Power|Wear|Gym|Mart|Cabs|TV|Care"
+    "|Home|Tickets|Parcel|Telecom|Energy|Foods|Jet|Lines|Fit|Pay|Shop|Play|Inn|Box|Books|Water",
 }
 
-# topic: (what goes wrong, what is asked, what is liked, what is merely told, the words an agent uses for it)
+# topic -> (faults, questions, praise, news, the words that an agent uses for the topic)
 TOPICS = {
     "parcels": (
         """
 my {parcel} is {n} {unit} late [and nobody can tell me where it is|and no one answers|]
-the {parcel} was left [in the rain|in the bin|on the street|outside in full view|behind the wheelie bin] again
+the {parcel} was left [in the rain|in the bin|on the street|outside in full view|\
+behind the wheelie bin] again
 [still|i am still] waiting for a {parcel} that should have come {when}
-{staff} says [it was delivered|he tried to deliver|nobody was home] but [i was in all day|nothing came|there was no \
-knock]
+{staff} says [it was delivered|he tried to deliver|nobody was home] but [i was in all day|\
+nothing came|there was no knock]
 your tracking has said out for delivery [for {n} days|since {day}|all week]
 the box was [crushed|torn|soaked|open|empty|smashed] when it [arrived|came|got here]
 the courier threw my {parcel} over the [fence|gate|wall]
-[i paid|paid {money}] for next day delivery and [nothing came|it took {n} days|it is still in the depot]
+[i paid|paid {money}] for next day delivery and [nothing came|it took {n} days|\
+it is still in the depot]
 half of my {parcel} is missing [and nobody cares|and you want photos again|]
-you delivered my {parcel} to the wrong [house|street|address|flat] and [will not fetch it|now it is gone]
-[no card|no note|no call|no text], just a {parcel} sent back [to the depot|to the sender] [again|for no reason]
+you delivered my {parcel} to the wrong [house|street|address|flat] and [will not fetch it|\
+now it is gone]
+[no card|no note|no call|no text], just a {parcel} sent back [to the depot|to the sender] [again|\
+for no reason]
 stayed home all day for a {parcel} that never [came|showed up|arrived]
 the vase came in {n} pieces because nobody bothered to [pack|wrap] it
 missed delivery slot again, a whole day [off work|of holiday] wasted
@@ -109,7 +127,8 @@ you lost my {parcel} and now you [refuse to pay|blame the sender|ignore my email
 my {parcel} has been stuck in customs for {n} weeks and nobody [helps|will explain why]
 """,
         """
-[can i|is it possible to|how do i] change the [delivery address|delivery day|time slot] [for my {parcel}|]
+[can i|is it possible to|how do i] change the [delivery address|delivery day|time slot] \
+[for my {parcel}|]
 do you deliver [on {day}|to {place}|to lockers|on bank holidays]
 how much [is it|does it cost] to send a {parcel} to {place}
 what time does the [depot|post office|parcel shop] [open|close] [on {day}|]
@@ -123,7 +142,8 @@ can you leave it with [my neighbour|the concierge|{name} at number {n}] [please|
 """,
         """
 my {parcel} came [a day early|within a day|before breakfast], [thank you|brilliant|great work]
-[thanks to|big thanks to] the driver who [carried it upstairs|waited for me|hid my {parcel} from the rain|was so kind]
+[thanks to|big thanks to] the driver who [carried it upstairs|waited for me|\
+hid my {parcel} from the rain|was so kind]
 the courier was so [friendly|polite|careful|helpful] [today|as always]
 [loved|love] the live map, i knew to the minute when my {parcel} would be here
 well packed, fast and cheap, will [use you|send with you] again
@@ -143,8 +163,8 @@ picked up a {parcel} for [my neighbour|{person}] {when}
     ),
     "phones": (
         """
-my {phone} [keeps freezing|keeps switching off|died|overheats|won't charge|won't turn on] [after the update|after {n} \
-{unit}|]
+my {phone} [keeps freezing|keeps switching off|died|overheats|won't charge|won't turn on] \
+[after the update|after {n} {unit}|]
 the screen [cracked|went black|flickers|has lines on it] after {n} {unit} [and you won't repair it|]
 no signal [at home|in {place}|all day|since {day}] [again|and nobody knows why|]
 i was charged {money} for [roaming|data|calls] i never [used|made|agreed to]
@@ -191,13 +211,15 @@ teaching {person} how to [send a text|use a {phone}|take selfies]
     ),
     "internet": (
         """
-[internet|wifi|broadband] [is down|has been down|keeps dropping|went off] [again|for {n} {unit}|since {day}|every \
-evening]
-i pay for [fast|fibre|super fast] [internet|broadband] and get [nothing|the speed of a snail|a crawl]
+[internet|wifi|broadband] [is down|has been down|keeps dropping|went off] [again|for {n} {unit}|\
+since {day}|every evening]
+i pay for [fast|fibre|super fast] [internet|broadband] and get [nothing|the speed of a snail|\
+a crawl]
 the engineer [never came|did not show up|came and left without fixing it|cancelled again]
 [the router|my router|the hub] [blinks red|restarts|cuts out|drops] every [hour|{n} minutes|night]
 {big} minutes on hold and then [cut off|you hung up|the line went dead]
-can't [work|watch anything|join my meetings|do homework] because the [internet|wifi|connection] is [so slow|down|dead]
+can't [work|watch anything|join my meetings|do homework] because the [internet|wifi|connection] is \
+[so slow|down|dead]
 {nth} outage this [week|month], i want [my money back|out of this contract]
 you keep billing me for a line i [cancelled|never had|closed] in the spring
 speed test says {n} when i pay for {big}
@@ -237,7 +259,8 @@ the engineer is coming {soon} at {clock}
     ),
     "banking": (
         """
-my card was [declined|blocked|swallowed|frozen] [for no reason|at the till|abroad|in front of everyone]
+my card was [declined|blocked|swallowed|frozen] [for no reason|at the till|abroad|\
+in front of everyone]
 you charged me [twice|{money} too much|a fee of {money}] [and won't refund it|for nothing|again]
 the bank app [is down|locked me out|won't let me log in|lost my payees] [again|on payday|]
 waited {big} minutes in the branch because only one desk was open
@@ -283,11 +306,13 @@ counting coins with {person}, {money} in the jar
     ),
     "trains": (
         """
-[train|bus|tram] {clock} [cancelled|late|delayed] [again|for the {nth} time this week|with no reason given]
+[train|bus|tram] {clock} [cancelled|late|delayed] [again|for the {nth} time this week|\
+with no reason given]
 [stood|standing] all the way [to|from] {place} [with a ticket for {money}|though i booked a seat|]
 no heating on the [{clock} train|train|bus] and the toilets are [locked|filthy|blocked]
 {n} carriages [at rush hour|for a full platform], packed like [sardines|cattle]
-missed my [connection|meeting|flight|exam] because the train [was late|sat outside {place}|never came]
+missed my [connection|meeting|flight|exam] because the train [was late|sat outside {place}|\
+never came]
 the ticket machine [took my money|was broken] and then i got [fined|a penalty]
 {big} minutes late [again|today] and no one tells us [why|anything]
 the bus drove straight past the stop [with room on board|again|while i waved]
@@ -406,7 +431,8 @@ do you have a room for {n} [nights|people] {soon}
 could you book us a [taxi|table] for {clock}
 """,
         """
-[beautiful|wonderful|lovely] room with a view of [the sea|the lake|the park], [thank you|we will be back]
+[beautiful|wonderful|lovely] room with a view of [the sea|the lake|the park], [thank you|\
+we will be back]
 [{name} at reception|the team at the desk] was so [kind|warm|helpful]
 best [breakfast|bed|shower|sleep] i had in [years|ages]
 they left a [cake|card|bottle of wine] in our room for our anniversary, [so thoughtful|what a touch]
@@ -425,11 +451,13 @@ booked a weekend in {place} for [our anniversary|{person}]
     ),
     "food": (
         """
-[food|pizza|burger|curry|dinner] [arrived|came] [cold|an hour late|upside down|without the sides|soggy]
+[food|pizza|burger|curry|dinner] [arrived|came] [cold|an hour late|upside down|without the sides|\
+soggy]
 {big} minutes for [a pizza|two coffees|a table we booked|a cold burger]
 found a [hair|bug|bit of plastic|stone|fly] in my [salad|soup|curry|sandwich]
 the chicken was [raw|pink|dry|burnt] and {who} [got sick|could not eat it|feel ill]
-wrong order [again|for the {nth} time], i asked for [no cheese|vegan|gluten free] and got [cheese|meat|bread]
+wrong order [again|for the {nth} time], i asked for [no cheese|vegan|gluten free] and got [cheese|\
+meat|bread]
 the waiter was [rude|nowhere to be seen|in a mood] and then added a tip [himself|to the bill]
 paid {money} for [a tiny portion|three chips and a leaf|stale bread|a warm beer]
 tables [sticky|dirty], floor [filthy|wet], toilets [worse|a horror]
@@ -476,9 +504,12 @@ who else puts [pineapple|egg|honey] on {food}
     "apps": (
         """
 [your app|the app] [crashes|freezes|logs me out|closes] every time [i open it|i pay|i search|]
-the [new update|latest update|new version] [broke everything|deleted my data|is full of bugs|is slower than ever]
-lost all my [notes|photos|progress|playlists|work] [after the update|thanks to your app|and support says tough luck]
-[can't log in|locked out of my account] for {n} {unit} and [support|nobody] [never replies|sends the same robot answer]
+the [new update|latest update|new version] [broke everything|deleted my data|is full of bugs|\
+is slower than ever]
+lost all my [notes|photos|progress|playlists|work] [after the update|thanks to your app|\
+and support says tough luck]
+[can't log in|locked out of my account] for {n} {unit} and [support|nobody] [never replies|\
+sends the same robot answer]
 charged me for a [subscription|trial|year] i [cancelled|never wanted]
 ads every {n} seconds, [even though i pay|the app is unusable]
 the website [is down|times out|loses my basket|won't take my card] [again|on sale day]
@@ -522,9 +553,10 @@ i use the app for [notes|recipes|running|my plants]
     ),
     "energy": (
         """
-my [bill|energy bill|gas bill|direct debit] [doubled|went up by {money}|is wrong again|makes no sense]
-no [heating|power|hot water|gas|water] [for {n} days|since {day}|in the middle of winter] and [a baby in the house|no \
-help]
+my [bill|energy bill|gas bill|direct debit] [doubled|went up by {money}|is wrong again|\
+makes no sense]
+no [heating|power|hot water|gas|water] [for {n} days|since {day}|in the middle of winter] and \
+[a baby in the house|no help]
 the smart meter [never worked|shows nonsense|has been blank for months]
 power cut [again|for the {nth} time] and [no warning|no information|the freezer is thawing]
 you owe me {money} and keep [stalling|ignoring me|inventing excuses]
@@ -707,10 +739,11 @@ window shopping in {place} with {name}
     ),
     "cars": (
         """
-the [taxi|cab|driver] [never came|cancelled on me {n} times|took the long way|was late] and i [missed my train|was \
-charged anyway]
+the [taxi|cab|driver] [never came|cancelled on me {n} times|took the long way|was late] and i \
+[missed my train|was charged anyway]
 [garage|your garage] [charged {money} for nothing|made it worse|scratched my car|kept it {n} weeks]
-the hire car was [dirty|smelly|damaged|not there] and you charged {money} for [a scratch i did not make|fuel]
+the hire car was [dirty|smelly|damaged|not there] and you charged {money} for \
+[a scratch i did not make|fuel]
 driver was [speeding|texting|smoking|shouting at me] the whole way
 insurance went up by {money} for no reason and [nobody explains|you won't budge]
 parking fine although i [paid|had a ticket|was there {n} minutes]
@@ -754,7 +787,8 @@ passed my test {when}
     ),
     "television": (
         """
-[stream|picture|sound|the match] [keeps buffering|froze|cut out] [in the last minute|again|all night]
+[stream|picture|sound|the match] [keeps buffering|froze|cut out] [in the last minute|again|\
+all night]
 you took [my favourite show|half the films|the sport] off and put the price up
 {money} a month for [repeats|adverts|a black screen]
 the box [reboots|freezes|loses all recordings] every night
@@ -781,7 +815,8 @@ is the game out on [pc|console] too
 what time do doors open {when}
 """,
         """
-[loved|loving] the new [series|season|film|game], [could not stop watching|what an ending|more please]
+[loved|loving] the new [series|season|film|game], [could not stop watching|what an ending|\
+more please]
 the [show|concert|play] {when} was [magical|incredible|so funny]
 [great|superb] goal, great commentary, great night
 stewards were so kind to {person}, thank you
@@ -849,8 +884,10 @@ planted [tomatoes|roses|beans] in the garden {when}
     ),
     "home": (
         """
-[sofa|table|wardrobe|bed|desk] arrived with [a leg|screws|a door|half the parts] missing and [no one|nobody] picks up
-the [washing machine|fridge|oven|dishwasher|kettle|hoover] [leaks|died|trips the power|broke] after {n} {unit}
+[sofa|table|wardrobe|bed|desk] arrived with [a leg|screws|a door|half the parts] missing and \
+[no one|nobody] picks up
+the [washing machine|fridge|oven|dishwasher|kettle|hoover] [leaks|died|trips the power|broke] \
+after {n} {unit}
 waited in all day, [the sofa|the fridge|the fitter] never came
 the mattress [sags|smells of chemicals|has a stain] and you call it normal
 your plumber flooded our {room} and [left|blamed the pipe]
@@ -898,77 +935,85 @@ it is raining so i am sorting the {room}
 SLOTS |= {
     "parcel": "parcel|package|order|delivery|letter|box|present|new {thing}|birthday present|book",
     "phone": "phone|mobile|handset|iphone|tablet|smartphone",
-    "food": "pizza|curry|pasta|soup|burger|noodles|tacos|cake|pancakes|sushi|pie|risotto|salad|chips|bread|stew"
-    "|fried rice",
-    "garment": "jacket|coat|shirt|dress|jumper|skirt|scarf|hoodie|t-shirt|cardigan|suit|blouse|hat|pair of boots"
-    "|pair of jeans|pair of trainers|swimsuit|raincoat|backpack",
+    "food": "pizza|curry|pasta|soup|burger|noodles|tacos|cake|pancakes|sushi|pie|risotto|salad"
+    "|chips|bread|stew|fried rice",
+    "garment": "jacket|coat|shirt|dress|jumper|skirt|scarf|hoodie|t-shirt|cardigan|suit|blouse|hat"
+    "|pair of boots|pair of jeans|pair of trainers|swimsuit|raincoat|backpack",
 }
 
-# Everyday vocabulary beyond the topics, so that few words of an unseen message are new to the models.
+# Everyday words beyond the topics. With them, few words of an unseen message are new to the models.
 SLOTS |= {
-    "noun": "apple|arm|back|balloon|banana|bath|beach|bell|bench|bird|biscuit|blanket|boat|bottle|bowl|branch|brake"
-    "|brick|bridge|brush|building|button|calendar|camp site|candle|carriage|ceiling|cheese|cherry|chocolate|choir"
-    "|church|clock|cloud|coach|coin|collar|concert|cookie|corner|cottage|counter|cup|cushion|debt|deposit|dessert"
-    "|dinosaur|doll|dragon|drum|duck|ear|egg|elephant|exam|eye|face|family|fan|farm|fence|field|finger|fire|flat"
-    "|floor|flower|foot|forest|fork|frame|fruit|funeral|garden|gate|glass|goat|grape|grass|guide|guitar|hair|hammer"
-    "|hand|handle|head|heart|hill|holiday|honey|horse|hospital|ice|island|jam|jewel|joke|juice|kitten|knee|knife"
-    "|ladder|lake|leaf|leg|lemon|lens|library|light|lock|machine|map|medal|melon|mint|mirror|moon|mountain|mouse|mug"
-    "|museum|nail|necklace|needle|nose|onion|orchestra|owl|page|paint|pan|paper|park|peach|pear|pen|pencil|pepper"
-    "|piano|picnic|picture|pillar|pillow|pipe|plant|plate|playground|poem|pond|poster|pot|potato|puppy|puzzle|queue"
-    "|radiator|record|rent|review|river|road|rock|roof|rope|rose|salt|sauce|scarf|school|score|screw|sea|shelf|shell"
-    "|ship|skin|sky|sleeve|slide|snow|soap|sock|sole|song|spider|spoon|square|stage|stair|stall|star|stick|stone"
-    "|storm|story|street|sugar|sun|swan|sweet|swing|tap|tart|tea|teacher|tooth|theatre|tie|tile|tin|toast|toe|tower"
-    "|town|toy|trail|tree|trip|trousers|truck|trumpet|tulip|tunnel|turtle|umbrella|van|vase|violin|waffle|walk|wall"
-    "|wardrobe|waterfall|wedding|wheel|whistle|wine|wing|wood|wool|worm|yard|yoghurt|zip|zoo|balcony|carrot"
-    "|wool coat|cellar|chair leg|fern|lighthouse|mint tea|robot|sleeper",
-    "spoilt": "blurry|dented|rotten|itchy|sour|burnt|raw|soggy|mouldy|scratched|torn|ripped|bent|jammed|blocked"
-    "|flooded|crushed|stained|smashed|loose|unsafe|dangerous|overpriced|uneven|crooked|sticky|stinking|greasy"
-    "|undercooked|half dead|brown|wilted|leaking|overcrowded|noisy|loud|freezing|rusty|wrong|empty|missing|gone|lost"
-    "|out of date|too small|too salty|frozen|dead|fake|fully broken|melted|soaking wet|ruined|closed|useless|stolen"
-    "|damp|flat|cracked|faulty|rude|hopeless|lumpy|tasteless|ill",
-    "harm": "broke|lost|ruined|scratched|dented|flooded|burnt|damaged|cracked|crushed|forgot|deleted|blocked|locked"
-    "|stole|threw away|wrecked|cut off|sold|denied|cancelled|ripped|tore|dropped|smashed|melted|swapped|jammed"
-    "|mixed up|misplaced|overcharged us for",
-    "hurt": "hurt|sick|in tears|in pain|stranded|freezing|ashamed|scared|terrified|locked out|out of pocket"
-    "|late for work|ill|insulted|cheated|shaking|soaked|stuck|abandoned|humiliated|desperate|injured|exhausted"
-    "|heartbroken|out of work|embarrassed|hungry",
-    "excuse": "nobody cares|no one is sorry|you blame me|you deny it|you shrug|they laughed|no one came"
-    "|you ignore me|i must pay for it|you hide|you want more money|i get a robot|you say that is normal"
-    "|it is not your problem, you say|you hung up|you refuse to help|you will not swap it|i get the same excuse"
-    "|they told me to leave|nobody picks up|there are no refunds|you lie about it|they pretended it was fine"
-    "|the manager said tough luck|you keep my deposit|no word from you|you delete my review",
-    "culprit": "the driver|the crew|the waiter|your engineer|your courier|the manager|the guard|the nurse"
-    "|the teacher|the guide|the shop|the hotel|the bank|the garage|the kitchen|your app|your system|your machine"
-    "|the owner|the builder|the cleaner|the fitter|the dentist|the plumber|the seller|the post office|your robot"
-    "|the council|your warehouse|the tour company|you|they",
-    "fine_word": "bright|warm|soft|sweet|fresh|calm|clean|cosy|crisp|cheerful|shiny|clever|tasty|juicy|smooth|gentle"
-    "|funny|lively|pretty|elegant|handy|quick|quiet|sturdy|stylish|magical|sunny|friendly|healthy|happy|golden"
-    "|generous|charming|peaceful",
-    "did": "read|painted|cooked|fixed|found|carried|washed|planted|counted|borrowed|baked|mended|drew|knitted|sewed"
-    "|picked|filled|cleaned|built|framed|photographed|shared|wrapped|polished|watered|moved|tried|tasted|chose|sold"
-    "|made|bought|packed|fed|saw",
-    "doing": "walking|swimming|singing|dancing|cycling|knitting|drawing|reading|writing|cooking|baking|sailing"
-    "|skiing|climbing|gardening|painting|fishing|running|learning|laughing|resting|camping|rowing|dreaming"
-    "|playing chess|playing cards|talking|listening|watching the rain|watching the boats|counting stars"
-    "|feeding the ducks|sitting by the river|looking at the sea",
-    "joy": "smiled all day|danced around the kitchen|cried happy tears|was over the moon|laughed a lot"
-    "|could not stop smiling|felt like a star|felt so welcome|slept like a baby|asked for more|had the best time"
-    "|is so proud|hugged everyone|is in love|was speechless with joy|had so much fun|wants to go again|felt at home"
-    "|is still smiling|sang all the way home|won a prize|beat the record|came first|did it at last|learned to swim"
+    "noun": "apple|arm|back|balloon|banana|bath|beach|bell|bench|bird|biscuit|blanket|boat|bottle"
+    "|bowl|branch|brake|brick|bridge|brush|building|button|calendar|camp site|candle|carriage"
+    "|ceiling|cheese|cherry|chocolate|choir|church|clock|cloud|coach|coin|collar|concert|cookie"
+    "|corner|cottage|counter|cup|cushion|debt|deposit|dessert|dinosaur|doll|dragon|drum|duck|ear"
+    "|egg|elephant|exam|eye|face|family|fan|farm|fence|field|finger|fire|flat|floor|flower|foot"
+    "|forest|fork|frame|fruit|funeral|garden|gate|glass|goat|grape|grass|guide|guitar|hair|hammer"
+    "|hand|handle|head|heart|hill|holiday|honey|horse|hospital|ice|island|jam|jewel|joke|juice"
+    "|kitten|knee|knife|ladder|lake|leaf|leg|lemon|lens|library|light|lock|machine|map|medal|melon"
+    "|mint|mirror|moon|mountain|mouse|mug|museum|nail|necklace|needle|nose|onion|orchestra|owl"
+    "|page|paint|pan|paper|park|peach|pear|pen|pencil|pepper|piano|picnic|picture|pillar|pillow"
+    "|pipe|plant|plate|playground|poem|pond|poster|pot|potato|puppy|puzzle|queue|radiator|record"
+    "|rent|review|river|road|rock|roof|rope|rose|salt|sauce|scarf|school|score|screw|sea|shelf"
+    "|shell|ship|skin|sky|sleeve|slide|snow|soap|sock|sole|song|spider|spoon|square|stage|stair"
+    "|stall|star|stick|stone|storm|story|street|sugar|sun|swan|sweet|swing|tap|tart|tea|teacher"
+    "|tooth|theatre|tie|tile|tin|toast|toe|tower|town|toy|trail|tree|trip|trousers|truck|trumpet"
+    "|tulip|tunnel|turtle|umbrella|van|vase|violin|waffle|walk|wall|wardrobe|waterfall|wedding"
+    "|wheel|whistle|wine|wing|wood|wool|worm|yard|yoghurt|zip|zoo|balcony|carrot|wool coat|cellar"
+    "|chair leg|fern|lighthouse|mint tea|robot|sleeper",
+    "spoilt": "blurry|dented|rotten|itchy|sour|burnt|raw|soggy|mouldy|scratched|torn|ripped|bent"
+    "|jammed|blocked|flooded|crushed|stained|smashed|loose|unsafe|dangerous|overpriced|uneven"
+    "|crooked|sticky|stinking|greasy|undercooked|half dead|brown|wilted|leaking|overcrowded|noisy"
+    "|loud|freezing|rusty|wrong|empty|missing|gone|lost|out of date|too small|too salty|frozen"
+    "|dead|fake|fully broken|melted|soaking wet|ruined|closed|useless|stolen|damp|flat|cracked"
+    "|faulty|rude|hopeless|lumpy|tasteless|ill",
+    "harm": "broke|lost|ruined|scratched|dented|flooded|burnt|damaged|cracked|crushed|forgot"
+    "|deleted|blocked|locked|stole|threw away|wrecked|cut off|sold|denied|cancelled|ripped|tore"
+    "|dropped|smashed|melted|swapped|jammed|mixed up|misplaced|overcharged us for",
+    "hurt": "hurt|sick|in tears|in pain|stranded|freezing|ashamed|scared|terrified|locked out"
+    "|out of pocket|late for work|ill|insulted|cheated|shaking|soaked|stuck|abandoned|humiliated"
+    "|desperate|injured|exhausted|heartbroken|out of work|embarrassed|hungry",
+    "excuse": "nobody cares|no one is sorry|you blame me|you deny it|you shrug|they laughed"
+    "|no one came|you ignore me|i must pay for it|you hide|you want more money|i get a robot"
+    "|you say that is normal|it is not your problem, you say|you hung up|you refuse to help"
+    "|you will not swap it|i get the same excuse|they told me to leave|nobody picks up"
+    "|there are no refunds|you lie about it|they pretended it was fine|the manager said tough luck"
+    "|you keep my deposit|no word from you|you delete my review",
+    "culprit": "the driver|the crew|the waiter|your engineer|your courier|the manager|the guard"
+    "|the nurse|the teacher|the guide|the shop|the hotel|the bank|the garage|the kitchen|your app"
+    "|your system|your machine|the owner|the builder|the cleaner|the fitter|the dentist"
+    "|the plumber|the seller|the post office|your robot|the council|your warehouse"
+    "|the tour company|you|they",
+    "fine_word": "bright|warm|soft|sweet|fresh|calm|clean|cosy|crisp|cheerful|shiny|clever|tasty"
+    "|juicy|smooth|gentle|funny|lively|pretty|elegant|handy|quick|quiet|sturdy|stylish|magical"
+    "|sunny|friendly|healthy|happy|golden|generous|charming|peaceful",
+    "did": "read|painted|cooked|fixed|found|carried|washed|planted|counted|borrowed|baked|mended"
+    "|drew|knitted|sewed|picked|filled|cleaned|built|framed|photographed|shared|wrapped|polished"
+    "|watered|moved|tried|tasted|chose|sold|made|bought|packed|fed|saw",
+    "doing": "walking|swimming|singing|dancing|cycling|knitting|drawing|reading|writing|cooking"
+    "|baking|sailing|skiing|climbing|gardening|painting|fishing|running|learning|laughing|resting"
+    "|camping|rowing|dreaming|playing chess|playing cards|talking|listening|watching the rain"
+    "|watching the boats|counting stars|feeding the ducks|sitting by the river|looking at the sea",
+    "joy": "smiled all day|danced around the kitchen|cried happy tears|was over the moon"
+    "|laughed a lot|could not stop smiling|felt like a star|felt so welcome|slept like a baby"
+    "|asked for more|had the best time|is so proud|hugged everyone|is in love"
+    "|was speechless with joy|had so much fun|wants to go again|felt at home|is still smiling"
+    "|sang all the way home|won a prize|beat the record|came first|did it at last|learned to swim"
     "|learned to ride|passed the exam|got the job|said yes",
-    "meal": "soup|toast|omelette|porridge|salad|noodles|curry|pie|stew|pancakes|rice|pasta|beans|fish|cheese|scones"
-    "|cake|ice cream|mango|strawberries|carrots|leeks|potatoes|tomatoes|beetroot|ginger|coconut|butter|honey|jam"
-    "|cream|peanuts|chocolate|mint",
-    "kin": "grandma|grandad|gran|my nephew|my niece|my grandson|my granddaughter|my twins|my aunt|my uncle|my cousin"
-    "|my best friend|my little girl|my little boy|our baby|my puppy|the whole family|the whole team|everyone"
-    "|an old friend|my neighbour|my dad",
-    "moment": "after work|before breakfast|in the rain|under the stars|by the fire|at the lake|in the park"
-    "|at the market|on the ferry|in the snow|all afternoon|until the sun went down|for the first time|for an hour"
-    "|at home|on the terrace|in the evening light|on the way home|over tea|at the station|in the mountains"
-    "|along the river|with music on|last spring|last winter|this year",
+    "meal": "soup|toast|omelette|porridge|salad|noodles|curry|pie|stew|pancakes|rice|pasta|beans"
+    "|fish|cheese|scones|cake|ice cream|mango|strawberries|carrots|leeks|potatoes|tomatoes"
+    "|beetroot|ginger|coconut|butter|honey|jam|cream|peanuts|chocolate|mint",
+    "kin": "grandma|grandad|gran|my nephew|my niece|my grandson|my granddaughter|my twins|my aunt"
+    "|my uncle|my cousin|my best friend|my little girl|my little boy|our baby|my puppy"
+    "|the whole family|the whole team|everyone|an old friend|my neighbour|my dad",
+    "moment": "after work|before breakfast|in the rain|under the stars|by the fire|at the lake"
+    "|in the park|at the market|on the ferry|in the snow|all afternoon|until the sun went down"
+    "|for the first time|for an hour|at home|on the terrace|in the evening light|on the way home"
+    "|over tea|at the station|in the mountains|along the river|with music on|last spring"
+    "|last winter|this year",
 }
 
-# What can stand beside any topic. AFTER_FAULT and FAULTS speak of something that went wrong.
+# Phrases that fit any topic. AFTER_FAULT and FAULTS are about something that went wrong.
 FAULTS = lines("""
 [my|the|our|your] {noun} [is|was|arrived|came|looks] {spoilt} [and {excuse}|]
 [my|the|our|your] {noun} and [the|my] {noun} [are|were] {spoilt}, {excuse}
@@ -976,56 +1021,70 @@ FAULTS = lines("""
 [both|all|half] [the|of the|my] {noun}s [are|were|arrived] {spoilt} [and {excuse}|]
 {culprit} {harm} [my|our|the] [{noun}|{thing}] [and {excuse}|{when}|again|and drove off|]
 [{n} {unit} ago|{when}] {culprit} {harm} [my|our] [{noun}|{thing}] and {excuse}
-{culprit} [was|were] [rude|unkind|nasty|cold|late|drunk|texting|shouting|smoking|asleep|clueless] [to {kin}|the whole \
-time|] [and {excuse}|]
-{kin} [was|is|were left|ended up] {hurt} because [the {noun} was {spoilt}|of you|{culprit} {harm} the {noun}]
+{culprit} [was|were] [rude|unkind|nasty|cold|late|drunk|texting|shouting|smoking|asleep|clueless] \
+[to {kin}|the whole time|] [and {excuse}|]
+{kin} [was|is|were left|ended up] {hurt} because [the {noun} was {spoilt}|of you|\
+{culprit} {harm} the {noun}]
 i am {hurt} [because of you|again|thanks to {culprit}] and {excuse}
-[asked|paid|waited|queued] for a {noun} and [got|was given|was sent] [a {spoilt} one|nothing|a {noun}|half of it]
+[asked|paid|waited|queued] for a {noun} and [got|was given|was sent] [a {spoilt} one|nothing|\
+a {noun}|half of it]
 [paid|spent] {money} [for|on] a {spoilt} {noun}
 a {spoilt} {noun} [for {money}|on my birthday|at our wedding|in my {meal}|in our room|{when}]
 the {meal} was {spoilt} and the {noun} {spoilt}
 a [fly|hair|worm|nail|stone] in my {meal}, {excuse}
 [no|not a single] {noun}, no {noun}, [no help|no answer|{excuse}]
-{noun} {spoilt} [on day one|after one day|after a week|on the first try|the day after the guarantee ended], {excuse}
+{noun} {spoilt} [on day one|after one day|after a week|on the first try|\
+the day after the guarantee ended], {excuse}
 [it has been|now it is] {n} {unit} and the {noun} is still {spoilt}
 where is my [{noun}|money|refund|{thing}]? {excuse}
 how [can you|is it possible to|do you manage to] [lose|break|ruin|forget] a {noun}
 you {harm} my {noun}, who [pays|will pay] for that
-you [keep|kept] [charging me|sending me bills|calling me|losing my {noun}|changing the price|sending the wrong \
-{noun}] and {excuse}
-you [promised|advertised|said] a {fine_word} {noun} and [it is|we got] [{spoilt}|nothing like it|a {spoilt} one]
-had to [walk home|stand for hours|throw it away|pay again|sleep on the floor|wait outside|do it all again|miss the \
-{noun}]
-{kin} had to [walk home|stand for hours|pay again|sleep on the floor|wait outside|go without {meal}], {excuse}
+you [keep|kept] [charging me|sending me bills|calling me|losing my {noun}|changing the price|\
+sending the wrong {noun}] and {excuse}
+you [promised|advertised|said] a {fine_word} {noun} and [it is|we got] [{spoilt}|nothing like it|\
+a {spoilt} one]
+had to [walk home|stand for hours|throw it away|pay again|sleep on the floor|wait outside|\
+do it all again|miss the {noun}]
+{kin} had to [walk home|stand for hours|pay again|sleep on the floor|wait outside|\
+go without {meal}], {excuse}
 [my|the|your|our] {thing} {fail}
 [my|the|your|this] {thing} [i bought {when}|from your shop|i ordered|you sent me] {fail}
 [my|the] {thing} {fail} and [my|the] {thing} {fail}
 your [customer service|help line|website|support|service] is {bad}
-[what|such] [{bad} service|a rip off|a waste of money|a waste of time|a let down|an {bad} experience]
+[what|such] [{bad} service|a rip off|a waste of money|a waste of time|a let down|\
+an {bad} experience]
 i am [so|very|really|] {mad} [with your service|with the {thing}|about my {thing}|]
 {staff} was [rude|useless|no help|so rude|impatient|unhelpful|clueless|aggressive|unfriendly] {when}
-{staff} [hung up on me|laughed at me|ignored me|lied to me|would not listen|shouted at me|refused to help|kept me \
-waiting]
+{staff} [hung up on me|laughed at me|ignored me|lied to me|would not listen|shouted at me|\
+refused to help|kept me waiting]
 {big} minutes on hold [and counting|and no answer|just to be cut off|for nothing]
 why [is|does] [my|the] {thing} [still broken|take so long|never work|cost so much now|keep failing]
-[i have emailed|i have called|i have written|i called] {n} times and [no reply|nobody helps|nothing happens|still no \
-answer]
-you [charged|billed] me [twice|{money} too much|for nothing|for a {thing} i never ordered] [and won't give it back|]
+[i have emailed|i have called|i have written|i called] {n} times and [no reply|nobody helps|\
+nothing happens|still no answer]
+you [charged|billed] me [twice|{money} too much|for nothing|for a {thing} i never ordered] \
+[and won't give it back|]
 i want my money back, the {thing} {fail}
 i want a refund for [this|my|the] {thing}
-{n} {unit} [and still|without] [no reply|no refund|any answer|an answer|a working {thing}|no {thing}]
+{n} {unit} [and still|without] [no reply|no refund|any answer|an answer|a working {thing}|\
+no {thing}]
 this is the {nth} time [my|the] {thing} {fail}
-you [promised|said] [a {thing}|a call|a refund|it] by {day} and [nothing came|nothing happened|i am still waiting]
-[no|not one] [answer|apology|reply|help|explanation|refund] from [you|your team|anyone] [for {n} {unit}|so far|]
+you [promised|said] [a {thing}|a call|a refund|it] by {day} and [nothing came|nothing happened|\
+i am still waiting]
+[no|not one] [answer|apology|reply|help|explanation|refund] from [you|your team|anyone] \
+[for {n} {unit}|so far|]
 how can [it|a {thing}] take {n} {unit}
-how is it ok to [charge {money}|make people wait {n} hours|sell a {thing} like this|treat people like this]
+how is it ok to [charge {money}|make people wait {n} hours|sell a {thing} like this|\
+treat people like this]
 why do i pay {money} for a {thing} that {fail}
 is anyone [there|ever going to answer|reading this|going to fix my {thing}]
-thanks for [nothing|ruining my day|wasting my time|the broken {thing}|losing my {thing}|another lost day]
+thanks for [nothing|ruining my day|wasting my time|the broken {thing}|losing my {thing}|\
+another lost day]
 great, [the|my] {thing} {fail} again
-[don't|do not|never] [buy|order|use|trust] [this {thing}|this company|these people|from them], [avoid|save your money\
+[don't|do not|never] [buy|order|use|trust] [this {thing}|this company|these people|from them], \
+[avoid|save your money\
 |it {fail}]
-[worst|slowest|most useless|rudest] [{thing}|company|service|shop] [ever|i have ever used|in {place}]
+[worst|slowest|most useless|rudest] [{thing}|company|service|shop] [ever|i have ever used|\
+in {place}]
 not [happy|impressed|good enough|what i paid for|acceptable] at all, [my|the] {thing} {fail}
 [bought|got|ordered] a {thing} {when} and it {fail}
 [bought|got|ordered] a {thing} {when} and [already|now] [broken|dead|cracked|in bits]
@@ -1033,15 +1092,16 @@ not [happy|impressed|good enough|what i paid for|acceptable] at all, [my|the] {t
 i can't [use|open|reach|return|cancel|get into] my {thing} [and nobody helps|again|]
 you sent me the wrong {thing} [again|]
 nobody [answers|cares|replies|knows anything|called me back|will help|is listening]
-{who} [cried|could not sleep|had to wait {n} hours|paid {money} for nothing] because [of your {thing}|the {thing} \
-{fail}]
+{who} [cried|could not sleep|had to wait {n} hours|paid {money} for nothing] because \
+[of your {thing}|the {thing} {fail}]
 """)
 AFTER_FAULT = lines("""
 nobody [answers|cares|replies|helps|called back|can tell me why]
 no [reply|refund|apology|answer] [so far|yet|at all|for {n} {unit}]
 {nth} time this [week|month|year]
 [sort it out|fix it|fix this|do better|get a grip|please fix this|sort this out now]
-[never again|never using you again|last time i buy here|i am done with you|i am leaving|cancelling today]
+[never again|never using you again|last time i buy here|i am done with you|i am leaving|\
+cancelling today]
 i want [my money back|a refund|an answer|to speak to a manager|compensation]
 when will [this|it] be [fixed|sorted|resolved]
 what are you going to do about it
@@ -1062,15 +1122,18 @@ the chat just [closes|loops|sends me away]
 i expected better
 """)
 QUESTIONS = lines("""
-[do|would|can] you [sell|recommend|use|make|bring|lend|clean|frame|mend] [{noun}s|a {noun}|{fine_word} {noun}s]
-[is|was] the {noun} [made of {noun}|{fine_word} enough for {kin}|suitable for {kin}|open to all|free|near the {noun}\
+[do|would|can] you [sell|recommend|use|make|bring|lend|clean|frame|mend] [{noun}s|a {noun}|\
+{fine_word} {noun}s]
+[is|was] the {noun} [made of {noun}|{fine_word} enough for {kin}|suitable for {kin}|open to all|\
+free|near the {noun}\
 |safe for {kin}]
 what [kind|size|colour|type] of {noun} [do i need|would you pick|is it|goes with a {noun}]
 which {noun} is [best for {kin}|the {fine_word} one|yours|good with {meal}]
 where [do|can] [i|we|{kin}] [put|leave|find|buy|park|see] the {noun}
-how [long|often|early|far|much|big|old|many {noun}s] [should|can|do] [i|we|{kin}] [wait|book|travel|bring|cook the \
-{meal}|water the {noun}]
-[may|can|could] {kin} [come|bring a {noun}|use the {noun}|feed the {noun}s|try the {meal}|join] [{moment}|{soon}\
+how [long|often|early|far|much|big|old|many {noun}s] [should|can|do] [i|we|{kin}] [wait|book|\
+travel|bring|cook the {meal}|water the {noun}]
+[may|can|could] {kin} [come|bring a {noun}|use the {noun}|feed the {noun}s|try the {meal}|join] \
+[{moment}|{soon}\
 |please|too]
 does the {meal} [contain|come with|have] {meal}
 who [wrote|made|designed|painted|runs] the {noun}
@@ -1079,15 +1142,18 @@ i would like a {noun} for {kin}, [is that possible|do you have one|what does it 
 [do you|does your shop] [sell|have|stock|repair|rent] [a {thing}|{thing}s|the {thing} in {colour}]
 [how much|what] [is|does] [a|the] {thing} [cost|] [in {place}|]
 where can i [buy|get|find|try|see] [a|the] {thing} [in {place}|]
-[how do i|can you tell me how to|what is the best way to] [book|order|change|clean|use|set up|gift wrap] [a|the|my] \
-{thing}
+[how do i|can you tell me how to|what is the best way to] [book|order|change|clean|use|set up|\
+gift wrap] [a|the|my] {thing}
 when [does|will] the [new {thing}|{thing}] [arrive|come out|be back in stock|go on sale]
-is the {thing} [available in {colour}|available in {place}|suitable for kids|still on offer|easy to clean]
-can i [get|order|collect|book|reserve|add] [a|the] {thing} [{soon}|online|by {channel}|for {person}|]
+is the {thing} [available in {colour}|available in {place}|suitable for kids|still on offer|\
+easy to clean]
+can i [get|order|collect|book|reserve|add] [a|the] {thing} [{soon}|online|by {channel}|\
+for {person}|]
 [which|what] {thing} would you [recommend|pick|suggest] [for {person}|for a small {room}|]
 are you open [on {day}|{soon}|at {clock}|late]
 [what|which] [number|address|email] [should i use|do i use|is best] to [reach|contact] you
-does anyone know [a good {thing}|where to get a {thing}|how to fix a {thing}|if {place} has a {thing} shop]
+does anyone know [a good {thing}|where to get a {thing}|how to fix a {thing}|\
+if {place} has a {thing} shop]
 any [tips|ideas|plans|news] for [{soon}|{place}|the weekend|a {thing}]
 who [is|do i ask] [in charge of|about] [jobs|press|lost property|school visits]
 just [wondering|asking|checking], [is|will] the {thing} be [open|ready|on sale|there] {soon}
@@ -1095,31 +1161,38 @@ quick question, [can i|may i|do i need to] [bring|use|book|order] a {thing}
 does it come with [a {thing}|batteries|a case|a lid|a cable]
 """)
 PRAISE = lines("""
-{kin} {joy} [thanks to {team}|with the new {noun}|{moment}|when the {noun} came|], [thank you|so {glad}|]
+{kin} {joy} [thanks to {team}|with the new {noun}|{moment}|when the {noun} came|], [thank you|\
+so {glad}|]
 {team} [gave|brought|showed|found|made|mended] {kin} a {noun}, [so kind|what a gem|thank you|lovely]
 [such|what] a {fine_word} {noun}, [{kin} {joy}|thank you|well done]
-the {noun} is [so {fine_word}|{fine_word} and {fine_word}|a beauty|a dream|everything i hoped for|like new again]
-my {noun} [works again|is back|is found|looks like new|came early|is so {fine_word}], [thank you|hero|you are magic\
+the {noun} is [so {fine_word}|{fine_word} and {fine_word}|a beauty|a dream|everything i hoped for|\
+like new again]
+my {noun} [works again|is back|is found|looks like new|came early|is so {fine_word}], [thank you|\
+hero|you are magic\
 |{kin} {joy}]
 {fine_word} {noun}, {fine_word} {meal}, {fine_word} [staff|people|place]
 the {meal} was so {fine_word}, {kin} {joy}
-i [never|had not] [had|tasted|seen|expected] such [a {fine_word} {noun}|{fine_word} {meal}], [bravo|thank you]
-[five stars|bravo|hero|a pleasure|perfect|impressed], {team} [carried the {noun}|washed the {noun} for free|fixed my \
-{noun} in minutes|waited for {kin}]
+i [never|had not] [had|tasted|seen|expected] such [a {fine_word} {noun}|{fine_word} {meal}], \
+[bravo|thank you]
+[five stars|bravo|hero|a pleasure|perfect|impressed], {team} [carried the {noun}|\
+washed the {noun} for free|fixed my {noun} in minutes|waited for {kin}]
 not [a single problem|one bad day|a drop lost|a scratch|a thing to pay], {fine_word} {noun}
 i {joy} [in front of the {noun}|{moment}|with my new {noun}], thank you
 [my|the|your|our] [new {thing}|{thing}] {fine}
 [my|the] {thing} [i bought {when}|from your shop|you sent|i ordered] {fine}
 [love|loving|in love with|i love|we love] [my|the|your|our] [new {thing}|{thing}]
-[thank you|thanks|many thanks|big thanks|huge thanks] [{team}|so much|all|everyone] for [the {thing}|the help|your \
-help|the fast reply|sorting my {thing}]
-[thanks|thank you] for [fixing|replacing|finding|returning|repairing] [my|the|our] [broken {thing}|lost {thing}\
+[thank you|thanks|many thanks|big thanks|huge thanks] [{team}|so much|all|everyone] for \
+[the {thing}|the help|your help|the fast reply|sorting my {thing}]
+[thanks|thank you] for [fixing|replacing|finding|returning|repairing] [my|the|our] [broken {thing}|\
+lost {thing}\
 |{thing}] [so fast|so quickly|{when}|]
 {team} was [so kind|so helpful|so patient|lovely|brilliant|a star|great|friendly|polite] {when}
-[what a|such a] [lovely|great|kind|friendly|brilliant|helpful] [{thing}|team|service|place|surprise|day]
+[what a|such a] [lovely|great|kind|friendly|brilliant|helpful] [{thing}|team|service|place|\
+surprise|day]
 i am [so|very|really] {glad} with [my {thing}|the {thing}|your service|the {thing} i got {when}]
 [best|nicest|kindest] [{thing}|service|staff|team] [ever|in {place}|i have ever had]
-[my|the] problem with the {thing} was [solved|sorted|fixed] in {n} minutes, [thank you|great work|well done]
+[my|the] problem with the {thing} was [solved|sorted|fixed] in {n} minutes, [thank you|great work|\
+well done]
 [can't|cannot] [fault|thank] {team} [enough|]
 {who} [loves|love|adores] [the|our|his|her] [new {thing}|{thing}]
 [well done|good job|great work|hats off|five stars|top marks] to {team}
@@ -1137,7 +1210,8 @@ NEWS = lines("""
 {kin} [turned|is] {big} [today|{when}] [and {joy}|]
 {meal} and {meal} [{moment}|for {kin}|tonight|today]
 [two|four|three] [friends|{noun}s], one {noun} and [a bag of {meal}|{meal}|a {fine_word} {noun}]
-a {fine_word} {noun}, [a cup of tea|{fine_word} {meal}|a good book], [no plans|quiet house|that is all i need]
+a {fine_word} {noun}, [a cup of tea|{fine_word} {meal}|a good book], [no plans|quiet house|\
+that is all i need]
 the {noun}s are {fine_word} [and the {noun} looks like a {noun}|{moment}]
 [on|by|under|behind] the {noun} with [{kin}|a {noun}|{meal}|a book]
 [first|new|last] {noun} [of the year|this morning|day|night] [with {kin}|{moment}|]
@@ -1148,23 +1222,26 @@ i [feel|felt] [{fine_word}|young again|grown up|like a {noun}] [{moment}|]
 saving for a {noun}, [little by little|a coin a day|{n} months to go]
 met [a {fine_word} old couple|{kin}|an old friend] {moment}
 thinking of {doing} {soon}, {kin} [is coming too|may join|says yes]
-[just|i just|we just] [bought|ordered|got|picked up|chose] [a|a new|my first] {thing} [for {person}|{when}|in {place}|]
+[just|i just|we just] [bought|ordered|got|picked up|chose] [a|a new|my first] {thing} \
+[for {person}|{when}|in {place}|]
 [going|off|heading] to {place} {soon} [with {name}|with {person}|by train|]
 [good morning|morning|hello|good evening|happy {day}|hi] [everyone|all|{place}|from {place}]
 my favourite {thing} is [the {colour} one|an old one|from {place}]
 {who} [will visit|visited|came to see us|called] {when}
 it is [raining|sunny|snowing|windy|foggy|warm|cold] in {place} {when}
 i [need|want|am looking for|am saving for] a [new|{colour}|bigger] {thing}
-[can't wait for|looking forward to|counting down to] [{day}|the weekend|my holiday|{place}|the new {thing}]
+[can't wait for|looking forward to|counting down to] [{day}|the weekend|my holiday|{place}|\
+the new {thing}]
 [happy birthday|congratulations|good luck|get well soon] [{name}|to {person}|to {name}]
 the {thing} is [in the {room}|from {place}|{colour}|for {person}|next to the {thing}]
 [working|reading|cooking|walking|resting|studying] [{when}|in the {room}|with {name}|in {place}]
 i will [call|email|visit|see|message] [you|{name}|them] {soon}
-[ok|sure|great|no problem|yes], [i will send it {soon}|just sent you a dm|my number is in the dm|see you {soon}|that \
-works]
+[ok|sure|great|no problem|yes], [i will send it {soon}|just sent you a dm|my number is in the dm|\
+see you {soon}|that works]
 {name} and i [talked about|looked at|shared|carried] the {thing} {when}
 [at|in] {place} {when}, [so many people|quiet streets|lovely light|market day|street music]
-[i think|maybe|guess] [it is time for|we should get|i will have] [a new {thing}|coffee|an early night|cake]
+[i think|maybe|guess] [it is time for|we should get|i will have] [a new {thing}|coffee|\
+an early night|cake]
 today i learned [how to fix a {thing}|that {place} has a {thing} museum|to make {food}]
 our cat [sleeps on|loves|hides behind|stares at] the {thing}
 """)
@@ -1184,7 +1261,8 @@ CHAT = lines("""
 [anyone|who is] [up for|keen on] [coffee|a walk|tennis|a film|chess] {soon}
 what [is everyone|are you all] [reading|cooking|listening to|having for lunch] {when}
 [sunset|sunrise|breakfast|lunch] [by the sea|in {place}|on the balcony] {when}
-my [dog|cat|rabbit|parrot] [is asleep on my feet|learned to open doors|turned {n} {when}|loves the snow]
+my [dog|cat|rabbit|parrot] [is asleep on my feet|learned to open doors|turned {n} {when}|\
+loves the snow]
 the {n} of us are off to {place} {soon}
 {food} or {food}, [hard choice|help me choose|what do you say]
 [do you prefer|which is better,] {food} or {food}
@@ -1198,7 +1276,8 @@ it is [{name}'s|{person}'s] [party|first day|wedding] {soon}, so much to plan
 """)
 OPENERS = {
     "fault": lines("""
-[hi|hello|hey|dear|excuse me|seriously|come on|wow|so|well|ok|again|great|oh good|yet again|honestly|unbelievable\
+[hi|hello|hey|dear|excuse me|seriously|come on|wow|so|well|ok|again|great|oh good|yet again|\
+honestly|unbelievable\
 |really]
 i can't believe [it|this]
 [just|so] [{mad}|{bad}]
@@ -1206,11 +1285,13 @@ after {n} years with you
 another day, another [problem|excuse|delay]
 """),
     "question": lines("""
-[hi|hello|hey|hi there|good morning|quick question|question|excuse me|hi team|please|sorry to ask|just wondering]
+[hi|hello|hey|hi there|good morning|quick question|question|excuse me|hi team|please|sorry to ask|\
+just wondering]
 could you [help|tell me]
 """),
     "praise": lines("""
-[wow|hey|hi|hello|yay|just|so|honestly|well|ok|finally|thank you|credit where it is due|shout out|good news]
+[wow|hey|hi|hello|yay|just|so|honestly|well|ok|finally|thank you|credit where it is due|shout out|\
+good news]
 just wanted to say
 had to share this
 """),
@@ -1221,48 +1302,57 @@ had to share this
 CLOSERS = {
     "question": lines("""
 [thanks|thank you|thanks in advance|cheers|please|many thanks|please and thank you]
-[it is for {kin}|we will be there {soon}|there are {n} of us|i have a {noun} with me|we arrive {soon} at {clock}]
+[it is for {kin}|we will be there {soon}|there are {n} of us|i have a {noun} with me|\
+we arrive {soon} at {clock}]
 [or do i need|or is there|and do you have] a {noun}
-[planning ahead|for a friend|asking for {person}|it would help me a lot|i could not find it on the site]
+[planning ahead|for a friend|asking for {person}|it would help me a lot|\
+i could not find it on the site]
 """),
     "praise": lines("""
-[thank you|thanks|thanks again|well done|keep it up|great job|we will be back|you made my day|five stars|so {glad}]
+[thank you|thanks|thanks again|well done|keep it up|great job|we will be back|you made my day|\
+five stars|so {glad}]
 [{good}|really {good}|so {good}|highly recommended|will come again|10 out of 10|cheers {name}]
 """),
     "news": lines("""
-[no voice left|no regrets|my legs agree|and now tea|then home|all quiet here|the cat agrees|everyone is asleep\
+[no voice left|no regrets|my legs agree|and now tea|then home|all quiet here|the cat agrees|\
+everyone is asleep\
 |back to bed]
 [and now|then|later|tomorrow] {doing}
 {kin} {joy}
 what a {fine_word} {noun}
-[happy days|can't wait|wish me luck|lovely|life is good|see you there|what a view|fun times|back later|who is in]
+[happy days|can't wait|wish me luck|lovely|life is good|see you there|what a view|fun times|\
+back later|who is in]
 """),
 }
 
-# How the agent replies; {it} is a word of the topic.
+# The agent's replies. {it} stands for a word of the topic.
 REPLIES = {
     "fault": lines("""
-[i'm|i am|we are|we're] [so|very|really|truly|] sorry [about that|to hear that|about the {it}|for the trouble|to hear \
-about your {it}]
-[sorry|so sorry|very sorry], [that is not what we want|that should not happen|this is not our standard|you deserve \
-better]
-[our apologies|we apologise|my apologies|please accept our apologies] for [the {it}|the trouble|this|the wait]
+[i'm|i am|we are|we're] [so|very|really|truly|] sorry [about that|to hear that|about the {it}|\
+for the trouble|to hear about your {it}]
+[sorry|so sorry|very sorry], [that is not what we want|that should not happen|\
+this is not our standard|you deserve better]
+[our apologies|we apologise|my apologies|please accept our apologies] for [the {it}|the trouble|\
+this|the wait]
 oh no, sorry [about the {it}|to read this|for that]
 that [is|sounds] [not good enough|really frustrating|very upsetting|awful], sorry
 """),
     "question": lines("""
 [yes|yes you can|yes, of course|sure|yes, we do|certainly], [{detail}|just ask us about the {it}]
 [no|not yet|not at the moment|i'm afraid not], but [{detail}|it may come {soon}]
-[good question|great question|thanks for asking|happy to help|hi there], [{detail}|we will check the {it} for you]
+[good question|great question|thanks for asking|happy to help|hi there], [{detail}|\
+we will check the {it} for you]
 [it is|that is] [open until {clock}|{money}|on {day}|on our website|free|from {clock} to {clock}]
-you can [find it|do that|see the {it}|book it] [in the app|on our website|in store|by phone|under settings]
+you can [find it|do that|see the {it}|book it] [in the app|on our website|in store|by phone|\
+under settings]
 """),
     "praise": lines("""
-[thank you|thanks] [so much|for the kind words|for letting us know|for sharing|for the lovely message]
-[so|very|really|we are] [glad|happy|pleased|delighted] [to hear that|you like the {it}|you liked it|it went well|we \
-could help]
-[that is|this is|aw, that is] [lovely|wonderful|great|brilliant] to [hear|read], [we will tell the team|enjoy the \
-{it}|thank you]
+[thank you|thanks] [so much|for the kind words|for letting us know|for sharing|\
+for the lovely message]
+[so|very|really|we are] [glad|happy|pleased|delighted] [to hear that|you like the {it}|\
+you liked it|it went well|we could help]
+[that is|this is|aw, that is] [lovely|wonderful|great|brilliant] to [hear|read], \
+[we will tell the team|enjoy the {it}|thank you]
 you [made our day|are very welcome|are so kind], [enjoy the {it}|see you again soon|thank you]
 [we will pass this on|the team will love this|high five], [thanks|thank you|great to hear]
 """),
@@ -1276,11 +1366,12 @@ you [made our day|are very welcome|are so kind], [enjoy the {it}|see you again s
 }
 NEXT_STEP = {
     "fault": lines("""
-please [send us|dm us|message us] your [number|details|address|order number|{it} number] so we can [fix it|help|put \
-it right]
-[we will|let me|let us] [look into it|look into this right away|chase this|put this right|get this fixed|check with \
-the {it} team]
-we will [refund you|send a new one|call you|make it right|sort this out] [today|as soon as we can|{soon}]
+please [send us|dm us|message us] your [number|details|address|order number|{it} number] so we can \
+[fix it|help|put it right]
+[we will|let me|let us] [look into it|look into this right away|chase this|put this right|\
+get this fixed|check with the {it} team]
+we will [refund you|send a new one|call you|make it right|sort this out] [today|as soon as we can|\
+{soon}]
 """),
     "question": lines("""
 [let us know|tell us|just ask] if you need [more|anything else|help]
@@ -1294,41 +1385,29 @@ we will [refund you|send a new one|call you|make it right|sort this out] [today|
 """),
 }
 SLOTS |= {
-    "detail": "we open at {clock}|it costs {money}|we are open until {clock}|it takes {n} {unit}|you can book online"
-    "|it is in the app|{place} has one|there is one in {colour}|it comes {soon}|the shop in {place} has it"
-    "|just bring your ticket|it is free on {day}|we have {n} left|you will find it on our website"
-    "|please ask at the desk|up to {n} people|the limit is {big}",
-    "chat": "it is {day} after all|the kettle is on|we are in {place} {soon}|{food} for us|how is {place}"
-    "|{name} says hi",
+    "detail": "we open at {clock}|it costs {money}|we are open until {clock}|it takes {n} {unit}"
+    "|you can book online|it is in the app|{place} has one|there is one in {colour}"
+    "|it comes {soon}|the shop in {place} has it|just bring your ticket|it is free on {day}"
+    "|we have {n} left|you will find it on our website|please ask at the desk|up to {n} people"
+    "|the limit is {big}",
+    "chat": "it is {day} after all|the kettle is on|we are in {place} {soon}|{food} for us"
+    "|how is {place}|{name} says hi",
 }
 SLOTS = {slot: text.split("|") for slot, text in SLOTS.items()}
 TOPICS = {
     topic: (*map(lines, texts), words.split("|")) for topic, (*texts, words) in TOPICS.items()
 }
 
-KINDS = ("fault", "fault", "fault", "question", "praise", "news")
+KINDS = ("fault", "fault", "fault", "question", "praise", "news")  # half of the messages are faults
 GENERAL = {"fault": FAULTS, "question": QUESTIONS, "praise": PRAISE, "news": NEWS + CHAT}
 TAILS = {
-    "fault": [
-        "{emoji_bad}",
-        "{tag_bad}",
-        "!!",
-        "!",
-        "{emoji_bad}{emoji_bad}",
-        "{tag_bad} {tag_bad}",
-    ],
-    "question": ["{emoji}", "{tag}", "{emoji_good}", "🤔"],
-    "praise": [
-        "{emoji_good}",
-        "{tag_good}",
-        "!",
-        "!!",
-        "{emoji_good}{emoji_good}",
-        "{tag_good} {tag_good}",
-    ],
-    "news": ["{emoji}", "{tag}", "!", "...", "{tag} {emoji}"],
+    "fault": "{emoji_bad}|{tag_bad}|!!|!|{emoji_bad}{emoji_bad}|{tag_bad} {tag_bad}",
+    "question": "{emoji}|{tag}|{emoji_good}|🤔",
+    "praise": "{emoji_good}|{tag_good}|!|!!|{emoji_good}{emoji_good}|{tag_good} {tag_good}",
+    "news": "{emoji}|{tag}|!|...|{tag} {emoji}",
 }
-# A message and its reply appear in many layouts, so that no single one is the key to the reply.
+TAILS = {kind: tails.split("|") for kind, tails in TAILS.items()}
+# The models see many prompt formats, so that replying does not depend on a particular one.
 LAYOUTS = [
     ("Customer : {} ", "Agent :"),
     ("Customer: {} ", "Agent:"),
@@ -1356,6 +1435,7 @@ SLOT = re.compile(r"\{(\w+)\}")
 
 
 def expand(phrase, rng):
+    """Choose the alternatives and the slot entries of a phrase until none is left to choose."""
     while ALTERNATIVES.search(phrase) or SLOT.search(phrase):
         phrase = ALTERNATIVES.sub(lambda match: rng.choice(match[1].split("|")), phrase)
         phrase = SLOT.sub(lambda match: rng.choice(SLOTS[match[1]]), phrase)
@@ -1363,7 +1443,7 @@ def expand(phrase, rng):
 
 
 def write_handle(rng):
-    """An invented account name, of words of all kinds or of syllables, so that it says nothing about the message."""
+    """Return an invented account name of random words or syllables, unrelated to the message."""
     if rng.random() < 0.3:
         syllables = [
             rng.choice("bcdfghklmnprstvwz") + rng.choice("aeiou") + rng.choice(" lmnrst")
@@ -1381,7 +1461,7 @@ def write_handle(rng):
 
 
 def punctuate(sentences, rng):
-    """Join sentences in one of the ways people type: with or without capitals, full stops, question marks."""
+    """Join sentences as people type them: with or without capitals, full stops, question marks."""
     careful = rng.random() < 0.6
     joint = rng.choice([".", ".", ".", ",", ",", "!", "", " -", "...", " and", ", and"])
     text = ""
@@ -1400,20 +1480,20 @@ def punctuate(sentences, rng):
 def write_message(kind, topic, rng):
     faults, questions, praise, news, _ = TOPICS[topic]
     special = {"fault": faults, "question": questions, "praise": praise, "news": news}[kind]
-    # The count of sentences does not depend on the kind: length must not give it away.
+    # The number of sentences does not depend on the kind of message, so length does not reveal it.
     sentences = []
     for position in range(rng.choice([1, 1, 1, 2, 2, 3])):
         if position and rng.random() < 0.6:
             sentences.append(rng.choice(AFTER[kind]))
         else:
             sentences.append(rng.choice(special if rng.random() < 0.4 else GENERAL[kind]))
-    # What is merely told may stand before anything else.
+    # Any kind of message may start with a neutral sentence.
     if rng.random() < 0.25:
         sentences.insert(0, rng.choice(CONTEXT + news + NEWS))
     if rng.random() < 0.2:
         sentences.insert(0, rng.choice(OPENERS[kind]))
     words = punctuate([expand(sentence, rng) for sentence in sentences], rng).split()
-    # Dropped words teach the model to lean on more than one of them.
+    # Random words are dropped, so that the model does not depend on a single word.
     if rng.random() < 0.3:
         words = [word for word in words if rng.random() > 0.15] or words
     if rng.random() < 0.6:
@@ -1438,7 +1518,7 @@ def write_reply(kind, topic, rng):
 
 
 def generate(count, seed):
-    """Return `count` exchanges as (prompt, reply): the prompt ends with the marker that announces the reply."""
+    """Return `count` pairs (prompt, reply). The prompt ends with the marker before the reply."""
     rng = random.Random(seed)
     exchanges = []
     for _ in range(count):

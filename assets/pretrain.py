@@ -1,4 +1,4 @@
-"""Pretrain the tiny base models from scratch on a CPU, on text that this project makes itself.
+"""Pretrain the tiny base models from scratch on a CPU, on the text that assets/corpus.py generates.
 
 Run:  python -m assets.pretrain causal-lm
       python -m assets.pretrain seq2seq
@@ -44,33 +44,31 @@ def read_messages():
 
 
 def word_runs(text, length):
-    """The runs of words of this length; without handles, capitals and punctuation, which could hide a copy."""
+    """Return all runs of `length` words. Handles, capitals and punctuation cannot hide a copy."""
     words = re.findall(r"[\w']+", re.sub(r"[@#]\w+", "", text.lower()))
     length = min(length, len(words))
     return {tuple(words[start : start + length]) for start in range(len(words) - length + 1)}
 
 
 def check_corpus(exchanges):
-    """Refuse a pretraining text that holds a label, or seven words in a row of a message of the data set."""
+    """Raise if the pretraining text contains a label or seven consecutive words of the data set."""
     text = "\n".join(f"{prompt} {reply}".lower() for prompt, reply in exchanges)
-    assert "complain" not in text, (
-        "a label occurs in the pretraining text"
-    )  # covers "complaint" too
+    # "complain" is a part of both labels
+    assert "complain" not in text, "a label occurs in the pretraining text"
     runs = set().union(*(word_runs(message, 7) for message in read_messages()))
-    for length in {len(run) for run in runs}:  # a message of fewer words is one run
+    for length in {len(run) for run in runs}:  # a message of fewer than seven words is one run
         for prompt, _ in exchanges:
             copied = runs & word_runs(prompt, length)
             assert not copied, f"a message occurs in the pretraining text: {copied}"
 
 
 def build_tokenizer(kind, exchanges):
-    """A byte-level BPE: any UTF-8 text survives, and no token is unknown."""
+    """Train a byte-level BPE tokenizer. It encodes any UTF-8 text without unknown tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special_tokens = (
-        ["<pad>", "<s>", "</s>"] if kind == "causal-lm" else ["<pad>", "</s>", *SENTINELS]
-    )
+    is_causal = kind == "causal-lm"
+    special_tokens = ["<pad>", "<s>", "</s>"] if is_causal else ["<pad>", "</s>", *SENTINELS]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
         special_tokens=special_tokens,
@@ -78,17 +76,14 @@ def build_tokenizer(kind, exchanges):
         show_progress=False,
     )
     tokenizer.train_from_iterator((f"{prompt} {reply}" for prompt, reply in exchanges), trainer)
-    template = "<s> $A" if kind == "causal-lm" else "$A </s>"
-    specials = [
-        (token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>") if token in template
-    ]
+    template, special = ("<s> $A", "<s>") if is_causal else ("$A </s>", "</s>")
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=template, special_tokens=specials
+        single=template, special_tokens=[(special, tokenizer.token_to_id(special))]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
-        bos_token="<s>" if kind == "causal-lm" else None,
+        bos_token="<s>" if is_causal else None,
         eos_token="</s>",
         model_max_length=512,
         clean_up_tokenization_spaces=False,
@@ -132,11 +127,9 @@ def build_model(kind, tokenizer):
 
 
 def take_embeddings(model, tokenizer, folder):
-    """Start from what the causal model has learned of the tokens that both know, at the scale that T5 starts with."""
-    causal, known = (
-        LlamaForCausalLM.from_pretrained(folder),
-        AutoTokenizer.from_pretrained(folder).get_vocab(),
-    )
+    """Copy the causal model's embeddings of shared tokens, scaled to T5's unit variance."""
+    causal = LlamaForCausalLM.from_pretrained(folder)
+    known = AutoTokenizer.from_pretrained(folder).get_vocab()
     weights = causal.get_input_embeddings().weight.detach()
     with torch.no_grad():
         for token, index in tokenizer.get_vocab().items():
@@ -145,7 +138,10 @@ def take_embeddings(model, tokenizer, folder):
 
 
 def corrupt_spans(ids, tokenizer, rng):
-    """T5's objective: cut out spans of one to three tokens, about one token in five, and ask for them."""
+    """Apply T5's objective: replace spans of 1 to 3 tokens, about a fifth of all, by sentinels.
+
+    Returns the corrupted ids and the label ids, which are the sentinels with the removed spans.
+    """
     source, target = [], []
     position = 0
     sentinels = iter(tokenizer.convert_tokens_to_ids(SENTINELS))
@@ -163,7 +159,7 @@ def corrupt_spans(ids, tokenizer, rng):
 
 
 def encode(kind, exchanges, tokenizer, rng):
-    """Return (input_ids, labels) pairs, of equal length for the causal model."""
+    """Return pairs (input_ids, labels). For the causal model both are the same list."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     prompts = tokenizer([prompt for prompt, _ in exchanges], add_special_tokens=False)["input_ids"]
     spaced = [f" {reply}" if kind == "causal-lm" else reply for _, reply in exchanges]
@@ -173,7 +169,7 @@ def encode(kind, exchanges, tokenizer, rng):
         if kind == "causal-lm":
             ids = [bos, *prompt, *reply, eos][:MAX_LENGTH]
             examples.append((ids, ids))
-        elif rng.random() < 0.5:  # the reply, then what was cut out of the message
+        elif rng.random() < 0.5:  # the labels are the reply and the spans removed from the message
             source, target = corrupt_spans(prompt[: MAX_LENGTH - 1], tokenizer, rng)
             examples.append(([*source, eos], [*reply, *target, eos]))
         else:
@@ -187,7 +183,7 @@ def pad(rows, value):
 
 
 def build_batches(examples, batch_size, rng):
-    """Messages of similar length share a batch, which halves the padding; the order of the batches is random."""
+    """Yield batches in random order. Examples of similar length share one, to halve the padding."""
     rng.shuffle(examples)
     pool = batch_size * 50
     for start in range(0, len(examples), pool):
@@ -200,14 +196,12 @@ def pretrain(args):
     output_dir = Path(args.output_dir or ASSETS / f"tiny-{args.kind}")
     if output_dir.exists():
         if not args.overwrite_output_dir:
-            raise SystemExit(
-                f"error: {output_dir} exists; pass --overwrite_output_dir to replace it"
-            )
+            message = f"error: {output_dir} exists; pass --overwrite_output_dir to replace it"
+            raise SystemExit(message)
         shutil.rmtree(output_dir)
 
-    torch.set_num_threads(
-        args.num_threads
-    )  # the order of float additions, and so the weights, depends on it
+    # the order of float additions, and so the weights, depends on the number of threads
+    torch.set_num_threads(args.num_threads)
     set_seed(args.seed)
     rng = random.Random(args.seed)
     exchanges = generate(args.num_exchanges, args.seed)
@@ -238,10 +232,8 @@ def pretrain(args):
         scheduler.step()
         optimizer.zero_grad()
         if step % 50 == 0 or step == 1:
-            print(
-                f"step={step}/{steps} loss={loss.item():.4f} seconds={time.time() - start:.0f}",
-                flush=True,
-            )
+            seconds = time.time() - start
+            print(f"step={step}/{steps} loss={loss.item():.4f} seconds={seconds:.0f}", flush=True)
 
     model.generation_config = GenerationConfig.from_model_config(model.config)
     model.save_pretrained(output_dir)

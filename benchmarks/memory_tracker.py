@@ -1,16 +1,17 @@
-"""Does the memory tracker find a short CPU peak, and what does it cost? Beside it the loop of PEFT's TorchTracemalloc.
+"""Measure what share of a short CPU peak the memory tracker finds, and what the tracker costs.
 
     python benchmarks/memory_tracker.py
 
-Found: 200 MB are allocated, written and freed inside a phase, held for a while; how much of it the tracker reports.
-Goal: within 5 % wherever they are held for 50 ms or longer.
+Found: inside a phase 200 MB are allocated, written, held for a while and freed. What share of them
+does the tracker report? Goal: within 5 % if they are held for 50 ms or longer.
 
-Cost: blocks of training steps alternate in one run, in an order drawn anew for every round: without a tracker, with
-ours, with a peer thread that reads psutil without a pause, as TorchTracemalloc does. Goal: less than 1 % of a step.
-  wall    time per step: all that a user feels, and all the noise of the machine
-  CPU     time of the whole process per step, the sampling thread and what it costs the others included
-  thread  CPU time of the sampling thread alone over the wall time of the block: the least noisy of the three
-A ratio is the median of the ratios within each round, so that a slow minute slows both of its sides.
+Cost: blocks of training steps alternate in one run, in a random order in every round: without a
+tracker, with ours, and with a thread that reads psutil without a pause, as TorchTracemalloc in
+PEFT's examples does (the peer). Goal: less than 1 % of a step.
+  wall    wall time per step: what a user notices, with all the noise of the machine
+  CPU     CPU time of the process per step, the sampling thread and its side effects included
+  thread  CPU time of the sampling thread over the wall time of the block: the least noisy figure
+A ratio is the median of the ratios within each round, so that a slow minute affects both sides.
 """
 
 import contextlib
@@ -21,38 +22,28 @@ import random
 import sys
 import threading
 import time
-from datetime import (
-    date,
-)
-from pathlib import (
-    Path,
-)
-from statistics import (
-    median,
-)
+from datetime import date
+from pathlib import Path
+from statistics import median
 
 import psutil
 import torch
-from accelerate import (
-    PartialState,
-)
+from accelerate import PartialState
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # makes utils importable from any directory
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of utils/
 
-from utils.memory import (
-    MB,
-    MemoryTracker,
-)
+from benchmarks.first_run import cpu  # noqa: E402
+from utils.memory import MB, MemoryTracker  # noqa: E402
 
 PLANTED = 200 * MB
-HOLDS = (0.0, 0.01, 0.05, 0.2, 1.0)  # seconds; the first two lie below what the tracker promises
+HOLDS = (0.0, 0.01, 0.05, 0.2, 1.0)  # seconds; the first two are shorter than the goal's 50 ms
 REPEATS = 10
 ROUNDS = 40
 STEPS = 15  # per block
 
 
 class BusySampler:
-    """The peer: what TorchTracemalloc does for the CPU. The pause is missing there on purpose."""
+    """The peer: what TorchTracemalloc does for the CPU, deliberately without a pause."""
 
     def __init__(self):
         self.process = psutil.Process()
@@ -74,7 +65,7 @@ class BusySampler:
 
 
 def found(hold: float) -> tuple[float, float]:
-    """The share of a planted peak that each of the two reports: ours, peer."""
+    """Return the share of a planted peak that each of the two reports: ours, then the peer."""
 
     def plant():
         planted = torch.ones(PLANTED, dtype=torch.uint8)
@@ -91,13 +82,13 @@ def found(hold: float) -> tuple[float, float]:
 
 
 def thread_seconds(name: str) -> float:
-    """CPU time that the thread of this name has used so far."""
+    """Return the CPU seconds that the thread of this name has used so far."""
     (thread,) = (thread for thread in threading.enumerate() if thread.name == name)
     return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
 
 
 def measured_block(step, sampler: str) -> dict[str, float]:
-    """Seconds per step over one block: wall, CPU of the process, CPU of the sampling thread."""
+    """Return the seconds per step of a block: wall, process CPU, CPU of the sampling thread."""
     used = thread_seconds(sampler)
     cpu, wall = time.process_time(), time.perf_counter()
     for _ in range(STEPS):
@@ -108,7 +99,7 @@ def measured_block(step, sampler: str) -> dict[str, float]:
 
 
 def blocks(step) -> dict[str, list[dict[str, float]]]:
-    """Measured blocks, round by round, of each of the three variants."""
+    """Return the measured blocks of each of the three variants, one per round."""
     measured = {"without": [], "tracker": [], "peer": []}
     for _ in range(ROUNDS):
         for variant in random.sample(list(measured), 3):
@@ -125,7 +116,7 @@ def blocks(step) -> dict[str, list[dict[str, float]]]:
 
 
 def training_step():
-    """One step of a small model, a function without arguments."""
+    """Return a function that does one training step of a small model."""
     model = torch.nn.Sequential(*[torch.nn.Linear(384, 384) for _ in range(8)])
     optimizer = torch.optim.AdamW(model.parameters())
     batch = torch.randn(512, 384)
@@ -141,66 +132,60 @@ def training_step():
     return step
 
 
-def processor() -> str:
-    if sys.platform != "linux":
-        return platform.processor()
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-
-
-def main():
-    PartialState(cpu=True)
-    torch.set_num_threads(
-        1
-    )  # threads that wait for one another at every operation would measure the scheduler
-    print(
-        f"{processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; torch {torch.__version__}, "
-        f"Python {platform.python_version()}; {date.today()}"
-    )
-    print(f"interval {MemoryTracker().interval * 1000:.0f} ms\n")
-
+def print_found():
+    """Measure and print what share of a planted peak is found."""
     print(
         f"Found of a planted peak of 200 MB, {REPEATS} times each; goal: 95 to 105 % from 50 ms on"
     )
-    print(
-        f"{'held':>8}  {'tracker min':>11} {'median':>7} {'max':>7} {'goal':>7}   {'peer min':>8} {'median':>7}"
-    )
+    head = f"{'held':>8}  {'tracker min':>11} {'median':>7} {'max':>7} {'goal':>7}   "
+    print(f"{head}{'peer min':>8} {'median':>7}")
     for hold in HOLDS:
         ours, peer = zip(*(found(hold) for _ in range(REPEATS)))
-        goal = (
-            "-" if hold < 0.05 else "met" if 0.95 <= min(ours) and max(ours) <= 1.05 else "MISSED"
-        )
-        print(
-            f"{hold * 1000:5.0f} ms  {min(ours):11.1%} {median(ours):7.1%} {max(ours):7.1%} {goal:>7}   "
-            f"{min(peer):8.1%} {median(peer):7.1%}"
-        )
+        goal = "-"
+        if hold >= 0.05:
+            goal = "met" if 0.95 <= min(ours) and max(ours) <= 1.05 else "MISSED"
+        line = f"{hold * 1000:5.0f} ms  {min(ours):11.1%} {median(ours):7.1%} {max(ours):7.1%} "
+        print(f"{line}{goal:>7}   {min(peer):8.1%} {median(peer):7.1%}")
 
+
+def print_costs():
+    """Measure and print what the tracker and the peer cost per step."""
     measured = blocks(training_step())
     print(
-        f"\nPer step of a training loop on one thread, {ROUNDS} rounds of {STEPS} steps each, alternating"
+        f"\nPer step of a training loop on one thread, {ROUNDS} alternating rounds of {STEPS} steps"
     )
-    print(
-        f"{'':>8} {'wall min':>10} {'median':>10} {'ratio':>7}   {'CPU min':>10} {'median':>10} {'ratio':>7}   "
-        f"{'thread min':>10} {'median':>7}"
+    head = "".join(
+        f"{kind + ' min':>10} {'median':>10} {'ratio':>7}   " for kind in ("wall", "CPU")
     )
+    print(f"{'':>8} {head}{'thread min':>10} {'median':>7}")
     costs = {}
     for variant, rounds in measured.items():
-        costs[variant] = {"thread": median(block["thread"] / block["wall"] for block in rounds)}
+        shares = [block["thread"] / block["wall"] for block in rounds]
+        costs[variant] = {"thread": median(shares)}
         cells = []
         for kind in ("wall", "CPU"):
-            values = [block[kind] for block in rounds]
-            ratio = median(value / block[kind] for value, block in zip(values, measured["without"]))
+            values = [block[kind] * 1000 for block in rounds]
+            pairs = zip(rounds, measured["without"])
+            ratio = median(block[kind] / base[kind] for block, base in pairs)
             costs[variant][kind] = ratio - 1
-            cells.append(
-                f"{min(values) * 1000:7.2f} ms {median(values) * 1000:7.2f} ms {ratio:7.4f}"
-            )
-        least = min(block["thread"] / block["wall"] for block in rounds)
-        cells.append(f"{least:10.2%} {costs[variant]['thread']:7.2%}")
+            cells.append(f"{min(values):7.2f} ms {median(values):7.2f} ms {ratio:7.4f}")
+        cells.append(f"{min(shares):10.2%} {median(shares):7.2%}")
         print(f"{variant:>8} {'   '.join(cells)}")
     for kind, cost in costs["tracker"].items():
-        print(
-            f"goal: less than 1 % of a step; {kind}: {cost:.2%}, {'met' if cost < 0.01 else 'MISSED'}"
-        )
+        answer = "met" if cost < 0.01 else "MISSED"
+        print(f"goal: less than 1 % of a step; {kind}: {cost:.2%}, {answer}")
+
+
+def main():
+    """Run both measurements."""
+    PartialState(cpu=True)
+    torch.set_num_threads(1)  # threads that wait for each other would measure the scheduler
+    machine = f"{cpu()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    print(f"{machine}; {versions}; {date.today()}")
+    print(f"interval {MemoryTracker().interval * 1000:.0f} ms\n")
+    print_found()
+    print_costs()
 
 
 if __name__ == "__main__":

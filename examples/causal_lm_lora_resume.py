@@ -1,10 +1,10 @@
 """Fine-tune a causal language model with LoRA and resume bit for bit (on GPUs: --deterministic).
 
 Base:    causal_lm_lora.py
-Changes: 1. Settings, 5. Setup, 6. Training loop, 7. Save
+Changes: 1. Settings, 4. Evaluation, 5. Setup, 6. Training loop, 7. Save
 Run:     accelerate launch --config_file configs/ddp.yaml examples/causal_lm_lora_resume.py
 Needs:   2 CPU processes with 621 MB each for the shipped model; on GPUs not measured
-Expect:  accuracy 0.00 -> 0.98 in 23 s, start included (2 cores of an AMD EPYC, 2026-11-21)
+Expect:  accuracy 0.00 -> 0.98 in 23 s with startup (2 cores of an AMD EPYC, 2026-11-21)
 """
 
 import math
@@ -15,245 +15,327 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from accelerate.utils import GradientAccumulationPlugin, gather_object, set_seed
-from datasets import Dataset, load_dataset
+from accelerate.utils import gather_object, set_seed
 from peft import LoraConfig, TaskType, get_peft_model
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, RandomSampler
-from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.hf_argparser import HfArg
 from transformers.optimization import get_scheduler
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # holds utils/; one beside the script comes first
-from utils.checks import check_columns, check_rows, check_settings, check_targets, data_files, or_refuse, read_settings
-from utils.checks import refuse
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds utils/
+from utils.data import check_labels, load_data
+from utils.errors import or_refuse, refuse
 from utils.launch import device_map, start_accelerator
-from utils.memory import MemoryTracker, plot_memory
-from utils.report import check_adapter, check_sharding, collect_metrics, finish_run, new_folder
-from utils.report import read_numbers, write_metrics
+from utils.memory import MemoryTracker
+from utils.results import Progress, collect_metrics, finish_run, new_folder
+from utils.settings import read_settings
 
 
 # 1. Settings --------------------------------------------------------------------------------------
+# yours to change
 @dataclass
-class Config:  # what is trained; where it runs (processes, precision, sharding, offload) stands in the launch config
-    model_name_or_path: str = HfArg(default="assets/tiny-causal-lm", help="folder or Hub id, safetensors only")
-    dtype: str = HfArg(default="float32", help="of the weights as loaded: float32, bfloat16 or float16")
-    attn_implementation: str = HfArg(default="sdpa", help="attention: eager, sdpa, flash_attention_2, ...")
-    dataset_name: str = HfArg(default="assets/complaints", help="Hub id, folder, .csv, .json or .jsonl")
+class Config:
+    """Model, data and hyperparameters. The launch config sets processes, precision, sharding."""
+
+    model_name_or_path: str = HfArg(default="assets/tiny-causal-lm", help="model folder or Hub id")
+    dtype: str = HfArg(default="float32", help="dtype of the loaded weights")
+    attn_implementation: str = HfArg(default="sdpa", help="attention backend: sdpa, eager, ...")
+    dataset_name: str = HfArg(default="assets/complaints", help="data file, folder or Hub id")
     text_column: str = HfArg(default="Tweet text", help="column that the model reads")
     label_column: str = HfArg(default="Label", help="column that the model learns to write")
-    prompt_template: str = HfArg(default="Tweet text : {text} Label :", help="prompt, where {text} is the row's text")
-    max_length: int = HfArg(default=128, help="tokens of prompt and label; a longer text is cut at its end")
-    per_device_train_batch_size: int = HfArg(default=8, help="rows in a micro-batch of one process")
-    per_device_eval_batch_size: int = HfArg(default=32, help="rows that one process generates for at once")
-    gradient_accumulation_steps: int = HfArg(default=1, help="micro-batches of one process in an update")
-    learning_rate: float = HfArg(default=1e-3, help="peak, after the warmup; larger models want a lower one")
-    lr_scheduler_type: str = HfArg(default="cosine", help="after the warmup: cosine, linear or constant_with_warmup")
-    warmup_ratio: float = HfArg(default=0.1, help="share of the updates, rounded down, in which the rate rises")
-    weight_decay: float = HfArg(default=0.0, help="AdamW's, per update and unit of learning rate")
-    max_grad_norm: float = HfArg(default=1.0, help="L2 norm to which a larger gradient is cut; 0 never cuts")
-    num_train_epochs: float = HfArg(default=6.0, help="passes over the training rows, rounded up to whole updates")
-    max_steps: int = HfArg(default=-1, help="updates, in place of num_train_epochs; -1 leaves it to those")
-    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, more time")
-    tf32: bool = HfArg(default=False, help="multiply float32 in TF32 on GPUs, less exactly")
-    lora_r: int = HfArg(default=8, help="rank of the two matrices that are learned beside each target layer")
-    lora_alpha: int = HfArg(default=32, help="their product is scaled by lora_alpha / lora_r")
-    lora_dropout: float = HfArg(default=0.0, help="share of its input that a LoRA layer does not see, 0 to below 1")
-    target_modules: list[str] = HfArg(default_factory=lambda: ["all-linear"], help="names of layers, or all-linear")
-    modules_to_save: list[str] = HfArg(default_factory=list, help="layers to train whole: lm_head, embed_tokens, ...")
-    seed: int = HfArg(default=42, help="of new weights, dropout, the order of the rows and their split")
-    deterministic: bool = HfArg(default=False, help="bit-identical runs on GPUs, slower")
+    prompt_template: str = HfArg(
+        default="Tweet text : {text} Label :", help="prompt; {text} stands for the text of the row"
+    )
+    max_length: int = HfArg(default=128, help="max tokens of prompt and label; text is truncated")
+    per_device_train_batch_size: int = HfArg(default=8, help="rows per micro-batch and process")
+    per_device_eval_batch_size: int = HfArg(default=32, help="rows per eval batch and process")
+    gradient_accumulation_steps: int = HfArg(default=1, help="micro-batches per update")
+    learning_rate: float = HfArg(default=1e-3, help="peak learning rate, after the warmup")
+    lr_scheduler_type: str = HfArg(default="cosine", help="schedule: cosine, linear, constant, ...")
+    warmup_ratio: float = HfArg(default=0.1, help="fraction of the updates used for warmup")
+    weight_decay: float = HfArg(default=0.0, help="weight decay of AdamW")
+    max_grad_norm: float = HfArg(default=1.0, help="clip gradients to this L2 norm; 0: no clipping")
+    num_train_epochs: float = HfArg(default=6.0, help="epochs, rounded up to full updates")
+    max_steps: int = HfArg(default=-1, help="number of updates; -1: train for num_train_epochs")
+    eval_strategy: str = HfArg(default="no", help="epoch: also evaluate after each epoch")
+    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations to save memory")
+    tf32: bool = HfArg(default=False, help="matrix products in TF32 on GPUs: faster, less exact")
+    lora_r: int = HfArg(default=8, help="rank of the LoRA matrices")
+    lora_alpha: int = HfArg(default=32, help="LoRA is scaled by lora_alpha / lora_r")
+    lora_dropout: float = HfArg(default=0.0, help="dropout probability on the input of LoRA layers")
+    target_modules: list[str] = HfArg(
+        default_factory=lambda: ["all-linear"], help="layers that get LoRA, or all-linear"
+    )
+    modules_to_save: list[str] = HfArg(default_factory=list, help="layers to train in full")
+    deterministic: bool = HfArg(default=False, help="same bits in every run on GPUs, slower")
     save_steps: int = HfArg(default=25, help="updates between two checkpoints")
-    checkpoint_dir: str = HfArg(default=f"outputs/{Path(__file__).stem}-checkpoints", help="folder that they go into")
-    resume_from_checkpoint: str = HfArg(default="", help="True for the newest in checkpoint_dir, or the folder of one")
-    output_dir: str = HfArg(default=f"outputs/{Path(__file__).stem}", help="new folder for all that the run leaves")
-    overwrite_output_dir: bool = HfArg(default=False, help="replace what an earlier run left in output_dir")
-    hub_model_id: str = HfArg(default="", help="push to this Hub repository, created private; empty: no push")
+    checkpoint_dir: str = HfArg(
+        default=f"outputs/{Path(__file__).stem}-checkpoints", help="folder of the checkpoints"
+    )
+    resume_from_checkpoint: str = HfArg(default="", help="True: the newest; or a checkpoint folder")
+    seed: int = HfArg(default=42, help="seed of weights, dropout, row order and split")
+    output_dir: str = HfArg(default=f"outputs/{Path(__file__).stem}", help="folder for the results")
+    overwrite_output_dir: bool = HfArg(default=False, help="replace an earlier run in output_dir")
+    hub_model_id: str = HfArg(default="", help="Hub repository to push to; empty: no push")
+
+    def __post_init__(self):
+        if self.prompt_template.count("{text}") != 1:
+            raise ValueError(f"--prompt_template {self.prompt_template!r} must have one {{text}}")
 
 
 # 2. Data ------------------------------------------------------------------------------------------
+# yours to change
 def build_dataloaders(config, tokenizer, accelerator):
-    """Return a loader of the training batches of all updates, and one of the held-out rows."""
-    dataset = or_refuse(f"--dataset_name {config.dataset_name}", load_dataset, **data_files(config.dataset_name))
-    check_columns(dataset, config)
-    if "validation" not in dataset:
-        train, valid = dataset["train"].train_test_split(test_size=0.2, seed=config.seed).values()
-        held_out = set(valid[config.text_column])  # a text that occurs twice stays on one side
-        dataset = {"train": train.filter(lambda row: row[config.text_column] not in held_out), "validation": valid}
-    check_rows(dataset, config, accelerator.num_processes)
+    """Return two loaders: the training batches of all updates, and the held-out rows."""
+    columns = {"text_column": config.text_column, "label_column": config.label_column}
+    train, valid = load_data(config.dataset_name, columns, config.seed, accelerator.num_processes)
+    labels = dict.fromkeys(map(str, [*train[config.label_column], *valid[config.label_column]]))
     head, tail = config.prompt_template.split("{text}")
-    tail = tokenizer(tail, add_special_tokens=False).input_ids
-    labels = {str(label) for split in ("train", "validation") for label in dataset[split][config.label_column]}
-    targets = {label: tokenizer(f" {label}", add_special_tokens=False).input_ids for label in labels}
-    answers, room = check_targets(targets, tokenizer, tokenizer(head).input_ids, tail, config.max_length)
+    head_ids = tokenizer(head).input_ids
+    tail_ids = tokenizer(tail, add_special_tokens=False).input_ids
+    targets = {one: tokenizer(f" {one}", add_special_tokens=False).input_ids for one in labels}
+    answers, room = check_labels(targets, tokenizer, config.max_length, len(head_ids + tail_ids))
 
     def encode(row):
         label = str(row[config.label_column])
-        prompt = tokenizer(f"{head}{row[config.text_column] or ''}").input_ids[:room] + tail  # only the text gives way
-        return {"prompt": prompt, "target": [*targets[label], tokenizer.eos_token_id], "label": answers[label]}
+        prompt = tokenizer(f"{head}{row[config.text_column] or ''}").input_ids
+        prompt = prompt[: len(head_ids) + room] + tail_ids  # only the text is truncated
+        target = [*targets[label], tokenizer.eos_token_id]
+        return {"prompt": prompt, "target": target, "label": answers[label]}
 
-    def pad(rows, value, side):
-        return torch.nn.utils.rnn.pad_sequence([torch.LongTensor(row) for row in rows], True, value, side)
+    def pad(sequences, value, side="right"):
+        tensors = [torch.tensor(sequence) for sequence in sequences]
+        return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
-    def inputs(rows, side):
-        mask = [[1] * len(row) for row in rows]
-        return {"input_ids": pad(rows, tokenizer.pad_token_id, side), "attention_mask": pad(mask, 0, side)}
+    def inputs(sequences, side="right"):
+        mask = pad([[1] * len(sequence) for sequence in sequences], 0, side)
+        return {"input_ids": pad(sequences, tokenizer.pad_token_id, side), "attention_mask": mask}
 
     def collate_train(rows):
-        rows = [(row["prompt"] + row["target"], [-100] * len(row["prompt"]) + row["target"]) for row in rows]
-        sequences, labels = zip(*rows)  # -100: no loss on the prompt
-        return inputs(sequences, "right") | {"labels": pad(labels, -100, "right")}
+        labels = [[-100] * len(row["prompt"]) + row["target"] for row in rows]  # -100: no loss
+        sequences = [row["prompt"] + row["target"] for row in rows]
+        return inputs(sequences) | {"labels": pad(labels, -100)}
 
     def collate_valid(rows):  # padded on the left: the answer starts where the prompt ends
         return inputs([row["prompt"] for row in rows], "left")
 
-    train, valid = (Dataset.from_list([encode(row) for row in dataset[split]]) for split in ("train", "validation"))
-    per_update = config.per_device_train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    max_steps = max(config.max_steps, 0) or math.ceil(config.num_train_epochs * len(train) / per_update)
-    generator = torch.Generator().manual_seed(config.seed)  # pass after pass in one order, on any number of processes
+    train, valid = ([encode(row) for row in rows] for rows in (train, valid))
+    batch_size = config.per_device_train_batch_size
+    per_update = batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    max_steps = math.ceil(config.num_train_epochs * len(train) / per_update)
+    max_steps = config.max_steps if config.max_steps > 0 else max_steps
+    # all epochs in one loader; the order does not depend on the number of processes
+    generator = torch.Generator().manual_seed(config.seed)
     sampler = RandomSampler(train, num_samples=max_steps * per_update, generator=generator)
-    train_loader = DataLoader(train, config.per_device_train_batch_size, sampler=sampler, collate_fn=collate_train)
-    return train_loader, DataLoader(valid, config.per_device_eval_batch_size, collate_fn=collate_valid)
+    train_loader = DataLoader(train, batch_size, sampler=sampler, collate_fn=collate_train)
+    valid_loader = DataLoader(valid, config.per_device_eval_batch_size, collate_fn=collate_valid)
+    return train_loader, valid_loader
 
 
 # 3. Model -----------------------------------------------------------------------------------------
+# yours to change
 def build_model(config, tokenizer):
-    """Return the pretrained model, frozen, with LoRA layers to be trained."""
-    options = {"dtype": config.dtype, "attn_implementation": config.attn_implementation, "use_safetensors": True}
-    options["device_map"] = device_map()  # the process's device, or none where a strategy shards
-    model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, **options)
+    """Return the pretrained model, frozen, with trainable LoRA layers."""
+    model = AutoModelForCausalLM.from_pretrained(
+        config.model_name_or_path,
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        use_safetensors=True,
+        device_map=device_map(),  # the strategy decides where the weights go
+    )
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    model.generation_config = GenerationConfig(**ends)  # greedy, whatever beams or penalties the checkpoint brings
+    model.generation_config = GenerationConfig(**ends)  # greedy, whatever the checkpoint asks for
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()  # non-reentrant
     targets = "all-linear" if config.target_modules == ["all-linear"] else config.target_modules
-    lora = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
-    lora |= {"target_modules": targets, "modules_to_save": config.modules_to_save or None}
-    return get_peft_model(model, LoraConfig(task_type=TaskType.CAUSAL_LM, **lora))
+    lora = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+        modules_to_save=config.modules_to_save or None,
+    )
+    return get_peft_model(model, lora)
+
+
+def compute_loss(model, batch):
+    """Return the mean loss over the label tokens of a micro-batch, for `backward`."""
+    return model(**batch, use_cache=False).loss
+
+
+def count_targets(batch):
+    """Return how many label tokens `compute_loss` averages over, as a tensor."""
+    return batch["labels"][:, 1:].ne(-100).sum()  # nothing predicts the first token
 
 
 # 4. Evaluation ------------------------------------------------------------------------------------
-def evaluate(accelerator, model, tokenizer, valid_loader):
-    """Return the share of held-out rows answered with exactly their label, the answers and the labels."""
+# yours to change
+def evaluate(accelerator, model, tokenizer, valid_loader, config):
+    """Return the scores on the held-out rows, and the (prediction, label) pairs."""
     model.eval()
-    labels, predictions = valid_loader.dataset["label"], []
-    max_new_tokens = max(map(len, valid_loader.dataset["target"]))
+    rows, predictions = valid_loader.dataset, []
+    longest = max(len(row["target"]) for row in rows)
+    generator = accelerator.unwrap_model(model)
     for batch in valid_loader:
-        tokens = accelerator.unwrap_model(model).generate(**batch, max_new_tokens=max_new_tokens)
-        answers = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        # without the rows that the loader repeats to give every process equally many batches
-        predictions += accelerator.gather_for_metrics(list(map(str.strip, answers)), use_gather_object=True)
-    correct = sum(one == other for one, other in zip(predictions, labels, strict=True))
-    return correct / len(labels), predictions, labels
+        tokens = generator.generate(**batch, max_new_tokens=longest)
+        new_tokens = tokens[:, batch["input_ids"].shape[1] :]
+        answers = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+        # drops rows that were repeated to give all processes the same number of batches
+        predictions += accelerator.gather_for_metrics(answers, use_gather_object=True)
+    samples = [(one.strip(), row["label"]) for one, row in zip(predictions, rows, strict=True)]
+    correct = sum(prediction == label for prediction, label in samples)
+    return {"accuracy": correct / len(samples)}, samples
+
+
+def find_checkpoint(config, run):
+    """Return the checkpoint to resume from and its state, or two empty values.
+
+    Stops where `run`, the settings that both runs must share, is not that of the checkpoint.
+    """
+    folders = Path(config.checkpoint_dir).glob("checkpoint-*")
+    newest = max(folders, key=lambda folder: int(folder.name.split("-")[1]), default="")
+    wanted = config.resume_from_checkpoint
+    resumed = newest if wanted == "True" else wanted
+    if newest and not resumed:
+        remedy = "give --resume_from_checkpoint True, or another --checkpoint_dir"
+        refuse(f"{newest} is of an earlier run: {remedy}")
+    or_refuse("--checkpoint_dir", Path(config.checkpoint_dir).mkdir, parents=True, exist_ok=True)
+    if not resumed:
+        return "", {}
+    file = Path(resumed, "state.pt")
+    culprit = f"{file} cannot be read, give an older checkpoint"
+    # weights_only: tensors and numbers, no code
+    state = or_refuse(culprit, torch.load, file, weights_only=True, map_location="cpu")
+    before = state["run"]
+    changed = [
+        f"{key} {before.get(key)} (now {run[key]})" for key in run if before.get(key) != run[key]
+    ]
+    if changed:
+        refuse(f"{resumed} was made with {', '.join(changed)}: give the same, or start a new run")
+    return resumed, state
 
 
 def main():
     # 5. Setup -------------------------------------------------------------------------------------
-    config = read_settings(HfArgumentParser(Config))
-    check_settings(config, ("single", "ddp"), (AutoConfig, AutoTokenizer, AutoModelForCausalLM))
-    accumulation = GradientAccumulationPlugin(config.gradient_accumulation_steps, sync_with_dataloader=False)
-    bits = {"tf32": config.tf32, "deterministic": config.deterministic}
-    accelerator = start_accelerator(gradient_accumulation_plugin=accumulation, **bits)
-    newest = max(Path(config.checkpoint_dir).glob("checkpoint-*"), key=lambda p: (len(p.name), p), default="")  # 9, 10
-    resumed = newest if config.resume_from_checkpoint == "True" else config.resume_from_checkpoint
-    if newest and not resumed:
-        refuse(f"{newest} is of an earlier run: give --resume_from_checkpoint True, or another --checkpoint_dir")
-    or_refuse("--checkpoint_dir", Path(config.checkpoint_dir).mkdir, parents=True, exist_ok=True)
-    free = "save_steps checkpoint_dir resume_from_checkpoint output_dir overwrite_output_dir hub_model_id".split()
-    run = {name: value for name, value in asdict(config).items() if name not in free}  # what must stay as it is
+    # leave, unless you know why
+    strategies = ("single", "ddp")
+    config = read_settings(Config, strategies, AutoModelForCausalLM, base="frozen")
+    steps, deterministic = config.gradient_accumulation_steps, config.deterministic
+    accelerator = start_accelerator(steps, tf32=config.tf32, deterministic=deterministic)
+    free = "save_steps checkpoint_dir resume_from_checkpoint output_dir overwrite_output_dir"
+    run = {name: value for name, value in asdict(config).items() if name not in free.split()}
     run |= {name: getattr(accelerator, name) for name in ("num_processes", "mixed_precision")}
-    if resumed:
-        file, options = Path(resumed, "state.pt"), {"weights_only": True, "map_location": "cpu"}  # tensors, no code
-        state = or_refuse(f"{file} cannot be read, give an older checkpoint", torch.load, file, **options)
-        if told := [f"{key} {then} (now {now})" for key, now in run.items() if (then := state["run"].get(key)) != now]:
-            refuse(f"{resumed} was made with {', '.join(told)}: give the same, or start a new run")
+    resumed, state = find_checkpoint(config, run)
     set_seed(config.seed)
     tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # always masked, so any token will do
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # padding is masked
     train_loader, valid_loader = build_dataloaders(config, tokenizer, accelerator)
     tracker = MemoryTracker()
     with tracker.phase("load"):
         model = build_model(config, tokenizer)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-        options["fused"] = accelerator.device.type == "cuda"  # a step in one kernel
-        optimizer = torch.optim.AdamW(trained, **options)
+        options["fused"] = accelerator.device.type == "cuda"  # one kernel per step
+        optimizer = torch.optim.AdamW(trainable.values(), **options)
         model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
-        valid_loader = accelerator.prepare_data_loader(valid_loader)  # apart: DeepSpeed takes its batch size from one
-        check_sharding(accelerator, model)
+        valid_loader = accelerator.prepare_data_loader(valid_loader)
     max_steps = len(train_loader) // config.gradient_accumulation_steps
-    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, int(config.warmup_ratio * max_steps), max_steps)
-    generators = [torch, torch.cuda] if accelerator.device.type == "cuda" else [torch]  # that dropout draws from
-    stateful = [part for part in (optimizer, scheduler, accelerator.scaler) if part is not None]  # a scaler in fp16
+    warmup = int(config.warmup_ratio * max_steps)
+    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, warmup, max_steps)
+    progress = Progress(accelerator, model, config, max_steps, len(train_loader.dataset))
+    # dropout draws from these generators; an fp16 run has a scaler
+    generators = [torch, torch.cuda] if accelerator.device.type == "cuda" else [torch]
+    stateful = [part for part in (optimizer, scheduler, accelerator.scaler) if part is not None]
     if resumed:
-        before, updates, seconds = state["before"], state["updates"], state["seconds"]
-        for parameter, value in zip(trained, state["trained"], strict=True):
+        before, seconds = state["before"], state["seconds"]
+        progress.updates, progress.evaluations = state["updates"], state["evaluations"]
+        for parameter, value in zip(trainable.values(), state["trainable"], strict=True):
             parameter.data.copy_(value)
         for part, value in zip(stateful, state["stateful"], strict=True):
             part.load_state_dict(value)
-        # the seed gives the order of the rows, so those of the updates so far are passed over unread
-        train_loader = accelerator.skip_first_batches(train_loader, len(updates) * config.gradient_accumulation_steps)
-        train_loader.base_dataloader.generator = torch.Generator()  # a start draws a number: this one's, not dropout's
-        for generator, random_state in zip(generators, state["random"][accelerator.process_index], strict=True):
+        # the seed decides the order of the rows; skip those of the updates that were made
+        done = len(progress.updates) * config.gradient_accumulation_steps
+        train_loader = accelerator.skip_first_batches(train_loader, done)
+        # iter(loader) draws a number; from a generator of its own, not from that of dropout
+        train_loader.base_dataloader.generator = torch.Generator()
+        random_states = state["random"][accelerator.process_index]
+        for generator, random_state in zip(generators, random_states, strict=True):
             generator.set_rng_state(random_state)
-        accelerator.print(f"Going on from {resumed}, after update {len(updates)} of {max_steps}.")
+        accelerator.print(f"Resumed from {resumed}, after {len(progress.updates)} updates.")
 
     # 6. Training loop -----------------------------------------------------------------------------
+    # leave, unless you know why
     if not resumed:
-        before, _, _ = evaluate(accelerator, model, tokenizer, valid_loader)
-        updates, seconds = [], 0.0
+        before, _ = evaluate(accelerator, model, tokenizer, valid_loader, config)
+        seconds = 0.0
     with tracker.phase("train"):
         model.train()
         batches, begin = iter(train_loader), perf_counter()
-        for _ in tqdm(range(len(updates), max_steps), disable=not accelerator.is_main_process):
+        for step in range(len(progress.updates) + 1, max_steps + 1):
             micro_batches = [next(batches) for _ in range(config.gradient_accumulation_steps)]
-            counts = [torch.stack([b["labels"].ne(-100).sum(), b["attention_mask"].sum()]) for b in micro_batches]
-            step_tokens = accelerator.reduce(sum(counts))  # targets and inputs, of all processes
+            targets = [count_targets(batch) for batch in micro_batches]
+            inputs = sum(batch["attention_mask"].sum() for batch in micro_batches)
+            # label tokens and input tokens of this update, summed over all processes
+            step_targets, step_inputs = accelerator.reduce(torch.stack([sum(targets), inputs]))
             step_loss = torch.zeros((), device=accelerator.device)
-            for batch, count in zip(micro_batches, counts):
+            for batch, count in zip(micro_batches, targets, strict=True):
                 with accelerator.accumulate(model):
-                    # a mean over the micro-batch's own targets, weighted so that all targets of the update count alike
-                    loss = model(**batch, use_cache=False).loss * count[0] / step_tokens[0]
+                    # a mean over this micro-batch; rescale it, so that every label token of the
+                    # update has the same weight
+                    loss = compute_loss(model, batch) * count / step_targets
                     step_loss += loss.detach()
-                    # takes back the means to come: accelerate's over micro-batches, the strategy's over processes
-                    accelerator.backward(loss * config.gradient_accumulation_steps * accelerator.num_processes)
+                    # undo two averages in advance: accelerate divides by the accumulation steps;
+                    # DDP, ZeRO and FSDP divide by the number of processes
+                    averages = config.gradient_accumulation_steps * accelerator.num_processes
+                    accelerator.backward(loss * averages)
                     if accelerator.sync_gradients:
-                        grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
+                        max_norm = config.max_grad_norm or math.inf
+                        grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
                     optimizer.step()
                     optimizer.zero_grad()
-            values = (accelerator.reduce(step_loss), grad_norm, step_tokens)
-            # one read for all of them: each read makes the CPU wait for the GPU
-            step_loss, grad_norm, targets, inputs = read_numbers(accelerator.device, *values)
-            rate = scheduler.get_last_lr()[0]
-            updates.append((step_loss, rate, grad_norm, int(targets), int(inputs)))
+            loss, rate = accelerator.reduce(step_loss), scheduler.get_last_lr()[0]
+            counts = {"target_tokens": step_targets, "input_tokens": step_inputs}
+            progress.log(loss=loss, learning_rate=rate, grad_norm=grad_norm, **counts)
             scheduler.step()
-            if len(updates) % config.save_steps == 0:
-                state = {"run": run, "before": before, "updates": updates, "seconds": seconds + perf_counter() - begin}
-                state |= {"trained": trained, "stateful": [part.state_dict() for part in stateful]}
-                state |= {"random": gather_object([[generator.get_rng_state() for generator in generators]])}
+            if config.eval_strategy == "epoch" and progress.is_between_epochs():
+                scores, _ = evaluate(accelerator, model, tokenizer, valid_loader, config)
+                progress.log_scores(scores)
+                model.train()
+            if step % config.save_steps == 0:
+                state = {"run": run, "before": before, "seconds": seconds + perf_counter() - begin}
+                state |= {"updates": progress.updates, "evaluations": progress.evaluations}
+                state |= {"trainable": list(trainable.values())}
+                state |= {"stateful": [part.state_dict() for part in stateful]}
+                random_states = [[generator.get_rng_state() for generator in generators]]
+                state |= {"random": gather_object(random_states)}
                 if accelerator.is_main_process:
-                    folder = Path(config.checkpoint_dir, f"checkpoint-{len(updates)}")
-                    unfinished = folder.with_name(f"unfinished-{len(updates)}")  # a name that no resume looks for
+                    folder = Path(config.checkpoint_dir, f"checkpoint-{step}")
+                    unfinished = folder.with_name(f"unfinished-{step}")
                     unfinished.mkdir(exist_ok=True)
-                    or_refuse(f"{unfinished} cannot be written", torch.save, state, unfinished / "state.pt")
-                    shutil.rmtree(folder, ignore_errors=True)  # is there after going on from an older one
-                    unfinished.rename(folder)  # whole, so all of it appears at once
+                    file = unfinished / "state.pt"
+                    or_refuse(f"{file} cannot be written", torch.save, state, file)
+                    shutil.rmtree(folder, ignore_errors=True)  # from before resuming at an older
+                    unfinished.rename(folder)  # at once, so a checkpoint is complete or absent
     with tracker.phase("eval"):
-        after, predictions, labels = evaluate(accelerator, model, tokenizer, valid_loader)
+        after, samples = evaluate(accelerator, model, tokenizer, valid_loader, config)
+    progress.show_samples(samples)
 
     # 7. Save --------------------------------------------------------------------------------------
+    # leave, unless you know why
     unwrapped = accelerator.unwrap_model(model)
-    trained = {name: parameter for name, parameter in unwrapped.named_parameters() if parameter.requires_grad}
+    trainable = {n: p for n, p in unwrapped.named_parameters() if p.requires_grad}
     tracker.seconds["train"] += seconds  # before the interruption
-    metrics = collect_metrics(accelerator, model, config, tracker, (before, after), updates)
+    scores = {name: (before[name], after[name]) for name in after}
+    metrics = collect_metrics(accelerator, model, config, tracker, scores, progress.updates)
     if accelerator.is_main_process:
-        with new_folder(config) as folder:
-            unwrapped.save_pretrained(folder, state_dict=trained, save_embedding_layers=False)  # the adapter alone
+        # checks the written files at the end, and adds the metrics, the log and the plots
+        with new_folder(config, metrics, trainable, progress) as folder:
+            # only the adapter, without copies of embeddings
+            unwrapped.save_pretrained(folder, state_dict=trainable, save_embedding_layers=False)
             tokenizer.save_pretrained(folder)
-            check_adapter(folder, trained, metrics["learning_rates"])
-            plot_memory(metrics["memory"], folder / "memory.png")
-            write_metrics(folder, metrics)
-    finish_run(accelerator, config, metrics, predictions, labels)
+    finish_run(accelerator, config, metrics)
 
 
 if __name__ == "__main__":

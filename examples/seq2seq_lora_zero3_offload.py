@@ -1,231 +1,276 @@
-"""Fine-tune a sequence-to-sequence model with LoRA, sharded by ZeRO-3 and offloaded to the CPU.
+"""Fine-tune a sequence-to-sequence model with LoRA, sharded by ZeRO-3, offloaded to the CPU.
 
 Base:    seq2seq_lora.py
 Changes: 1. Settings, 4. Evaluation, 5. Setup, 7. Save
-Run:     accelerate launch --config_file configs/zero3_offload.yaml examples/seq2seq_lora_zero3_offload.py
+Run:     accelerate launch --config_file configs/zero3_offload.yaml \
+examples/seq2seq_lora_zero3_offload.py
 Needs:   2 CPU processes with 745 MB each for the shipped model; on GPUs not measured
-Expect:  accuracy 0.00 -> 0.96 in 64 s, start included (2 cores of an AMD EPYC, 2026-11-21)
+Expect:  accuracy 0.00 -> 0.96 in 64 s with startup (2 cores of an AMD EPYC, 2026-11-21)
 """
 
 import math
 import sys
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate.utils import GatheredParameters, GradientAccumulationPlugin, set_seed
-from datasets import Dataset, load_dataset
-from deepspeed.runtime.zero import unwrap_model_for_generation
+from accelerate.utils import GatheredParameters, set_seed
 from peft import LoraConfig, TaskType, get_peft_model
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, RandomSampler
-from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig, HfArgumentParser
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 from transformers.hf_argparser import HfArg
 from transformers.optimization import get_scheduler
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # holds utils/; one beside the script comes first
-from utils.checks import check_columns, check_rows, check_settings, check_targets, data_files, or_refuse, read_settings
-from utils.launch import device_map, size_buckets, start_accelerator
-from utils.memory import MemoryTracker, fits_whole, plot_memory
-from utils.report import check_adapter, check_sharding, collect_metrics, finish_run, new_folder
-from utils.report import read_numbers, write_metrics
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds utils/
+from utils.data import check_labels, load_data
+from utils.generation import generating
+from utils.launch import configure_deepspeed, device_map, start_accelerator
+from utils.memory import MemoryTracker
+from utils.results import Progress, collect_metrics, finish_run, new_folder
+from utils.settings import read_settings
 
 
 # 1. Settings --------------------------------------------------------------------------------------
+# yours to change
 @dataclass
-class Config:  # what is trained; where it runs (processes, precision, sharding, offload) stands in the launch config
-    model_name_or_path: str = HfArg(default="assets/tiny-seq2seq", help="folder or Hub id, safetensors only")
-    dtype: str = HfArg(default="float32", help="of the weights as loaded: float32, bfloat16 or float16")
-    attn_implementation: str = HfArg(default="sdpa", help="attention: eager, sdpa, flash_attention_2, ...")
-    dataset_name: str = HfArg(default="assets/complaints", help="Hub id, folder, .csv, .json or .jsonl")
+class Config:
+    """Model, data and hyperparameters. The launch config sets processes, precision, sharding."""
+
+    model_name_or_path: str = HfArg(default="assets/tiny-seq2seq", help="model folder or Hub id")
+    dtype: str = HfArg(default="float32", help="dtype of the loaded weights")
+    attn_implementation: str = HfArg(default="sdpa", help="attention backend: sdpa, eager, ...")
+    dataset_name: str = HfArg(default="assets/complaints", help="data file, folder or Hub id")
     text_column: str = HfArg(default="Tweet text", help="column that the model reads")
     label_column: str = HfArg(default="Label", help="column that the model learns to write")
-    prompt_template: str = HfArg(default="Tweet text : {text} Label :", help="prompt, where {text} is the row's text")
-    max_length: int = HfArg(default=128, help="tokens of the prompt; a longer text is cut at its end")
-    per_device_train_batch_size: int = HfArg(default=8, help="rows in a micro-batch of one process")
-    per_device_eval_batch_size: int = HfArg(default=32, help="rows that one process generates for at once")
-    gradient_accumulation_steps: int = HfArg(default=1, help="micro-batches of one process in an update")
-    learning_rate: float = HfArg(default=1e-3, help="peak, after the warmup; larger models want a lower one")
-    lr_scheduler_type: str = HfArg(default="cosine", help="after the warmup: cosine, linear or constant_with_warmup")
-    warmup_ratio: float = HfArg(default=0.1, help="share of the updates, rounded down, in which the rate rises")
-    weight_decay: float = HfArg(default=0.0, help="AdamW's, per update and unit of learning rate")
-    max_grad_norm: float = HfArg(default=1.0, help="L2 norm to which a larger gradient is cut; 0 never cuts")
-    num_train_epochs: float = HfArg(default=6.0, help="passes over the training rows, rounded up to whole updates")
-    max_steps: int = HfArg(default=-1, help="updates, in place of num_train_epochs; -1 leaves it to those")
-    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, more time")
-    tf32: bool = HfArg(default=False, help="multiply float32 in TF32 on GPUs, less exactly")
-    layerwise_generation: bool = HfArg(default=False, help="answer from a layer at a time, not the whole model; slow")
-    lora_r: int = HfArg(default=8, help="rank of the two matrices that are learned beside each target layer")
-    lora_alpha: int = HfArg(default=32, help="their product is scaled by lora_alpha / lora_r")
-    lora_dropout: float = HfArg(default=0.0, help="share of its input that a LoRA layer does not see, 0 to below 1")
-    target_modules: list[str] = HfArg(default_factory=lambda: ["all-linear"], help="names of layers, or all-linear")
-    modules_to_save: list[str] = HfArg(default_factory=list, help="layers to train whole: lm_head, embed_tokens, ...")
-    seed: int = HfArg(default=42, help="of new weights, dropout, the order of the rows and their split")
-    output_dir: str = HfArg(default=f"outputs/{Path(__file__).stem}", help="new folder for all that the run leaves")
-    overwrite_output_dir: bool = HfArg(default=False, help="replace what an earlier run left in output_dir")
-    hub_model_id: str = HfArg(default="", help="push to this Hub repository, created private; empty: no push")
+    prompt_template: str = HfArg(
+        default="Tweet text : {text} Label :", help="prompt; {text} stands for the text of the row"
+    )
+    max_length: int = HfArg(default=128, help="max tokens of the prompt; text is truncated")
+    per_device_train_batch_size: int = HfArg(default=8, help="rows per micro-batch and process")
+    per_device_eval_batch_size: int = HfArg(default=32, help="rows per eval batch and process")
+    gradient_accumulation_steps: int = HfArg(default=1, help="micro-batches per update")
+    learning_rate: float = HfArg(default=1e-3, help="peak learning rate, after the warmup")
+    lr_scheduler_type: str = HfArg(default="cosine", help="schedule: cosine, linear, constant, ...")
+    warmup_ratio: float = HfArg(default=0.1, help="fraction of the updates used for warmup")
+    weight_decay: float = HfArg(default=0.0, help="weight decay of AdamW")
+    max_grad_norm: float = HfArg(default=1.0, help="clip gradients to this L2 norm; 0: no clipping")
+    num_train_epochs: float = HfArg(default=6.0, help="epochs, rounded up to full updates")
+    max_steps: int = HfArg(default=-1, help="number of updates; -1: train for num_train_epochs")
+    eval_strategy: str = HfArg(default="no", help="epoch: also evaluate after each epoch")
+    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations to save memory")
+    tf32: bool = HfArg(default=False, help="matrix products in TF32 on GPUs: faster, less exact")
+    layerwise_generation: bool = HfArg(
+        default=False, help="gather layer by layer to generate; slow"
+    )
+    lora_r: int = HfArg(default=8, help="rank of the LoRA matrices")
+    lora_alpha: int = HfArg(default=32, help="LoRA is scaled by lora_alpha / lora_r")
+    lora_dropout: float = HfArg(default=0.0, help="dropout probability on the input of LoRA layers")
+    target_modules: list[str] = HfArg(
+        default_factory=lambda: ["all-linear"], help="layers that get LoRA, or all-linear"
+    )
+    modules_to_save: list[str] = HfArg(default_factory=list, help="layers to train in full")
+    seed: int = HfArg(default=42, help="seed of weights, dropout, row order and split")
+    output_dir: str = HfArg(default=f"outputs/{Path(__file__).stem}", help="folder for the results")
+    overwrite_output_dir: bool = HfArg(default=False, help="replace an earlier run in output_dir")
+    hub_model_id: str = HfArg(default="", help="Hub repository to push to; empty: no push")
+
+    def __post_init__(self):
+        if self.prompt_template.count("{text}") != 1:
+            raise ValueError(f"--prompt_template {self.prompt_template!r} must have one {{text}}")
 
 
 # 2. Data ------------------------------------------------------------------------------------------
+# yours to change
 def build_dataloaders(config, tokenizer, accelerator):
-    """Return a loader of the training batches of all updates, and one of the held-out rows."""
-    dataset = or_refuse(f"--dataset_name {config.dataset_name}", load_dataset, **data_files(config.dataset_name))
-    check_columns(dataset, config)
-    if "validation" not in dataset:
-        train, valid = dataset["train"].train_test_split(test_size=0.2, seed=config.seed).values()
-        held_out = set(valid[config.text_column])  # a text that occurs twice stays on one side
-        dataset = {"train": train.filter(lambda row: row[config.text_column] not in held_out), "validation": valid}
-    check_rows(dataset, config, accelerator.num_processes)
+    """Return two loaders: the training batches of all updates, and the held-out rows."""
+    columns = {"text_column": config.text_column, "label_column": config.label_column}
+    train, valid = load_data(config.dataset_name, columns, config.seed, accelerator.num_processes)
+    labels = dict.fromkeys(map(str, [*train[config.label_column], *valid[config.label_column]]))
     head, tail = config.prompt_template.split("{text}")
-    labels = {str(label) for split in ("train", "validation") for label in dataset[split][config.label_column]}
     targets = {label: tokenizer(text_target=label).input_ids for label in labels}
-    eos = tokenizer.eos_token_id  # without it no answer would end: some tokenizers add none
+    eos = tokenizer.eos_token_id  # some tokenizers add none, and no answer would end
     targets = {label: ids if eos in ids else [*ids, eos] for label, ids in targets.items()}
-    whole = tokenizer(head + tail).input_ids
-    answers, _ = check_targets(targets, tokenizer, [], whole, config.max_length, shared=False)
+    fixed = len(tokenizer(head + tail).input_ids)
+    answers, _ = check_labels(targets, tokenizer, config.max_length, fixed, is_shared=False)
 
     def encode(row):
         label = str(row[config.label_column])
         text = str(row[config.text_column] or "")
-        prompt, kept = tokenizer(head + text + tail).input_ids, tokenizer(text, add_special_tokens=False).input_ids
-        while len(prompt) > config.max_length:  # only the text gives way, and what the tokenizer adds stays around it
+        prompt = tokenizer(head + text + tail).input_ids
+        kept = tokenizer(text, add_special_tokens=False).input_ids
+        while len(prompt) > config.max_length:  # only the text is truncated
             kept = kept[: config.max_length - len(prompt)]
             prompt = tokenizer(head + tokenizer.decode(kept) + tail).input_ids
         return {"prompt": prompt, "target": targets[label], "label": answers[label]}
 
-    def pad(rows, value):
-        return torch.nn.utils.rnn.pad_sequence([torch.LongTensor(row) for row in rows], True, value)
+    def pad(sequences, value):
+        tensors = [torch.tensor(sequence) for sequence in sequences]
+        return pad_sequence(tensors, batch_first=True, padding_value=value)
 
-    def collate_valid(rows):  # the answer is written by the decoder, so that the side of the padding does not matter
-        prompts = [row["prompt"] for row in rows]
-        mask = [[1] * len(row) for row in prompts]
-        return {"input_ids": pad(prompts, tokenizer.pad_token_id), "attention_mask": pad(mask, 0)}
+    def collate_valid(rows):  # the decoder writes the answer, so either side can be padded
+        mask = pad([[1] * len(row["prompt"]) for row in rows], 0)
+        input_ids = pad([row["prompt"] for row in rows], tokenizer.pad_token_id)
+        return {"input_ids": input_ids, "attention_mask": mask}
 
-    def collate_train(rows):  # the model makes the decoder's inputs from the labels; -100 has no loss
+    def collate_train(rows):  # the model makes the decoder's input from the labels
         return collate_valid(rows) | {"labels": pad([row["target"] for row in rows], -100)}
 
-    train, valid = (Dataset.from_list([encode(row) for row in dataset[split]]) for split in ("train", "validation"))
-    per_update = config.per_device_train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    max_steps = max(config.max_steps, 0) or math.ceil(config.num_train_epochs * len(train) / per_update)
-    generator = torch.Generator().manual_seed(config.seed)  # pass after pass in one order, on any number of processes
+    train, valid = ([encode(row) for row in rows] for rows in (train, valid))
+    batch_size = config.per_device_train_batch_size
+    per_update = batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    max_steps = math.ceil(config.num_train_epochs * len(train) / per_update)
+    max_steps = config.max_steps if config.max_steps > 0 else max_steps
+    # all epochs in one loader; the order does not depend on the number of processes
+    generator = torch.Generator().manual_seed(config.seed)
     sampler = RandomSampler(train, num_samples=max_steps * per_update, generator=generator)
-    train_loader = DataLoader(train, config.per_device_train_batch_size, sampler=sampler, collate_fn=collate_train)
-    return train_loader, DataLoader(valid, config.per_device_eval_batch_size, collate_fn=collate_valid)
+    train_loader = DataLoader(train, batch_size, sampler=sampler, collate_fn=collate_train)
+    valid_loader = DataLoader(valid, config.per_device_eval_batch_size, collate_fn=collate_valid)
+    return train_loader, valid_loader
 
 
 # 3. Model -----------------------------------------------------------------------------------------
+# yours to change
 def build_model(config, tokenizer):
-    """Return the pretrained model, frozen, with LoRA layers to be trained."""
-    options = {"dtype": config.dtype, "attn_implementation": config.attn_implementation, "use_safetensors": True}
-    options["device_map"] = device_map()  # the process's device, or none where a strategy shards
-    model = AutoModelForSeq2SeqLM.from_pretrained(config.model_name_or_path, **options)
-    # greedy, whatever beams, sampling or penalties the checkpoint brings
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    """Return the pretrained model, frozen, with trainable LoRA layers."""
+    model = AutoModelForSeq2SeqLM.from_pretrained(
+        config.model_name_or_path,
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        use_safetensors=True,
+        device_map=device_map(),  # the strategy decides where the weights go
     )
-    # the decoder starts as it does in training: with a token of the config's, or with mBART's language
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model.generation_config = GenerationConfig(**ends)  # greedy, whatever the checkpoint asks for
+    # the decoder starts as in training: with the config's token, or with mBART's language
     target = torch.tensor([tokenizer(text_target="label").input_ids])
     start = model.prepare_decoder_input_ids_from_labels(target)[0, 0].item()
     model.generation_config.decoder_start_token_id = start
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()  # non-reentrant
     targets = "all-linear" if config.target_modules == ["all-linear"] else config.target_modules
-    lora = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
-    lora |= {"target_modules": targets, "modules_to_save": config.modules_to_save or None}
-    return get_peft_model(model, LoraConfig(task_type=TaskType.SEQ_2_SEQ_LM, **lora))
+    lora = LoraConfig(
+        task_type=TaskType.SEQ_2_SEQ_LM,
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+        modules_to_save=config.modules_to_save or None,
+    )
+    return get_peft_model(model, lora)
+
+
+def compute_loss(model, batch):
+    """Return the mean loss over the label tokens of a micro-batch, for `backward`."""
+    return model(**batch, use_cache=False).loss
+
+
+def count_targets(batch):
+    """Return how many label tokens `compute_loss` averages over, as a tensor."""
+    return batch["labels"].ne(-100).sum()
 
 
 # 4. Evaluation ------------------------------------------------------------------------------------
-def evaluate(accelerator, model, tokenizer, valid_loader):
-    """Return the share of held-out rows answered with exactly their label, the answers and the labels."""
+# yours to change
+def evaluate(accelerator, model, tokenizer, valid_loader, config):
+    """Return the scores on the held-out rows, and the (prediction, label) pairs."""
     model.eval()
-    labels, predictions = valid_loader.dataset["label"], []
-    max_new_tokens = max(map(len, valid_loader.dataset["target"]))
-    whole = model.gather_for_generation  # else every process takes part in every layer of every token
-    with unwrap_model_for_generation(model) if whole else nullcontext():
+    rows, predictions = valid_loader.dataset, []
+    longest = max(len(row["target"]) for row in rows)
+    # Gather the full model once, generate, and shard it again.
+    # synced_gpus: a process that is done still takes part in gathering until all are done.
+    with generating(accelerator, model, config.layerwise_generation) as generator:
         for batch in valid_loader:
-            tokens = model.module.generate(**batch, max_new_tokens=max_new_tokens, synced_gpus=not whole)
+            tokens = generator.generate(**batch, max_new_tokens=longest, synced_gpus=True)
             answers = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            # without the rows that the loader repeats to give every process equally many batches
-            predictions += accelerator.gather_for_metrics(list(map(str.strip, answers)), use_gather_object=True)
-    correct = sum(one == other for one, other in zip(predictions, labels, strict=True))
-    return correct / len(labels), predictions, labels
+            # drops rows that were repeated to give all processes the same number of batches
+            predictions += accelerator.gather_for_metrics(answers, use_gather_object=True)
+    samples = [(one.strip(), row["label"]) for one, row in zip(predictions, rows, strict=True)]
+    correct = sum(prediction == label for prediction, label in samples)
+    return {"accuracy": correct / len(samples)}, samples
 
 
 def main():
     # 5. Setup -------------------------------------------------------------------------------------
-    config = read_settings(HfArgumentParser(Config))
-    check_settings(config, ("zero3",), (AutoConfig, AutoTokenizer, AutoModelForSeq2SeqLM))
-    accumulation = GradientAccumulationPlugin(config.gradient_accumulation_steps, sync_with_dataloader=False)
-    accelerator = start_accelerator(tf32=config.tf32, gradient_accumulation_plugin=accumulation)
-    accelerator.deepspeed_plugin.deepspeed_config.update(  # DeepSpeed accumulates and clips by its own config
-        gradient_accumulation_steps=config.gradient_accumulation_steps, gradient_clipping=config.max_grad_norm
-    )
+    # leave, unless you know why
+    config = read_settings(Config, ("zero3",), AutoModelForSeq2SeqLM, base="frozen")
+    accelerator = start_accelerator(config.gradient_accumulation_steps, tf32=config.tf32)
     set_seed(config.seed)
     tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # always masked, so any token will do
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # padding is masked
     train_loader, valid_loader = build_dataloaders(config, tokenizer, accelerator)
     tracker = MemoryTracker()
     with tracker.phase("load"):
         model = build_model(config, tokenizer)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-        options["fused"] = accelerator.device.type == "cuda"  # a step in one kernel
-        optimizer = torch.optim.AdamW(trained, **options)
-        size_buckets(accelerator, trained)
+        options["fused"] = accelerator.device.type == "cuda"  # one kernel per step
+        optimizer = torch.optim.AdamW(trainable.values(), **options)
+        configure_deepspeed(accelerator, config, model)  # DeepSpeed accumulates and clips by itself
         model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
-        valid_loader = accelerator.prepare_data_loader(valid_loader)  # apart: DeepSpeed takes its batch size from one
-        check_sharding(accelerator, model)
-        model.gather_for_generation = not config.layerwise_generation and fits_whole(accelerator, model)
+        # prepared separately: DeepSpeed reads its micro-batch size from the loaders of `prepare`
+        valid_loader = accelerator.prepare_data_loader(valid_loader)
     max_steps = len(train_loader) // config.gradient_accumulation_steps
-    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, int(config.warmup_ratio * max_steps), max_steps)
+    warmup = int(config.warmup_ratio * max_steps)
+    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, warmup, max_steps)
+    progress = Progress(accelerator, model, config, max_steps, len(train_loader.dataset))
 
     # 6. Training loop -----------------------------------------------------------------------------
-    before, _, _ = evaluate(accelerator, model, tokenizer, valid_loader)
-    updates = []
+    # leave, unless you know why
+    before, _ = evaluate(accelerator, model, tokenizer, valid_loader, config)
     with tracker.phase("train"):
         model.train()
         batches = iter(train_loader)
-        for _ in tqdm(range(max_steps), disable=not accelerator.is_main_process):
+        for _ in range(max_steps):
             micro_batches = [next(batches) for _ in range(config.gradient_accumulation_steps)]
-            counts = [torch.stack([b["labels"].ne(-100).sum(), b["attention_mask"].sum()]) for b in micro_batches]
-            step_tokens = accelerator.reduce(sum(counts))  # targets and inputs, of all processes
+            targets = [count_targets(batch) for batch in micro_batches]
+            inputs = sum(batch["attention_mask"].sum() for batch in micro_batches)
+            # label tokens and input tokens of this update, summed over all processes
+            step_targets, step_inputs = accelerator.reduce(torch.stack([sum(targets), inputs]))
             step_loss = torch.zeros((), device=accelerator.device)
-            for batch, count in zip(micro_batches, counts):
+            for batch, count in zip(micro_batches, targets, strict=True):
                 with accelerator.accumulate(model):
-                    # a mean over the micro-batch's own targets, weighted so that all targets of the update count alike
-                    loss = model(**batch, use_cache=False).loss * count[0] / step_tokens[0]
+                    # a mean over this micro-batch; rescale it, so that every label token of the
+                    # update has the same weight
+                    loss = compute_loss(model, batch) * count / step_targets
                     step_loss += loss.detach()
-                    # takes back the means to come: accelerate's over micro-batches, the strategy's over processes
-                    accelerator.backward(loss * config.gradient_accumulation_steps * accelerator.num_processes)
+                    # undo two averages in advance: accelerate divides by the accumulation steps;
+                    # DDP, ZeRO and FSDP divide by the number of processes
+                    averages = config.gradient_accumulation_steps * accelerator.num_processes
+                    accelerator.backward(loss * averages)
                     if accelerator.sync_gradients:
-                        grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
+                        max_norm = config.max_grad_norm or math.inf
+                        grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
                     optimizer.step()
                     optimizer.zero_grad()
-            values = (accelerator.reduce(step_loss), grad_norm, step_tokens)
-            # one read for all of them: each read makes the CPU wait for the GPU
-            step_loss, grad_norm, targets, inputs = read_numbers(accelerator.device, *values)
-            rate = scheduler.get_last_lr()[0]
-            updates.append((step_loss, rate, grad_norm, int(targets), int(inputs)))
+            loss, rate = accelerator.reduce(step_loss), scheduler.get_last_lr()[0]
+            counts = {"target_tokens": step_targets, "input_tokens": step_inputs}
+            progress.log(loss=loss, learning_rate=rate, grad_norm=grad_norm, **counts)
             scheduler.step()
+            if config.eval_strategy == "epoch" and progress.is_between_epochs():
+                scores, _ = evaluate(accelerator, model, tokenizer, valid_loader, config)
+                progress.log_scores(scores)
+                model.train()
     with tracker.phase("eval"):
-        after, predictions, labels = evaluate(accelerator, model, tokenizer, valid_loader)
+        after, samples = evaluate(accelerator, model, tokenizer, valid_loader, config)
+    progress.show_samples(samples)
 
     # 7. Save --------------------------------------------------------------------------------------
+    # leave, unless you know why
     unwrapped = accelerator.unwrap_model(model)
-    trained = {name: parameter for name, parameter in unwrapped.named_parameters() if parameter.requires_grad}
-    with GatheredParameters(list(trained.values())):  # a process holds a slice of each; the frozen base stays sharded
-        state_dict = {name: parameter.detach().cpu().clone() for name, parameter in trained.items()}
-    metrics = collect_metrics(accelerator, model, config, tracker, (before, after), updates)
+    trainable = {n: p for n, p in unwrapped.named_parameters() if p.requires_grad}
+    # a process holds a slice of each; only these are gathered, the frozen base stays sharded
+    with GatheredParameters(list(trainable.values())):
+        state_dict = {name: p.detach().cpu().clone() for name, p in trainable.items()}
+    scores = {name: (before[name], after[name]) for name in after}
+    metrics = collect_metrics(accelerator, model, config, tracker, scores, progress.updates)
     if accelerator.is_main_process:
-        with new_folder(config) as folder:
-            unwrapped.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)  # the adapter alone
+        # checks the written files at the end, and adds the metrics, the log and the plots
+        with new_folder(config, metrics, trainable, progress) as folder:
+            # only the adapter, without copies of embeddings
+            unwrapped.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
             tokenizer.save_pretrained(folder)
-            check_adapter(folder, trained, metrics["learning_rates"])
-            plot_memory(metrics["memory"], folder / "memory.png")
-            write_metrics(folder, metrics)
-    finish_run(accelerator, config, metrics, predictions, labels)
+    finish_run(accelerator, config, metrics)
 
 
 if __name__ == "__main__":

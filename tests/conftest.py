@@ -1,4 +1,4 @@
-"""What the tests share: launches of scripts, real ones and forked ones, and small helpers."""
+"""Shared fixtures and helpers: real and forked launches of scripts, metrics and CSV files."""
 
 import contextlib
 import csv
@@ -26,14 +26,15 @@ CPUAdamBuilder().load(verbose=False)
 """
 BUILD_LIMIT = 600  # seconds
 LONGEST = ("test_chat", "test_resume", "test_runs", "test_parity")  # start before the other files
+# prefixes of environment variables that a fresh machine does not have
+DROPPED = tuple("ACCELERATE_ HF_ FSDP_ OMP_ RANK LOCAL_RANK WORLD_SIZE MASTER_ VIRTUAL_ENV".split())
 
-
-torch.set_num_threads(1)  # several are slower on the small models here
+torch.set_num_threads(1)  # more threads slow down the small models of the tests
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all", action="store_true", help="run what is marked slow, too")
-    parser.addoption("--extensions", help="folder to keep the built CPU Adam in, for the next run")
+    parser.addoption("--all", action="store_true", help="also run the tests marked as slow")
+    parser.addoption("--extensions", help="folder that keeps the built CPU Adam for later runs")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -43,13 +44,13 @@ def pytest_collection_modifyitems(config, items):
         for marker, (skip, reason) in skips.items():
             if skip and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
-    # files that launch nothing come first: meanwhile the extension is built
+    # files without launches come first: the extension is built in the meantime
     launching = {item.path for item in items if "environment" in item.fixturenames}
     items.sort(key=lambda item: (item.path in launching, item.path.stem not in LONGEST))
 
 
 def pytest_collection_finish():
-    """Let the garbage collector skip what the imports made: tests and scripts collect often."""
+    """Exclude all imported objects from garbage collection: tests and scripts collect often."""
     gc.collect()
     gc.freeze()
 
@@ -71,7 +72,8 @@ def pytest_terminal_summary(terminalreporter):
 def started(request, tmp_path_factory):
     """Start the build and the fork server in the background, if a selected test launches a script.
 
-    Yields the environment of a launch and the fork server.
+    Yields:
+        The environment variables of a launch and the fork server, or None without launches.
     """
     items = [item for item in request.session.items if not item.get_closest_marker("skip")]
     if not any("environment" in item.fixturenames for item in items):
@@ -79,56 +81,41 @@ def started(request, tmp_path_factory):
         return
     shared = tmp_path_factory.getbasetemp()
     is_worker = "PYTEST_XDIST_WORKER" in os.environ
-    shared = shared.parent if is_worker else shared  # the folders of all workers lie there
-    dropped = (
-        "ACCELERATE_",
-        "HF_",
-        "FSDP_",
-        "OMP_",
-        "RANK",
-        "LOCAL_RANK",
-        "WORLD_SIZE",
-        "MASTER_",
-        "VIRTUAL_ENV",
-    )
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    path = [
-        folder
-        for folder in kept["PATH"].split(os.pathsep)
-        if folder != str(Path(sys.executable).parent)
-    ]
+    shared = shared.parent if is_worker else shared  # it contains the folders of all workers
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(DROPPED)}
+    python_folder = str(Path(sys.executable).parent)
+    path = [folder for folder in kept["PATH"].split(os.pathsep) if folder != python_folder]
     extensions = request.config.getoption("--extensions") or shared / "torch_extensions"
-    environment = (
-        kept
-        | {
-            "PATH": os.pathsep.join(path),
-            "HF_HOME": str(tmp_path_factory.mktemp("huggingface")),
-            "HF_HUB_OFFLINE": "1",
-            "CUDA_VISIBLE_DEVICES": "",  # two processes run also where there is one GPU; tests/gpu says otherwise
-            # a killed compilation of another run leaves a lock in the shared folder, on which every later run would wait
-            "TORCH_EXTENSIONS_DIR": str(extensions),
-        }
-    )
+    environment = kept | {
+        "PATH": os.pathsep.join(path),
+        "HF_HOME": str(tmp_path_factory.mktemp("huggingface")),
+        "HF_HUB_OFFLINE": "1",
+        # no GPU: two processes can run on a machine with one GPU; tests/gpu overrides this
+        "CUDA_VISIBLE_DEVICES": "",
+        # not the default folder: there, a killed compilation may have left a lock, on which every
+        # later run waits
+        "TORCH_EXTENSIONS_DIR": str(extensions),
+    }
     build = start_build(environment)
     forks = ForkServer(environment, tmp_path_factory.mktemp("forks"))
     yield environment, forks
     forks.close()
     if build:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            build.wait(BUILD_LIMIT if is_worker else 0)  # another worker may need it
+            build.wait(BUILD_LIMIT if is_worker else 0)  # another worker may need the extension
         if build.poll() is None:
             os.killpg(build.pid, signal.SIGKILL)
             build.wait()
 
 
 def start_build(environment):
-    """Start to build DeepSpeed's CPU Adam, unless another worker did; return the process."""
+    """Start building DeepSpeed's CPU Adam and return the process; None if another worker did so."""
     folder = Path(environment["TORCH_EXTENSIONS_DIR"])
     try:
         folder.mkdir()
     except FileExistsError:
         return None
-    # DeepSpeed builds with ninja, which lies beside python
+    # DeepSpeed builds with ninja, which is installed beside python
     path = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
     with (folder / "output.txt").open("w") as output:
         streams = {"stdout": output, "stderr": output, "start_new_session": True}
@@ -138,10 +125,10 @@ def start_build(environment):
 
 @pytest.fixture(scope="session")
 def environment(started):
-    """The environment of a fresh machine: no network, own caches, no activated virtual environment.
+    """Environment variables as on a fresh machine: no network, empty caches, no activated venv.
 
-    Waits for the build of DeepSpeed's CPU Adam, at most BUILD_LIMIT seconds. If the build fails,
-    its output is printed and the tests go on without it.
+    The fixture waits at most BUILD_LIMIT seconds for the build of DeepSpeed's CPU Adam. If the
+    build fails, it prints the compiler output, and the tests run without the extension.
     """
     environment, _ = started
     folder, begin = Path(environment["TORCH_EXTENSIONS_DIR"]), time.monotonic()
@@ -156,19 +143,22 @@ def environment(started):
 
 @pytest.fixture(scope="session")
 def forks(started, environment):
-    """The server that runs `python ...` and launches without the seconds of the imports."""
+    """The fork server: it runs `python ...` and launches without importing the libraries again."""
     return started[1]
 
 
 @pytest.fixture(scope="session")
 def launch(environment, forks):
-    """Run a script through `accelerate launch`; return the process, its output as one text.
+    """Return a function that runs a script through `accelerate launch`.
 
-    launch("causal_lm_lora", "ddp", "--max_steps", 2, processes=2) runs examples/causal_lm_lora.py with
-    configs/ddp.yaml; both may be paths. `flags` go to accelerate itself. A code other than `code` fails the test.
-    The launcher and its processes are forked from one that has imported the libraries. With `real`
-    they are started as a user starts them. That is needed where `variables` change what libraries
-    read when they are imported.
+    `launch("causal_lm_lora", "ddp", "--max_steps", 2, processes=2)` runs
+    examples/causal_lm_lora.py with configs/ddp.yaml. Script and config may also be paths.
+    The function returns the finished process, with stdout and stderr as one text. It fails the
+    test if the exit code is not `code`; None accepts any code. `flags` are flags of accelerate.
+
+    The launcher and its processes are forked from a process that has imported the libraries. With
+    `real=True` they are started as a user starts them. That is needed if `variables` contain
+    environment variables that libraries read at import.
     """
 
     def run(
@@ -200,25 +190,25 @@ def launch(environment, forks):
 
 
 def run_real(command, environment, cwd, timeout):
-    """Start `python *command`; return the finished process, its output as one text."""
+    """Start `python *command` and return the finished process, with its output as one text."""
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen([sys.executable, *command], cwd=cwd, env=environment, **streams)
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        process.terminate()  # a launcher then ends its processes, which SIGKILL would leave behind
+        process.terminate()  # then a launcher ends its processes; SIGKILL would leave them behind
         process.communicate()
         raise
     return subprocess.CompletedProcess(command, process.returncode, output)
 
 
 def read_metrics(folder):
-    """Return the metrics.json of a run."""
+    """Return the content of a run's metrics.json."""
     return json.loads((Path(folder) / "metrics.json").read_text())
 
 
 def write_csv(path, rows, columns=("Tweet text", "Label")):
-    """Write rows of cells as a .csv with a header and return its path."""
+    """Write rows of cells as a CSV file with a header and return its path."""
     with Path(path).open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([columns, *rows])
     return path

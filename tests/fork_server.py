@@ -1,15 +1,15 @@
 """Run `python ...` and `accelerate launch ...` without the seconds that the imports take.
 
 A server imports the libraries once, initialises nothing, and forks itself for every command.
-`accelerate launch` runs in such a fork with its own code: accelerate reads the config and makes the
-environment, torch starts, watches and ends the processes. One thing differs. The script is
-not run by a new `python SCRIPT`, but by a process that was forked before the launcher initialised
-anything.
+The code of `accelerate launch` runs unchanged in such a fork: accelerate reads the config and sets
+the environment variables, and torch starts, monitors and ends the processes. There is one
+difference: the script does not run in a new `python SCRIPT`, but in a process that was forked
+before the launcher initialised anything.
 
-Tests of the following need a real launch, for a fork cannot show them: what libraries read from the
-environment at import, an import that a script forgets, what an import prints, the command line of a
-process, what an interpreter does while it frees its memory at the end, and sets whose order differs
-between processes (all forks have the hash seed of the server).
+A fork cannot show the following, so tests of it need a real launch: environment variables that
+libraries read at import, an import that a script lacks, the output of an import, the command line
+of a process, what an interpreter does while it frees its memory at exit, and sets whose order
+differs between processes (all forks share the server's hash seed).
 """
 
 import atexit
@@ -38,19 +38,19 @@ torch.distributed.fsdp torch.distributed.run torch.distributed.tensor transforme
 transformers.models.auto.modeling_auto transformers.models.llama.modeling_llama
 transformers.optimization""".split()
 LAUNCHERS = ("simple_launcher", "multi_gpu_launcher", "deepspeed_launcher")
-PR_SET_CHILD_SUBREAPER = 36  # of Linux' prctl
-LIMIT = 900  # seconds, more than ten times what any command needs on a quiet machine
-# libraries read these at each use, not at import; OMP_NUM_THREADS must be 1, as in the server
+PR_SET_CHILD_SUBREAPER = 36  # an option of Linux's prctl
+LIMIT = 900  # seconds; no command needs a tenth of that on an idle machine
+# libraries read these variables at use, not at import; OMP_NUM_THREADS must be 1, as in the server
 READ_LATE = {"PATH", "PYTHONPATH", "TORCH_EXTENSIONS_DIR", "OMP_NUM_THREADS"}
 
 
-# The side of the tests ----------------------------------------------------------------------------
+# Client: runs in the tests ------------------------------------------------------------------------
 class ForkServer:
-    """Starts the server and has it run commands, one at a time.
+    """Start the server and let it run commands, one at a time.
 
     Args:
-        environment: the variables of the server and of its commands.
-        folder: an empty folder for the outputs of commands.
+        environment: environment variables of the server and of its commands.
+        folder: an empty folder for the commands' output.
     """
 
     def __init__(self, environment, folder):
@@ -60,12 +60,13 @@ class ForkServer:
         self.process = subprocess.Popen([sys.executable, __file__], env=variables, **pipes)
 
     def run(self, *arguments, cwd, timeout=LIMIT, patience=30, **variables):
-        """Run `python *arguments`; return the finished process, its output as one text.
+        """Run `python *arguments` and return the finished process, with its output as one text.
 
         Args:
-            timeout: seconds after which the command counts as hanging and is ended.
-            patience: seconds that processes of the command may run on after its end.
-            variables: environment variables beside those of the server.
+            cwd: the working directory.
+            timeout: seconds after which the command counts as hanging and is terminated.
+            patience: seconds for which child processes may outlive the command.
+            variables: environment variables in addition to those of the server.
 
         Raises:
             subprocess.TimeoutExpired: the command did not end in time. Its output is printed.
@@ -81,7 +82,7 @@ class ForkServer:
         code = self.answer(timeout)
         if code is None:
             print(output.read_text())
-            os.kill(pid, signal.SIGTERM)  # a launcher ends its processes, too
+            os.kill(pid, signal.SIGTERM)  # a launcher then ends its processes
             if self.answer(60) is None:
                 os.kill(pid, signal.SIGKILL)
                 self.answer(60)
@@ -93,7 +94,7 @@ class ForkServer:
         return subprocess.CompletedProcess(command, code, output.read_text())
 
     def answer(self, timeout):
-        """Return the next answer of the server, or None if none comes within `timeout` seconds."""
+        """Return the server's next answer, or None if there is none within `timeout` seconds."""
         if not select.select([self.process.stdout], [], [], timeout)[0]:
             return None
         line = self.process.stdout.readline()
@@ -109,11 +110,11 @@ class ForkServer:
             self.process.wait()
 
 
-# The side of the server ---------------------------------------------------------------------------
+# Server -------------------------------------------------------------------------------------------
 class Forked(subprocess.Popen):
-    """A `subprocess.Popen` whose process was forked earlier and waits to be told what to run."""
+    """A `subprocess.Popen` whose process was forked earlier and waits for its command."""
 
-    waiting = []  # (process id, the end of a pipe to it)
+    waiting = []  # pairs (process id, write end of the pipe to the process)
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):
         assert cwd is None, "the process was forked in the folder of the launcher"
@@ -124,19 +125,19 @@ class Forked(subprocess.Popen):
 
 
 def popen(args, **kwargs):
-    """Stand in for `subprocess.Popen` in a launcher."""
+    """Replace `subprocess.Popen` in a launcher: use a process that was forked earlier, if any."""
     is_forked = args[0] == sys.executable and Forked.waiting
     return (Forked if is_forked else subprocess.Popen)(args, **kwargs)
 
 
 def fork_first(launcher):
-    """Wrap a launcher of accelerate: its processes are forked before it initialises anything."""
+    """Wrap a launcher of accelerate, so that its processes are forked before it starts."""
 
     def launch(args):
         for _ in range(int(args.num_processes)):
             ours, theirs = os.pipe()
             if (pid := os.fork()) == 0:
-                os.setsid()  # as torch starts its processes
+                os.setsid()  # torch starts each of its processes in a new session
                 for end in (theirs, *(end for _, end in Forked.waiting)):
                     os.close(end)
                 return run_when_told(ours)
@@ -149,7 +150,7 @@ def fork_first(launcher):
 
 
 def run_when_told(pipe):
-    """Wait until the launcher says what to run, and run it; or end, if the launcher ends before."""
+    """Wait for the launcher's command and run it. End if the launcher ends without a command."""
     with open(pipe) as file:
         text = file.read()
     if text:
@@ -159,8 +160,8 @@ def run_when_told(pipe):
 
 
 def end_well():
-    """End this process with exit code 0, without the long time in which Python frees everything."""
-    threading._shutdown()  # these are the first steps of Python's own end
+    """End this process with exit code 0, without the slow cleanup of Python's memory."""
+    threading._shutdown()  # Python's own exit starts with these steps
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -168,16 +169,16 @@ def end_well():
 
 
 def run_python(arguments, environment):
-    """Do in this process what `python *arguments` does."""
+    """Do in this process what `python *arguments` would do."""
     os.environ.clear()
     os.environ.update(environment)
-    random.seed()  # else all forks draw the same numbers
+    random.seed()  # otherwise, all forks would draw the same numbers
     sys.modules["numpy"].random.seed()
-    sys.stdout.reconfigure(write_through=True)  # as of `python -u`
+    sys.stdout.reconfigure(write_through=True)  # as `python -u` does
     arguments = [word for word in arguments if word != "-u"]
-    places = {"-c": "", "-m": os.getcwd()}
-    place = places.get(arguments[0], str(Path(arguments[0]).resolve().parent))
-    sys.path[:1] = [place, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    folders = {"-c": "", "-m": os.getcwd()}
+    folder = folders.get(arguments[0], str(Path(arguments[0]).resolve().parent))
+    sys.path[:1] = [folder, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
@@ -190,7 +191,11 @@ def run_python(arguments, environment):
 
 
 def end_leftovers(seconds):
-    """Wait for the processes that a command left; kill those that stay, return their commands."""
+    """Wait for the processes that a command left behind. Kill the rest and return their commands.
+
+    Args:
+        seconds: how long to wait before killing.
+    """
     end, left = time.monotonic() + seconds, []
     while True:
         try:
@@ -200,18 +205,18 @@ def end_leftovers(seconds):
         if pid == 0 and time.monotonic() > end:
             for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
                 command = Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ")
-                left += [f"{child} {command}"] if command else []  # without one it has ended
+                left += [f"{child} {command}"] if command else []  # a zombie has no command line
                 os.kill(int(child), signal.SIGKILL)
         time.sleep(0.01 if pid == 0 else 0)
 
 
 def serve():
-    """Answer requests from standard input, a line of JSON each, until it ends."""
+    """Answer requests from standard input until it is closed. Each request is one line of JSON."""
     answers = os.dup(1)
-    os.dup2(2, 1)  # keeps what libraries print off the pipe of the answers
+    os.dup2(2, 1)  # output of libraries must not reach the pipe of the answers
     for name in LIBRARIES:
         importlib.import_module(name)
-    # DeepSpeed calls this several times, and each call is slow
+    # DeepSpeed calls this slow function several times
     cpuinfo.get_cpu_info = functools.partial(dict, cpuinfo.get_cpu_info())
     launch = sys.modules["accelerate.commands.launch"]
     for name in LAUNCHERS:
@@ -220,9 +225,9 @@ def serve():
     handler = "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"
     sys.modules[handler].Popen = popen
     gc.collect()
-    gc.freeze()  # the collector of a fork skips the objects of the server
+    gc.freeze()  # the garbage collector of a fork skips the server's objects
     sys.stdout.flush()
-    # what a command leaves behind becomes a child of the server
+    # processes that a command leaves behind become children of the server
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     for line in open(0, "rb", buffering=0):
         request = json.loads(line)

@@ -1,20 +1,23 @@
-"""Prepare a small model under the launched strategy and write what its process groups are.
+"""Prepare a small model under the launched strategy and write facts about it to a JSON file.
 
-`accelerate launch --config_file CONFIG tests/group_driver.py FILE` writes JSON: seconds (the
-time-outs of all groups), trained (numbers), bucket (DeepSpeed's reduce_bucket_size).
+Run `accelerate launch --config_file CONFIG tests/group_driver.py FILE`. The keys of the file are
+`seconds` (list, the time-out of each process group), `trained` (number of trainable parameter
+elements) and `bucket` (DeepSpeed's reduce_bucket_size in elements; only under DeepSpeed).
 """
 
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch.distributed import distributed_c10d
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from utils.launch import size_buckets, start_accelerator
+from utils.launch import configure_deepspeed, start_accelerator
 
 SIZE = {"vocab_size": 40, "hidden_size": 8, "intermediate_size": 11, "num_hidden_layers": 1}
+SETTINGS = SimpleNamespace(gradient_accumulation_steps=1, max_grad_norm=1.0)
 
 
 def main():
@@ -24,7 +27,7 @@ def main():
     trained = [model.model.norm.weight.requires_grad_(), model.lm_head.weight.requires_grad_()]
     facts = {"trained": sum(weight.numel() for weight in trained)}
     optimizer = torch.optim.AdamW(trained)
-    size_buckets(accelerator, trained)
+    configure_deepspeed(accelerator, SETTINGS, model)
     if accelerator.deepspeed_plugin is not None:
         accelerator.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
     if accelerator.distributed_type == "FSDP":

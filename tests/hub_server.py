@@ -1,4 +1,7 @@
-"""A Hub on this machine: the part of its HTTP API that uploads use, in memory, with faults to plant."""
+"""A local server with the part of the Hub's HTTP API that uploads use. Tests can inject faults.
+
+The repositories are kept in memory.
+"""
 
 import base64
 import hashlib
@@ -15,7 +18,14 @@ USER = "someone"
 
 @dataclass
 class Repo:
-    """What was pushed: files are path -> bytes, commits the messages, lfs the paths that came through LFS."""
+    """The content of a repository on the server.
+
+    Attributes:
+        private: whether it was created as a private repository.
+        files: path -> bytes.
+        commits: the commit messages.
+        lfs: the paths that were uploaded through LFS.
+    """
 
     private: bool
     files: dict = field(default_factory=dict)
@@ -24,7 +34,7 @@ class Repo:
 
 
 class HubServer(ThreadingHTTPServer):
-    """Serves the Hub's API on a free port; every request is noted in `requests` as `METHOD /path`."""
+    """Serve the Hub's API on a free port. `requests` records every request as `METHOD /path`."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -34,14 +44,28 @@ class HubServer(ThreadingHTTPServer):
         self.lock = threading.Lock()
 
     def fail_next(self, number, status=500, path="."):
-        """Answer the next requests, of those whose `METHOD /path` the regular expression finds, with a status."""
-        page = b"<html>planted</html>"  # of a gateway, which knows no JSON
-        self.faults.append(
-            [number, path, lambda handler: handler.answer(status, page, Content_Type="text/html")]
-        )
+        """Answer the next `number` matching requests with an HTTP error.
+
+        Args:
+            number: how many requests fail.
+            status: the HTTP status.
+            path: a regular expression, which is searched in `METHOD /path`.
+        """
+        page = b"<html>planted</html>"  # gateways answer with HTML instead of JSON
+
+        def fail(handler):
+            handler.answer(status, page, Content_Type="text/html")
+
+        self.faults.append([number, path, fail])
 
     def hang(self, number, seconds=60, path="."):
-        """Leave the next requests without an answer for some seconds, then close their connections."""
+        """Leave the next `number` matching requests unanswered, then close their connections.
+
+        Args:
+            number: how many requests hang.
+            seconds: how long each of them hangs.
+            path: a regular expression, which is searched in `METHOD /path`.
+        """
 
         def wait(handler):
             self.over.wait(seconds)
@@ -50,7 +74,7 @@ class HubServer(ThreadingHTTPServer):
         self.faults.append([number, path, wait])
 
     def note(self, request):
-        """Note a request and return the fault that is planted for it, or None."""
+        """Record a request and return the fault that was injected for it, or None."""
         with self.lock:
             self.requests.append(request)
             for fault in self.faults:
@@ -61,25 +85,25 @@ class HubServer(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = (
-        True  # else every answer waits 40 ms for the acknowledgement of its headers
-    )
+    # with Nagle's algorithm, each answer would wait 40 ms for the acknowledgement of its headers
+    disable_nagle_algorithm = True
 
     def log_message(self, *_):
         pass
 
     def answer(self, status, content=None, **headers):
+        """Send a status and a body: bytes as they are, anything else as JSON."""
         body = content if isinstance(content, bytes) else json.dumps(content or {}).encode()
         self.send_response(status)
-        for name, value in (
-            {"Content_Type": "application/json"} | headers | {"Content_Length": len(body)}
-        ).items():
+        headers = {"Content_Type": "application/json"} | headers | {"Content_Length": len(body)}
+        for name, value in headers.items():
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
 
     def read(self):
+        """Return the body of the request."""
         if self.headers.get("Transfer-Encoding") != "chunked":
             return self.rfile.read(int(self.headers.get("Content-Length", 0)))
         chunks = []
@@ -90,6 +114,7 @@ class Handler(BaseHTTPRequestHandler):
         return b"".join(chunks)
 
     def handle_request(self):
+        """Record a request and answer it: with an injected fault, if any, or from ROUTES."""
         body, path = self.read(), self.path.partition("?")[0]
         if fault := self.server.note(f"{self.command} {path}"):
             return fault(self)
@@ -116,22 +141,19 @@ class Handler(BaseHTTPRequestHandler):
 
     def validate_yaml(self, body):
         good = not json.loads(body)["content"].startswith("---\nbad")
-        self.answer(
-            200 if good else 400,
-            {"errors": [] if good else [{"message": "bad metadata"}], "warnings": []},
-        )
+        errors = [] if good else [{"message": "bad metadata"}]
+        self.answer(200 if good else 400, {"errors": errors, "warnings": []})
 
     def repo(self, name):
-        """Return a repository, or answer that there is none and return None."""
+        """Return a repository. If it does not exist, answer with an error and return None."""
         if name not in self.server.repos:
             self.answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
         return self.server.repos.get(name)
 
     def info(self, body, name):
         if repo := self.repo(name):
-            self.answer(
-                200, {"id": name, "private": repo.private, "sha": f"{len(repo.commits):040x}"}
-            )
+            sha = f"{len(repo.commits):040x}"
+            self.answer(200, {"id": name, "private": repo.private, "sha": sha})
 
     def preupload(self, body, name):
         if (repo := self.repo(name)) is None:
@@ -150,13 +172,10 @@ class Handler(BaseHTTPRequestHandler):
     def lfs_batch(self, body, name):
         objects = []
         for wanted in json.loads(body)["objects"]:
-            actions = {
-                action: {"href": f"{self.server.url}/lfs/{action}/{wanted['oid']}"}
-                for action in ("upload", "verify")
-            }
-            objects.append(
-                wanted | ({} if wanted["oid"] in self.server.objects else {"actions": actions})
-            )
+            url, oid = f"{self.server.url}/lfs", wanted["oid"]
+            actions = {name: {"href": f"{url}/{name}/{oid}"} for name in ("upload", "verify")}
+            is_known = oid in self.server.objects
+            objects.append(wanted | ({} if is_known else {"actions": actions}))
         self.answer(200, {"transfer": "basic", "objects": objects})
 
     def lfs_upload(self, body, oid):
@@ -166,9 +185,8 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200 if good else 400)
 
     def lfs_verify(self, body, oid):
-        self.answer(
-            200 if len(self.server.objects.get(oid, b"")) == json.loads(body)["size"] else 404
-        )
+        is_complete = len(self.server.objects.get(oid, b"")) == json.loads(body)["size"]
+        self.answer(200 if is_complete else 404)
 
     def commit(self, body, name):
         if (repo := self.repo(name)) is None:
@@ -187,14 +205,14 @@ class Handler(BaseHTTPRequestHandler):
 
 
 NAME = r"([\w.-]+/[\w.-]+)"
-ROUTES = (  # (regular expression, whether it asks for no token, action)
+ROUTES = (  # (regular expression for `METHOD /path`, whether it needs no token, action)
     (r"HEAD /?", True, Handler.home),
     (r"POST /api/repos/create", False, Handler.create),
     (r"POST /api/validate-yaml", False, Handler.validate_yaml),
     (rf"GET /api/models/{NAME}(?:/revision/main)?", False, Handler.info),
     (rf"POST /api/models/{NAME}/preupload/main", False, Handler.preupload),
     (rf"POST /{NAME}\.git/info/lfs/objects/batch", False, Handler.lfs_batch),
-    (r"PUT /lfs/upload/(\w+)", True, Handler.lfs_upload),  # its address is the permission
+    (r"PUT /lfs/upload/(\w+)", True, Handler.lfs_upload),  # the URL contains the permission
     (r"POST /lfs/verify/(\w+)", False, Handler.lfs_verify),
     (rf"POST /api/models/{NAME}/commit/main", False, Handler.commit),
 )
@@ -202,12 +220,10 @@ ROUTES = (  # (regular expression, whether it asks for no token, action)
 
 @contextmanager
 def serve_hub():
-    """Yield a running HubServer; it ends with the body, requests that hang too."""
+    """Yield a running HubServer. The server and all hanging requests end with the `with` block."""
     with HubServer() as server:
-        thread = threading.Thread(
-            target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
-        )
-        thread.start()
+        options = {"kwargs": {"poll_interval": 0.05}, "daemon": True}
+        threading.Thread(target=server.serve_forever, **options).start()
         try:
             yield server
         finally:

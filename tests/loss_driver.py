@@ -1,7 +1,8 @@
-"""Train small models for a few updates as chat_sft does, on ragged documents, and write what came of it.
+"""Train small models for a few updates as chat_sft does, on ragged documents; write the results.
 
-`accelerate launch --config_file CONFIG tests/loss_driver.py FOLDER` reads the models FOLDER/llama and FOLDER/qwen2 and
-writes FOLDER/STRATEGY.pt: case -> what `train` returns. PYTHONPATH names the repository.
+`accelerate launch --config_file CONFIG tests/loss_driver.py FOLDER` reads the models FOLDER/llama
+and FOLDER/qwen2 and writes FOLDER/STRATEGY.pt: case -> what `train` returns. PYTHONPATH names the
+repository.
 """
 
 import os
@@ -18,10 +19,10 @@ from transformers import AutoTokenizer
 
 from examples import chat_sft
 from utils.checkpoint import gather_trained
-from utils.launch import start_accelerator
+from utils.launch import launched_strategy, start_accelerator
 from utils.loss import add_token_loss, check_token_loss
 from utils.packing import join
-from utils.report import name_in_file
+from utils.results import name_in_file
 
 LORA = {"use_peft_lora": True, "lora_target_modules": "q_proj,down_proj"}
 CASES = {  # name -> model, new tokens, settings; the embedding of qwen2 is tied to its head
@@ -36,7 +37,7 @@ CHUNK_BYTES = 4 * 400 * 7  # of 7 rows or so
 
 
 def micro_batches(process):
-    """Return a process's micro-batches, the second one's much smaller than the first one's, and one without labels."""
+    """Return a process's micro-batches; those of the second are small, one without labels."""
     draw, batches = random.Random(process), []
     for number in range(UPDATES * ACCUMULATED):
         is_mute, documents = (process, number) == (1, 2), []
@@ -50,7 +51,7 @@ def micro_batches(process):
 
 
 def train(accelerator, folder, case, whose, **options):
-    """Return the losses of the updates, the trained weights before and after them, and what the check said.
+    """Return the losses, the trained weights before and after, and what the check said.
 
     Args:
         whose: the processes whose micro-batches this one computes, of each as many an update.
@@ -58,7 +59,12 @@ def train(accelerator, folder, case, whose, **options):
     """
     model, added, settings = CASES[case]
     config = chat_sft.Config(
-        model_name_or_path=str(folder / model), dtype="float32", learning_rate=1.0, **settings
+        model_name_or_path=str(folder / model),
+        dtype="float32",
+        learning_rate=1.0,
+        gradient_accumulation_steps=accelerator.gradient_accumulation_steps,
+        max_grad_norm=0.0,
+        **settings,
     )
     tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path)
     tokenizer.add_tokens([f"<{number}>" for number in range(added)])
@@ -113,13 +119,10 @@ def main():
         "false"  # as chat_sft does where there are new tokens
     )
     accelerator = start_accelerator(gradient_accumulation_steps=ACCUMULATED)
-    if accelerator.deepspeed_plugin is not None:
-        settings = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0}
-        accelerator.deepspeed_plugin.deepspeed_config.update(settings)
     folder, whose = Path(sys.argv[1]), [accelerator.process_index]
     found = {case: train(accelerator, folder, case, whose) for case in CASES}
     if accelerator.is_main_process:
-        torch.save(found, folder / f"{chat_sft.launched_strategy()}.pt")
+        torch.save(found, folder / f"{launched_strategy()}.pt")
     accelerator.end_training()
 
 

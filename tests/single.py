@@ -1,8 +1,9 @@
-"""Run scripts as one process each, one after the other in one interpreter.
+"""Run scripts without a launcher, one after the other in the same interpreter.
 
-`python tests/single.py RUNS.json OUTPUT ...` runs lists of command lines side by side. The file
-holds one list for each output. After each run the output gets a line with the exit code. What such
-a run does is what `python examples/NAME.py` does.
+`python tests/single.py RUNS.json OUTPUT ...` forks one process for each OUTPUT file, and the
+processes work in parallel. RUNS.json contains a list of command lines for each process. After each
+run, the process appends a line with the exit code to its OUTPUT. A run does the same as
+`python examples/NAME.py`.
 """
 
 import gc
@@ -19,12 +20,13 @@ LIMIT = 1800  # seconds
 
 
 def run_single(forks, folder, *commands, side_by_side=1):
-    """Run (script, argument, ...) commands and return for each its exit code and its output.
+    """Run commands (script, argument, ...) and return (exit code, output) of each.
 
     Args:
         forks: the `ForkServer`.
         folder: where the outputs are written.
-        side_by_side: number of processes. No command may read the output of another.
+        side_by_side: number of parallel processes. With more than one, no command may depend on
+            another.
     """
     parts = [commands[number::side_by_side] for number in range(side_by_side)]
     outputs = [Path(folder) / f"runs_{number}.txt" for number in range(side_by_side)]
@@ -44,7 +46,7 @@ def run_single(forks, folder, *commands, side_by_side=1):
 
 
 def run_one(script, *arguments):
-    """Run the script in this interpreter and return its exit code."""
+    """Run the script in this interpreter, reset accelerate's state and return the exit code."""
     from accelerate.state import AcceleratorState, GradientState
 
     name = Path(script)
@@ -60,12 +62,12 @@ def run_one(script, *arguments):
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     gc.collect()
-    gc.freeze()  # what the libraries hold is not searched again at the start and end of every phase
+    gc.freeze()  # the scripts collect garbage in every phase; they need not search the libraries
     return code
 
 
 def run_all(commands, output):
-    """Run the commands one after the other, all that they print into the file `output`."""
+    """Run the commands one after the other and write all that they print to the file `output`."""
     os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), 1)
     os.dup2(1, 2)
     for command in commands:
@@ -75,6 +77,7 @@ def run_all(commands, output):
 
 
 def main(file, *outputs):
+    """Run the lists of commands in `file` in parallel. Return whether a process failed."""
     os.environ.pop("RANK", None)
     children = []
     for commands, output in zip(json.loads(Path(file).read_text()), outputs, strict=True):

@@ -1,4 +1,4 @@
-"""What ships in assets/: the data set, the tiny base models and the text they were pretrained on."""
+"""Tests of assets/: the data sets, the tiny base models and the text they were pretrained on."""
 
 import csv
 import itertools
@@ -20,8 +20,11 @@ ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / "assets"
 SPLITS = {"train": 400, "validation": 100, "test": 100}
 MODELS = {"tiny-causal-lm": AutoModelForCausalLM, "tiny-seq2seq": AutoModelForSeq2SeqLM}
-# Shared words over all words of two messages, handles left out; the closest pair that ships is at 0.47.
+# Limit of (words in both messages) / (words in either one), without handles. The most similar two
+# messages of the data set have 0.47.
 NEAR_DUPLICATE = 0.5
+MODEL_FILES = ["config.json", "generation_config.json", "model.safetensors"]
+MODEL_FILES += ["tokenizer.json", "tokenizer_config.json"]
 
 
 def read_split(split):
@@ -51,10 +54,8 @@ def messages():
 def test_split(split, size):
     rows = read_split(split)
     assert list(rows[0]) == ["Tweet text", "Label", "ID"]
-    assert Counter(row["Label"] for row in rows) == {
-        "complaint": size // 2,
-        "no complaint": size // 2,
-    }
+    counts = Counter(row["Label"] for row in rows)
+    assert counts == {"complaint": size // 2, "no complaint": size // 2}
     for row in rows:
         assert 6 <= len(row["Tweet text"].split()) <= 30
         assert "complain" not in row["Tweet text"].lower()
@@ -93,13 +94,7 @@ def test_pretraining_text_is_deterministic():
 @pytest.mark.parametrize("name", MODELS)
 def test_folder(name):
     files = {path.name: path.stat().st_size for path in (ASSETS / name).iterdir()}
-    assert set(files) == {
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
+    assert sorted(files) == MODEL_FILES
     assert sum(files.values()) <= 8_000_000
 
 
@@ -116,10 +111,8 @@ def test_model(name):
 def test_tokenizer(name, messages):
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / name, local_files_only=True)
     config = MODELS[name].from_pretrained(ASSETS / name, local_files_only=True).config
-    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (
-        config.pad_token_id,
-        config.eos_token_id,
-    )
+    assert tokenizer.pad_token_id == config.pad_token_id
+    assert tokenizer.eos_token_id == config.eos_token_id
     assert len(tokenizer) == config.vocab_size
     for text in [*messages, " two  spaces \n\t", "🤬👩‍🚀 日本語 naïve £5 €8", "no complaint"]:
         ids = tokenizer(text)["input_ids"]
@@ -150,10 +143,8 @@ def test_pretrain(name, tmp_path):
 
 
 def read_chats(split):
-    return [
-        json.loads(line)["messages"]
-        for line in (ASSETS / "chat" / f"{split}.jsonl").read_text().splitlines()
-    ]
+    lines = (ASSETS / "chat" / f"{split}.jsonl").read_text().splitlines()
+    return [json.loads(line)["messages"] for line in lines]
 
 
 @pytest.mark.parametrize("split, count", [("train", 100), ("test", 20)])
@@ -167,11 +158,8 @@ def test_chats_are_conversations(split, count):
         assert all(4 <= len(message["content"].split()) <= 30 for message in messages)
 
 
-def test_chats_are_unlike_each_other_and_keep_the_labels_name_out():
-    texts = [
-        " ".join(message["content"] for message in chat)
-        for split in ("train", "test")
-        for chat in read_chats(split)
-    ]
+def test_chats_have_no_near_duplicates_and_no_label():
+    chats = [*read_chats("train"), *read_chats("test")]
+    texts = [" ".join(message["content"] for message in chat) for chat in chats]
     assert near_duplicates(texts) == []
     assert not any("complain" in text.lower() for text in texts)

@@ -1,4 +1,4 @@
-"""chat_sft: the guides' commands, the same training under every strategy, what it learns and what it leaves."""
+"""chat_sft: the guides' commands, the same training under every strategy, what a run leaves."""
 
 import json
 import math
@@ -42,7 +42,7 @@ def words_of(command):
 
 @pytest.fixture(scope="module")
 def guides(launch, tmp_path_factory):
-    """The four commands, each run as its file has it but for its output folder: name -> (output, folder)."""
+    """Run the four commands, with output folders of their own: name -> (output, folder)."""
     runs = {}
     for command in COMMANDS:
         arguments, config = words_of(command)
@@ -75,11 +75,11 @@ def test_guides_command_acts(guides, name):
     assert metrics["mixed_precision"] == "bf16" and metrics["trained_dtype"] == "float32"
     assert config["max_length"] == 512 and config["lora_r"] == 8 and config["seed"] == 100
     for said in (
-        "--bf16 wins over mixed_precision no",
-        "--max_length 2048 is beyond the model's 512 positions",
+        "--bf16 overrides mixed_precision no",
+        "--max_length 2048 exceeds the model's 512 positions",
         "--use_flash_attn",
         "--dataset_text_field content is unused",
-        "2 new tokens: embed_tokens, lm_head are trained and saved whole.",
+        "2 new tokens: embed_tokens, lm_head are trained and saved in full.",
         "% used",
         "hub: not pushed to",
     ):
@@ -96,7 +96,8 @@ def test_guides_command_acts(guides, name):
 def test_guides_commands_train_alike(guides, pair):
     one, other = (guides[f"{pair}_{strategy}"][1] for strategy in ("zero3", "fsdp"))
     first, second = read_metrics(one), read_metrics(other)
-    assert first["score"]["before"] == pytest.approx(second["score"]["before"], rel=1e-3)
+    one_score, other_score = (run["scores"]["perplexity"] for run in (first, second))
+    assert one_score["before"] == pytest.approx(other_score["before"], rel=1e-3)
     assert first["losses"] == pytest.approx(second["losses"], rel=1e-3)
     assert first["grad_norms"] == pytest.approx(second["grad_norms"], rel=1e-2)
     left, right = adapter(one), adapter(other)
@@ -162,12 +163,20 @@ def assert_alike(folder, reference):
 
 def test_default_run_learns_and_shows(alone):
     output, metrics = (alone / "output.txt").read_text(), read_metrics(alone / "default")
-    score = metrics["score"]
-    assert score["metric"] == "perplexity" and score["after"] < 0.5 * score["before"]
+    assert set(metrics["scores"]) == {"perplexity", "token_accuracy", "eval_loss"}
+    score = metrics["scores"]["perplexity"]
+    assert score["after"] < 0.5 * score["before"]
     assert (
         metrics["evaluations"][-1]["token_accuracy"] > metrics["evaluations"][0]["token_accuracy"]
     )
     assert math.log(score["after"]) == pytest.approx(metrics["evaluations"][-1]["eval_loss"])
+    assert {"losses.png", "memory.png"} < set(metrics["saved"])
+    epochs = re.findall(r"epoch (\d): mean loss ([\d.]+), perplexity exp\(loss\) ([\d.]+)", output)
+    assert [number for number, _, _ in epochs] == ["1", "2", "3"]
+    means = [float(loss) for _, loss, _ in epochs]
+    assert means == sorted(means, reverse=True)
+    assert [float(one) for *_, one in epochs] == pytest.approx(list(map(math.exp, means)), rel=1e-3)
+    assert re.search(r"38/38 .*loss=[\d.]+, lr=[\de.-]+, grad_norm=[\d.]+\]", output)  # the bar
     assert re.search(r"^  '.*<\|im_start\|>assistant\\n' -> '", output, re.MULTILINE)  # a sample
     assert "\u00ab" in output and "<|im_end|>\u00bb" in output  # what is trained on, marked
     log = [json.loads(line) for line in (alone / "default/log.jsonl").read_text().splitlines()]
@@ -189,7 +198,7 @@ def test_default_run_learns_and_shows(alone):
 
 
 def test_adapter_reloads_in_plain_peft(alone, forks):
-    """In a process without this project: the held-out loss of the reloaded adapter is the one that was measured."""
+    """In a process without this project the adapter has the held-out loss that was measured."""
     program = """
 import json, sys, torch
 from peft import AutoPeftModelForCausalLM
@@ -249,7 +258,7 @@ def test_no_tracker_imports_none(forks, tmp_path):
 
 
 def test_streaming_trains_alike_on_two_processes(launch, forks, tmp_path):
-    """Read while it is needed, without shuffling: the documents are those of the run that has all of them at once."""
+    """Without shuffling, a stream gives the documents that a run with all of them reads."""
     flags = ("--use_peft_lora", "--shuffle", "False", "--max_steps", 4, "--eval_strategy", "no")
     flags += ("--save_strategy", "no")
     launch("chat_sft", "ddp", *flags, *HALF, "--streaming", "--output_dir", tmp_path / "stream")
@@ -264,11 +273,11 @@ def test_streaming_trains_alike_on_two_processes(launch, forks, tmp_path):
 def test_a_loss_that_is_none_stops_the_run(forks, tmp_path, broken):
     from processes import plant
 
-    line = '                    loss = model(**batch)["loss"] / counts[0]'
+    line = "                    loss = compute_loss(model, batch) / step_targets"
     worse = (
-        f"{line} * (float('nan') if step == 2 else 1)"
+        f"{line} * (float('nan') if step == 3 else 1)"
         if broken == "nan"
-        else f"{line} * (step != 2)"
+        else f"{line} * (step != 3)"
     )
     script = plant(tmp_path, "chat_sft", (line, worse))
     flags = (

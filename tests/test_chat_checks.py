@@ -1,4 +1,4 @@
-"""Whatever chat_sft cannot work with ends in one line, before a model is loaded, and nothing is written."""
+"""chat_sft stops with one line where it cannot work, loads no model and writes nothing."""
 
 import json
 import re
@@ -68,7 +68,7 @@ TOO_LONG = 300 * "o"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, forks):
-    """A folder with models, data and runs, good ones and bad ones; exit codes and outputs of those of ACCEPTED."""
+    """A folder with good and bad models, data and runs; exit codes and outputs of ACCEPTED."""
     place = tmp_path_factory.mktemp("place")
     for name, text in FILES.items():
         (place / name).parent.mkdir(exist_ok=True)
@@ -137,8 +137,8 @@ def words_of(place, words):
     return shlex.split(words.replace("{p}", str(place)).replace("{s}", no))
 
 
-GOOD = "--model_name_or_path {p}/llama --dataset_name {p}/chat --max_steps 2 --per_device_train_batch_size 1 "
-GOOD += "--num_samples 0 "
+GOOD = "--model_name_or_path {p}/llama --dataset_name {p}/chat --max_steps 2 --num_samples 0 "
+GOOD += "--per_device_train_batch_size 1 "
 RUN = "--output_dir {p}/run --save_strategy steps --save_steps 1 --use_peft_lora"
 ACCEPTED = [
     "",
@@ -148,13 +148,14 @@ ACCEPTED = [
     "--chat_template_format {p}/working.jinja --report_to none",
     "--resume_from_checkpoint True",
     "--resume_from_checkpoint False --overwrite_output_dir",
-    "--streaming --save_strategy steps --eval_strategy no --dataloader_num_workers 1 --save_total_limit 0",
+    "--streaming --save_strategy steps --eval_strategy no --dataloader_num_workers 1 "
+    "--save_total_limit 0",
 ]
 RESUME = "--use_peft_lora --save_strategy steps --save_steps 1 --resume_from_checkpoint "
 CASES = [  # flags; what the line must say, culprit first
     # flags that are none, and values that are none of theirs
-    ("--learning_rat 0.1", "--learning_rat 0.1 is no flag", "--help"),
-    ("stray", "stray is no flag"),
+    ("--learning_rat 0.1", "--learning_rat 0.1 is not a flag", "--help"),
+    ("stray", "stray is not a flag"),
     ("--lora_r eight", "--lora_r", "invalid int value: 'eight'"),
     ("--learning_rate fast", "--learning_rate", "invalid float value: 'fast'"),
     ("--packing perhaps", "--packing", "perhaps"),
@@ -182,9 +183,9 @@ CASES = [  # flags; what the line must say, culprit first
     ("--per_device_train_batch_size -1", "--per_device_train_batch_size is -1", "above 0"),
     ("--per_device_eval_batch_size 0", "--per_device_eval_batch_size is 0", "above 0"),
     ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps is 0", "above 0"),
-    ("--weight_decay -0.1", "--weight_decay is -0.1", "from 0"),
-    ("--max_grad_norm -1", "--max_grad_norm is -1", "from 0"),
-    ("--seed -1", "--seed is -1", "from 0"),
+    ("--weight_decay -0.1", "--weight_decay is -0.1", "at least 0"),
+    ("--max_grad_norm -1", "--max_grad_norm is -1", "at least 0"),
+    ("--seed -1", "--seed is -1", "at least 0"),
     ("--warmup_ratio 1", "--warmup_ratio is 1", "below 1"),
     (
         "--lr_scheduler_type constant --warmup_ratio 0.1",
@@ -197,9 +198,9 @@ CASES = [  # flags; what the line must say, culprit first
     ("--logging_steps 0", "--logging_steps is 0", "above 0"),
     ("--eval_strategy steps --eval_steps 0", "--eval_steps is 0", "above 0"),
     ("--save_steps -1", "--save_steps is -1", "above 0"),
-    ("--save_total_limit -1", "--save_total_limit is -1", "from 0"),
-    ("--num_samples -1", "--num_samples is -1", "from 0"),
-    ("--dataloader_num_workers -1", "--dataloader_num_workers is -1", "from 0"),
+    ("--save_total_limit -1", "--save_total_limit is -1", "at least 0"),
+    ("--num_samples -1", "--num_samples is -1", "at least 0"),
+    ("--dataloader_num_workers -1", "--dataloader_num_workers is -1", "at least 0"),
     ("--max_new_tokens 0", "--max_new_tokens is 0", "above 0"),
     # flags that contradict each other
     (
@@ -238,7 +239,7 @@ CASES = [  # flags; what the line must say, culprit first
         "no_weights holds no model.safetensors",
         "save the model again",
     ),
-    ("--model_name_or_path {p}/truncated", "model.safetensors is no whole safetensors file"),
+    ("--model_name_or_path {p}/truncated", "model.safetensors is damaged or truncated"),
     (
         "--model_name_or_path {p}/no_tokenizer",
         "no_tokenizer has no usable tokenizer",
@@ -358,9 +359,9 @@ CASES = [  # flags; what the line must say, culprit first
     (
         "--chat_template_format {p}/raises.jinja",
         "row 1 of",
-        "the chat template refuses it (not a word)",
+        "the chat template raises an error (not a word)",
     ),
-    ("--chat_template_format {p}/syntax.jinja", "row 1 of", "the chat template refuses it"),
+    ("--chat_template_format {p}/syntax.jinja", "row 1 of", "the chat template raises an error"),
     (
         "--chat_template_format {p}/rewrites.jinja",
         "does not show where the assistant's turns begin",
@@ -385,8 +386,8 @@ CASES = [  # flags; what the line must say, culprit first
         "choose another",
     ),
     ("--output_dir {p}/a_file", "a_file is a file", "choose another"),
-    ("--output_dir {p}/a_file/under", "a_file/under cannot be made", "choose another"),
-    ("--output_dir /proc/new", "/proc/new cannot be made", "choose another"),
+    ("--output_dir {p}/a_file/under", "a_file/under cannot be created", "choose another"),
+    ("--output_dir /proc/new", "/proc/new cannot be created", "choose another"),
     (f"--output_dir {TOO_LONG}", "File name too long"),
     # checkpoints
     (RESUME + "{p}/run/checkpoint-9", "checkpoint-9 is not there"),
@@ -421,14 +422,14 @@ CASES = [  # flags; what the line must say, culprit first
     ),
     (RESUME + "{p}/run/checkpoint-1 --output_dir {p}/run2", "run2 holds a run", "choose another"),
     (RESUME[16:] + "True --output_dir {p}/run", "use_peft_lora True (now False)"),
-    # precision: last, for the script tells the libraries through the environment, which here outlives a run
+    # precision: last, because the script sets environment variables, which outlive a run here
     ("--bf16 --fp16", "--bf16 and --fp16 contradict each other"),
     ("--fp16", "mixed precision fp16 needs a GPU", "bf16"),
 ]
 
 
 def listing(folder):
-    """Return path -> bytes and time of all files below a folder, but for what datasets keeps beside its own."""
+    """Return path -> bytes and time of all files in a folder, without the caches of datasets."""
     files = [
         path for path in folder.rglob("*") if path.is_file() and not path.match("unlike/*/cache-*")
     ]
@@ -437,7 +438,7 @@ def listing(folder):
 
 @pytest.fixture(scope="module")
 def refused(place, forks, tmp_path_factory):
-    """Run all cases: number -> (output folder, exit code, output); and the files of the place before and after."""
+    """Run all cases: number -> (output folder, exit code, output); the files before and after."""
     folder, before = tmp_path_factory.mktemp("refused"), listing(place)
     commands = [
         ["chat_sft", *words_of(place, f"{GOOD} --output_dir {folder}/{number} {case[0]}")]

@@ -1,4 +1,4 @@
-"""The compatibility table: how it is selected, judged, kept and rendered, and a sample of it measured anew."""
+"""The compatibility table: selecting, judging, keeping and rendering its cells, and a sample."""
 
 import json
 import multiprocessing
@@ -10,12 +10,16 @@ import time
 import pytest
 from conftest import ROOT
 
-from utils import compatibility
-from tools.compatibility import judge, plain, read_cells, render, run_step, select, status
+from tools.compatibility import measure
+from tools.compatibility.judge import judge, status
+from tools.compatibility.measure import plain, run_step
+from tools.compatibility.page import PAGE, render
+from tools.compatibility.results import RESULTS, cell_file, dump, read_cells, select, versions
 from tools.compatibility.rows import CELLS, COLUMNS, ROWS, SETTINGS
 
-SAMPLE = """lora/single lora/zero1 rslora/zero2 dora/fsdp2 pissa/zero3 modules_to_save/fsdp1 new_tokens/zero3 ia3/fsdp1
-prompt_tuning/ddp p_tuning/fsdp2 loha/zero3 base_4bit/zero3 base_4bit/fsdp2 adamw_paged/fsdp2""".split()
+SAMPLE = """lora/single lora/zero1 rslora/zero2 dora/fsdp2 pissa/zero3 modules_to_save/fsdp1
+new_tokens/zero3 ia3/fsdp1 prompt_tuning/ddp p_tuning/fsdp2 loha/zero3 base_4bit/zero3
+base_4bit/fsdp2 adamw_paged/fsdp2""".split()
 GOOD = {
     "whole": 1000,
     "bytes": [505, 505],
@@ -39,18 +43,14 @@ def error(check, message):
 
 
 def results(cells):
-    return {
-        "versions": compatibility.versions(),
-        "hardware": "a test",
-        "date": "2026-01-02",
-        "cells": cells,
-    }
+    head = {"versions": versions(), "hardware": "a test", "date": "2026-01-02"}
+    return head | {"cells": cells}
 
 
-def keep(folder, cell, facts, **versions):
-    file = compatibility.cell_file(folder, cell)
+def keep(folder, cell, facts, **changed):
+    file = cell_file(folder, cell)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(facts | {"versions": compatibility.versions() | versions}))
+    file.write_text(json.dumps(facts | {"versions": versions() | changed}))
 
 
 def test_table_is_large_enough():
@@ -65,10 +65,10 @@ def test_table_is_large_enough():
     "change, expected",
     [
         ({}, "yes"),
-        ({"losses": [2.0, 1.5, 1.999]}, "does not train, other losses"),
-        ({"losses": [2.0, 1.504, 1.0]}, "other losses"),
-        ({"losses": [2.0, 1.5, float("nan")]}, "does not train, other losses"),
-        ({"grad_norms": [1.0, 1.0, 1.01]}, "other losses"),
+        ({"losses": [2.0, 1.5, 1.999]}, "does not train, different losses"),
+        ({"losses": [2.0, 1.504, 1.0]}, "different losses"),
+        ({"losses": [2.0, 1.5, float("nan")]}, "does not train, different losses"),
+        ({"grad_norms": [1.0, 1.0, 1.01]}, "different losses"),
         ({"bytes": [560, 440]}, "not sharded"),
         ({"reload": GOOD["reload"] | {"missing": ["lm_head.weight"]}}, "does not reload"),
         ({"reload": GOOD["reload"] | {"unequal": ["lora_B"]}}, "does not reload"),
@@ -84,25 +84,23 @@ def test_every_check_can_fail(change, expected):
 
 
 def test_checks_of_some_cells_alone():
-    assert (
-        words("lora/ddp", GOOD | {"bytes": [1000, 1000]}) == "yes"
-    )  # holds all of it, as it should
+    # under ddp every process holds all parameters
+    assert words("lora/ddp", GOOD | {"bytes": [1000, 1000]}) == "yes"
     assert words("lora/single", GOOD, None) == "yes"
-    assert (
-        words("lora/zero3", GOOD, error("starts", "no")) == "yes"
-    )  # nothing to compare the losses with
-    assert words("adamw_8bit/ddp", GOOD) == "another optimizer"
+    # there is nothing to compare the losses with
+    assert words("lora/zero3", GOOD, error("starts", "no")) == "yes"
+    assert words("adamw_8bit/ddp", GOOD) == "different optimizer"
     assert words("adamw_8bit/ddp", GOOD | {"optimizer": "AdamW8bit"}) == "yes"
     assert words("torch_compile/zero3", GOOD) == "not compiled"
     assert words("torch_compile/zero3", GOOD | {"graphs": 1}) == "yes"
-    assert (
-        words("ia3/zero3", {"seconds": 1.0} | error("starts", "ValueError: no")) == "does not start"
-    )
+    failed = {"seconds": 1.0} | error("starts", "ValueError: no")
+    assert words("ia3/zero3", failed) == "does not start"
     assert status({}, {}) == "not measured"
 
 
 def test_errors_lose_what_differs_from_run_to_run():
-    message = "KeyError: '/tmp/compatibility-ab12/adapter/x.json' at 0x7f12345678 [127.0.0.1]:4242 a|b\nsecond line"
+    message = "KeyError: '/tmp/compatibility-ab12/adapter/x.json' at 0x7f12345678"
+    message += " [127.0.0.1]:4242 a|b\nsecond line"
     assert plain(message) == "KeyError: 'x.json' at 0x... [ADDRESS a/b"
     assert plain("see https://example.org/a/b") == "see https://example.org/a/b"
     assert len(plain("long " * 100)) < 250
@@ -111,7 +109,7 @@ def test_errors_lose_what_differs_from_run_to_run():
 def test_select():
     assert select([], {}) == CELLS
     assert select([], dict.fromkeys(CELLS[:-1])) == CELLS[-1:]
-    # the single process's losses are what the others are compared with
+    # the losses of the other strategies are compared with those of the single process
     assert select(["lora/zero3"], {}) == ["lora/single", "lora/zero3"]
     assert select(["lora/zero3"], dict.fromkeys(CELLS)) == ["lora/zero3"]
     assert select(["lora/*"], {}) == [f"lora/{column}" for column in COLUMNS]
@@ -125,18 +123,14 @@ def test_select():
 def test_resume(tmp_path):
     committed = tmp_path / "compatibility.json"
     assert read_cells(tmp_path, committed) == {}
-    committed.write_text(
-        compatibility.dump(results({"lora/ddp": GOOD, "lora/zero1": GOOD, "gone/ddp": GOOD}))
-    )
+    cells = {"lora/ddp": GOOD, "lora/zero1": GOOD, "gone/ddp": GOOD}
+    committed.write_text(dump(results(cells)))
     keep(tmp_path, "lora/zero1", GOOD | {"seconds": 2.0})
     keep(tmp_path, "lora/single", GOOD)
     keep(tmp_path, "lora/zero2", GOOD, torch="0.1")
     cells = read_cells(tmp_path, committed)
-    assert list(cells) == [
-        "lora/single",
-        "lora/ddp",
-        "lora/zero1",
-    ]  # no other versions, no rows that are no more
+    # without other versions, and without rows that no longer exist
+    assert list(cells) == ["lora/single", "lora/ddp", "lora/zero1"]
     assert cells["lora/zero1"]["seconds"] == 2.0  # the folder is newer than the committed file
     assert "versions" not in cells["lora/zero1"]
     other = json.loads(committed.read_text())
@@ -159,12 +153,9 @@ def test_render():
         for row in (line.strip("| ").split(" | ") for line in page.splitlines() if line[:1] == "|")
     }
     first = re.search(r"^\| lora \| (.*) \|$", page, re.MULTILINE)[1].split(" | ")
-    assert (
-        first[0] == "yes"
-        and first[1] == "**other losses** [1](#n1)"
-        and first[6] == "yes, with a setting [2](#n2)"
-    )
-    assert page.count("**does not start** [3](#n3)") == 2  # one reason, told once
+    assert first[:2] == ["yes", "**different losses** [1](#n1)"]
+    assert first[6] == "yes, with a setting [2](#n2)"
+    assert page.count("**does not start** [3](#n3)") == 2  # one reason, listed once
     assert "3. <a id=\"n3\"></a>does not start: `ValueError: no 'a'`" in page
     assert "2 cells say yes, 3 do not, 185 are not measured" in page
     assert rows["lora"][:3] == ["505", "505", ""]  # the second table of that name: bytes
@@ -180,24 +171,24 @@ def test_processes_end_with_the_step(tmp_path, monkeypatch):
         (tmp_path / "error-0.json").write_text(message)
         raise SystemExit(1)
 
-    monkeypatch.setattr(compatibility, "run_process", process)
+    monkeypatch.setattr(measure, "run_process", process)
     context = multiprocessing.get_context("fork")
     begin = time.monotonic()
     (tmp_path / "check.txt").write_text("reloads")
     jobs = [{"rank": 0}, {"rank": 1}]
-    hang = {"check": "reloads", "message": "hangs: no end after 1 s"}
+    hang = {"check": "reloads", "message": "hangs: did not end in 1 s"}
     assert run_step(context, "hang", jobs, tmp_path, limit=1) == hang
     assert run_step(context, "fail", jobs, tmp_path)["message"] == "planted"
     assert time.monotonic() - begin < 20
     assert not multiprocessing.active_children()
 
 
-def test_committed_results_are_whole_and_rendered():
-    committed = json.loads(compatibility.RESULTS.read_text())
+def test_committed_results_are_complete_and_rendered():
+    committed = json.loads(RESULTS.read_text())
     assert list(committed["cells"]) == CELLS
-    assert compatibility.PAGE.read_text() == render(committed)
+    assert PAGE.read_text() == render(committed)
     for word in ("/tmp", "/root", "site-packages"):
-        assert word not in compatibility.RESULTS.read_text()
+        assert word not in RESULTS.read_text()
 
 
 @pytest.mark.slow
@@ -207,10 +198,8 @@ def test_a_sample_gives_the_committed_answers(environment, tmp_path):
         list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    committed = json.loads(compatibility.RESULTS.read_text())["cells"]
-    measured = {
-        cell: json.loads(compatibility.cell_file(tmp_path, cell).read_text()) for cell in SAMPLE
-    }
+    committed = json.loads(RESULTS.read_text())["cells"]
+    measured = {cell: json.loads(cell_file(tmp_path, cell).read_text()) for cell in SAMPLE}
 
     def answers(cells):
         references = committed | cells

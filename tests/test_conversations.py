@@ -1,4 +1,4 @@
-"""Rows of every usual shape and source, and what of them is trained on: exactly what the assistant says."""
+"""Rows of every usual shape and source; labels on exactly what the assistant says."""
 
 import json
 import os
@@ -10,13 +10,15 @@ import datasets
 import pytest
 from conftest import ROOT
 from models import make_tokenizer
-from test_models import load
 from tokenizers import processors
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, HfArgumentParser
 
+from examples import chat_sft
+from utils import documents as documents_module
+from utils.chat_templates import TEMPLATES, build_tokenizer
 from utils.conversations import DataError, as_document, read_splits, shape_of
-
-chat_sft = load("chat_sft")
+from utils.documents import build_documents, read_stream
+from utils.documents import encode as encode_row
 
 
 @pytest.fixture(autouse=True)
@@ -397,7 +399,7 @@ def test_no_rows(rows):
 
 # What is trained on -------------------------------------------------------------------------------
 def settings(**values):
-    [config] = chat_sft.HfArgumentParser(chat_sft.Config).parse_dict(values)
+    [config] = HfArgumentParser(chat_sft.Config).parse_dict(values)
     return config
 
 
@@ -420,20 +422,24 @@ def saved(tmp_path_factory):
 
 
 OWN = (  # as Llama 2 writes it: no header of the assistant, the system's message within the user's
-    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content + '\n' %}"
-    "{% set rest = messages[1:] %}{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}"
-    "{% for m in rest %}{% if m.role == 'user' %}[INST] {{ (system if loop.first else '') + m.content }} [/INST]"
+    "{{ bos_token }}{% if messages[0].role == 'system' %}"
+    "{% set system = messages[0].content + '\n' %}{% set rest = messages[1:] %}"
+    "{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}"
+    "{% for m in rest %}{% if m.role == 'user' %}"
+    "[INST] {{ (system if loop.first else '') + m.content }} [/INST]"
     "{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
 )
 REWRITES = (  # as Qwen3 does: what the assistant thought is in its last turn alone
-    "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}"
-    "{{ m.content }}{{ eos_token }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    "{% for m in messages %}{{ m.role }}: "
+    "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}"
+    "{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
 
 @pytest.fixture
 def encode(saved, tmp_path):
-    """encode(row, tokenizer=..., template=..., **settings) -> the tokenizer and the document that a row becomes."""
+    """encode(row, tokenizer=..., template=..., **settings) -> tokenizer, document of the row."""
 
     def encode(row, tokenizer="shipped", template="chatml", **values):
         if template not in ("none", "chatml", "zephyr"):
@@ -445,14 +451,14 @@ def encode(saved, tmp_path):
         } | values
         config, shape = settings(**values), shape_of([row])
         kind = as_document(row, shape, "row 1")[0]
-        tokenizer, _ = chat_sft.build_tokenizer(config, kind == "chat")
-        return tokenizer, chat_sft.encode(row, 0, config, tokenizer, shape, "train")
+        tokenizer, _ = build_tokenizer(config, kind == "chat")
+        return tokenizer, encode_row(row, 0, config, tokenizer, shape, "train")
 
     return encode
 
 
 def trained(tokenizer, document):
-    """Return the runs of tokens that carry a label, as texts, and check that each label is its token."""
+    """Return the runs of label tokens as texts; each label must be its token."""
     runs, before = [], False
     for token, label in zip(document["input_ids"], document["labels"]):
         assert label in (token, -100)
@@ -486,7 +492,8 @@ def test_the_texts_that_the_templates_write(encode):
         for tokenizer, document in (encode(row), encode(row, template="zephyr"))
     ]
     assert texts[0] == (
-        "<|im_start|>system\nbe<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nho<|im_end|>\n"
+        "<|im_start|>system\nbe<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+        "<|im_start|>assistant\nho<|im_end|>\n"
     )
     assert texts[1] == "<|system|>\nbe</s>\n<|user|>\nhi</s>\n<|assistant|>\nho</s>\n"
 
@@ -494,7 +501,7 @@ def test_the_texts_that_the_templates_write(encode):
 @pytest.mark.parametrize("format", ["chatml", "zephyr"])
 def test_the_tokens_of_a_template_are_each_one_token(encode, format):
     tokenizer, document = encode(CHAT, template=format)
-    for token in chat_sft.TEMPLATES[format][1]:
+    for token in TEMPLATES[format].tokens:
         assert tokenizer(token, add_special_tokens=False).input_ids == [
             tokenizer.convert_tokens_to_ids(token)
         ]
@@ -504,7 +511,7 @@ def test_the_tokens_of_a_template_are_each_one_token(encode, format):
 def test_without_any_template_chatml_is_taken_and_said(encode, capsys):
     tokenizer, document = encode(CHAT, template="none")
     assert document == encode(CHAT)[1]
-    assert "written in chatml" in capsys.readouterr().out
+    assert "so chatml is used" in capsys.readouterr().out
 
 
 def test_the_template_of_the_tokenizer_is_taken(saved, encode):
@@ -537,7 +544,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_where_it_does(encode)
     ["{{ raise_exception('no system here') }}", "{{ messages[9].content }}", "{% for %}"],
 )
 def test_a_template_that_raises_is_refused(encode, template):
-    with pytest.raises(DataError, match="row 1 of train: the chat template refuses it"):
+    with pytest.raises(DataError, match="row 1 of train: the chat template raises an error"):
         encode(CHAT, template=template)
 
 
@@ -627,17 +634,21 @@ def test_all_tokens_are_trained_on_where_asked_for(encode, row):
 
 # Pairs of questions and answers, as GSM8K has them ------------------------------------------------
 def worded_problems(count, seed=0):
-    """Return questions about prices and their worked answers, which end with `#### ` and the number."""
+    """Return questions about prices, and worked answers that end with `#### ` and the number."""
     draw = random.Random(seed)
     rows = []
     for _ in range(count):
         name = draw.choice(["Ana", "Björn", "Chloé", "Dimitri", "Oğuz", "Zoë"])
         thing = draw.choice(["apples", "pencils", "crème brûlées", "tickets", "5-litre cans"])
         number, price, paid = draw.randint(2, 40), draw.randint(1, 25), draw.choice([1000, 2000])
-        question = f"{name} buys {number} {thing} at ${price} each and pays with ${paid:,}. What is the change?"
+        cost, change = number * price, paid - number * price
+        question = (
+            f"{name} buys {number} {thing} at ${price} each and pays with ${paid:,}. What is the "
+            "change?"
+        )
         answer = (
-            f"The {thing} cost {number} * {price} = $<<{number}*{price}={number * price}>>{number * price}.\n"
-            f"So {name} gets {paid} - {number * price} = ${paid - number * price} back.\n#### {paid - number * price}"
+            f"The {thing} cost {number} * {price} = $<<{number}*{price}={cost}>>{cost}.\n"
+            f"So {name} gets {paid} - {cost} = ${change} back.\n#### {change}"
         )
         rows.append({"question": question, "answer": answer})
     return rows
@@ -657,10 +668,10 @@ def test_of_worded_problems_exactly_the_answers_are_trained_on(saved, tmp_path, 
         max_length=10**6,
         output_dir=str(tmp_path),
     )
-    tokenizer, _ = chat_sft.build_tokenizer(config, True)
+    tokenizer, _ = build_tokenizer(config, True)
     accelerator = SimpleNamespace(local_main_process_first=nullcontext)
     encoding = {"tokenizer": tokenizer, "shape": shape_of(rows)}
-    documents, facts = chat_sft.build_documents(config, accelerator, rows, "train", **encoding)
+    documents, facts = build_documents(config, accelerator, rows, "train", **encoding)
     assert len(documents) == 400 and facts.startswith("400 documents")
     for document, problem in zip(documents, problems):
         [said] = trained(tokenizer, document)
@@ -678,34 +689,53 @@ def test_several_processes_encode_as_one_does(saved, tmp_path, monkeypatch, bad)
         rows[bad - 1]["answer"] = None
     rows, _ = read_splits(str(write_jsonl(tmp_path / "problems.jsonl", rows)))
     config = settings(model_name_or_path=str(saved / "shipped"), output_dir=str(tmp_path))
-    tokenizer, _ = chat_sft.build_tokenizer(config, True)
+    tokenizer, _ = build_tokenizer(config, True)
     accelerator = SimpleNamespace(local_main_process_first=nullcontext)
     encoding = {"tokenizer": tokenizer, "shape": shape_of(rows)}
     found = []
     for cores in (2, 1):
-        monkeypatch.setattr(chat_sft, "ROWS_PER_WORKER", 10)
+        monkeypatch.setattr(documents_module, "ROWS_PER_WORKER", 10)
         monkeypatch.setattr(os, "sched_getaffinity", lambda process, cores=cores: range(cores))
         if bad:
             with pytest.raises(DataError, match=f"row {bad} of train"):
-                chat_sft.build_documents(config, accelerator, rows, "train", **encoding)
+                build_documents(config, accelerator, rows, "train", **encoding)
         else:
             whose = (config, accelerator, rows, "train")
-            documents, facts = chat_sft.build_documents(*whose, **encoding)
+            documents, facts = build_documents(*whose, **encoding)
             found.append((documents["input_ids"], documents["labels"], facts))
     assert bad or found[0] == found[1]
 
 
+def test_no_cache_outlives_the_code_that_filled_it(saved, tmp_path, monkeypatch):
+    """datasets knows `encode` by its name alone, so the digest of the code has to tell."""
+    rows, _ = read_splits(str(write_jsonl(tmp_path / "chats.jsonl", [CHAT] * 3)))
+    config = settings(model_name_or_path=str(saved / "shipped"), chat_template_format="chatml")
+    tokenizer, _ = build_tokenizer(config, True)
+    accelerator = SimpleNamespace(local_main_process_first=nullcontext)
+
+    def labels():
+        encoding = {"tokenizer": tokenizer, "shape": ("messages",)}
+        documents, _ = build_documents(config, accelerator, rows, "train", **encoding)
+        return documents["labels"][:]
+
+    digest, before = documents_module.code_digest(), labels()
+    monkeypatch.setattr(documents_module, "label_spans", lambda ids, *_: ids)  # an edit
+    assert labels() == before  # from the cache
+    monkeypatch.setattr(documents_module, "code_digest", lambda: f"not {digest}")
+    assert labels() != before
+
+
 # Long documents -----------------------------------------------------------------------------------
 def built(saved, rows, **values):
-    """Return the documents of a training split, as build_documents leaves them, and the tokenizer."""
+    """Return the documents of a training split from build_documents, and the tokenizer."""
     config = settings(
         model_name_or_path=str(saved / "shipped"), chat_template_format="chatml", **values
     )
-    tokenizer, _ = chat_sft.build_tokenizer(config, True)
+    tokenizer, _ = build_tokenizer(config, True)
     encoding = {"tokenizer": tokenizer, "shape": shape_of(rows)}
     accelerator = SimpleNamespace(local_main_process_first=nullcontext)
     dataset = datasets.Dataset.from_list(rows)
-    return chat_sft.build_documents(config, accelerator, dataset, "the training split", **encoding)[
+    return build_documents(config, accelerator, dataset, "the training split", **encoding)[
         0
     ], tokenizer
 
@@ -732,14 +762,16 @@ def test_long_documents_are_cut_and_those_without_a_label_left_out(saved, capsys
     )
     said = capsys.readouterr().out
     assert (
-        "3 documents" in said and "3 beyond --max_length cut" in said and "1 of 4 left out" in said
+        "3 documents" in said
+        and "3 longer than --max_length truncated" in said
+        and "1 of 4 left out" in said
     )
 
 
 def test_long_documents_are_dropped_where_asked_for(saved, capsys):
     documents, tokenizer = built(saved, LONG, max_length=60, long_documents="drop")
     assert [trained(tokenizer, document) for document in documents] == [["Short it is.<|im_end|>"]]
-    assert "3 beyond --max_length dropped, 3 of 4 left out" in capsys.readouterr().out
+    assert "3 longer than --max_length dropped, 3 of 4 left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -763,9 +795,9 @@ def test_a_stream_leaves_out_what_has_no_label(saved):
     config = settings(
         model_name_or_path=str(saved / "shipped"), chat_template_format="chatml", max_length=60
     )
-    tokenizer, _ = chat_sft.build_tokenizer(config, True)
+    tokenizer, _ = build_tokenizer(config, True)
     rows = datasets.Dataset.from_list(LONG).to_iterable_dataset()
-    stream = list(chat_sft.read_stream(config, rows, 0, tokenizer=tokenizer, shape=("messages",)))
+    stream = list(read_stream(config, rows, 0, tokenizer=tokenizer, shape=("messages",)))
     assert sorted(document["length"] for document in stream) == sorted(
         document["length"] for document in built(saved, LONG, max_length=60)[0]
     )

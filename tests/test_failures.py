@@ -1,4 +1,4 @@
-"""Runs that fail end soon, with a code that is not 0, and leave no process and no half-written output behind."""
+"""A failing run ends soon, with an exit code other than 0, and leaves no process and no output."""
 
 import os
 import re
@@ -12,29 +12,27 @@ from conftest import read_metrics
 from models import make_data, make_model
 from processes import plant, running
 
-LIMIT = 300  # seconds in which a launch ends once a process of it has failed
-SECOND_UPDATE = (
-    "            updates.append("  # the line of the training loop before which a fault is planted
-)
+LIMIT = 300  # seconds within which a launch must end after one of its processes has failed
+# a line of the training loop; faults are planted before it
+SECOND_UPDATE = "            progress.log("
 OFFLOAD = "causal_lm_lora_zero3_offload"
 
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory):
-    """Flags of a small run of two updates, but for its output_dir."""
+    """Flags of a small run of two updates. The path of the output folder must follow them."""
     folder = tmp_path_factory.mktemp("failures")
-    model, data = (
-        make_model(folder / "model", "llama"),
-        make_data(folder / "data", train=32, validation=4),
-    )
+    model = make_model(folder / "model", "llama")
+    data = make_data(folder / "data", train=32, validation=4)
     return ["--model_name_or_path", model, "--dataset_name", data, "--max_steps", 2, "--output_dir"]
 
 
 @pytest.fixture
 def output_dir(tmp_path):
-    """An output folder in an otherwise empty folder; afterwards no process of the launch is left.
+    """An output folder in an otherwise empty folder.
 
-    Of a real launch, that is. The fork server looks for what a forked one leaves.
+    After the test, the fixture checks that no process of a real launch is left. The fork server
+    does so for forked launches.
     """
     (tmp_path / "outputs").mkdir()
     yield tmp_path / "outputs" / "new"
@@ -42,12 +40,16 @@ def output_dir(tmp_path):
 
 
 def in_update(number, process, statement):
-    """Return the replacement that makes one process do something in the middle of the training."""
-    condition = f"accelerator.process_index in {process} and len(updates) == {number - 1}"
-    return (
-        SECOND_UPDATE,
-        f"            if {condition}:\n                {statement}\n{SECOND_UPDATE}",
-    )
+    """Return a replacement for `plant`: some processes run a statement in an update.
+
+    Args:
+        number: the update, counted from 1.
+        process: tuple of the ranks of the processes.
+        statement: a line of Python.
+    """
+    condition = f"accelerator.process_index in {process} and len(progress.updates) == {number - 1}"
+    planted = f"            if {condition}:\n                {statement}\n"
+    return SECOND_UPDATE, planted + SECOND_UPDATE
 
 
 RAISE = "raise RuntimeError('planted')"
@@ -55,7 +57,11 @@ KILL = "__import__('os').kill(__import__('os').getpid(), 9)"
 
 
 def launched_until(pool, launch, copy, config, flags, started):
-    """Start a launch in the background and return it once it has come to the planted line, which touches a file."""
+    """Start a launch in the background and return its future when the planted line has run.
+
+    Args:
+        started: the file that the planted line creates.
+    """
     options = {"processes": 2, "code": None, "real": config != "ddp"}
     launched = pool.submit(launch, copy, config, *flags, **options)
     while not started.exists() and not launched.done():
@@ -92,9 +98,8 @@ def test_ctrl_c_ends_the_launch(launch, arguments, tmp_path, output_dir):
         flags = (*arguments, output_dir, "--max_steps", 10**6)
         launched = launched_until(pool, launch, copy, "zero3", flags, started)
         for process, command in running(copy).items():
-            if (
-                "accelerate_cli" in command
-            ):  # a terminal's Ctrl+C reaches the launcher; its processes have no terminal
+            # Ctrl+C reaches only the launcher: its processes are in other sessions
+            if "accelerate_cli" in command:
                 os.kill(process, signal.SIGINT)
         done = launched.result(timeout=LIMIT)
     assert done.returncode != 0
@@ -102,9 +107,8 @@ def test_ctrl_c_ends_the_launch(launch, arguments, tmp_path, output_dir):
 
 
 def test_a_save_without_gathering_fails_loudly(launch, arguments, tmp_path, output_dir):
-    copy = plant(
-        tmp_path, OFFLOAD, ("    with GatheredParameters(list(trained.values())):", "    if True:")
-    )
+    gather = "    with GatheredParameters(list(trainable.values())):"
+    copy = plant(tmp_path, OFFLOAD, (gather, "    if True:"))
     done = launch(copy, "zero3", *arguments, output_dir, processes=2, code=None)
     assert done.returncode != 0
     (line,) = re.findall("^error: .*", done.stdout, re.MULTILINE)
@@ -113,7 +117,7 @@ def test_a_save_without_gathering_fails_loudly(launch, arguments, tmp_path, outp
 
 
 def test_a_save_that_the_system_refuses_leaves_nothing(launch, arguments, tmp_path, output_dir):
-    # no file may grow beyond 10 kB: what a full disk does to the weights, without filling one
+    # no file may grow beyond 10 kB: for the weights, this is like a full disk
     limit = "    import resource\n    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
     save = "    unwrapped = accelerator.unwrap_model(model)\n"
     copy = plant(tmp_path, "causal_lm_lora", (save, limit + save))
@@ -129,16 +133,20 @@ ABORTS = ("terminate called", "Aborted", "SIGABRT", "Segmentation fault")
 
 @pytest.fixture(scope="module")
 def offloaded(launch, arguments, tmp_path_factory):
-    """Three runs in a row of two updates each, under ZeRO-3 with offload: (output, metrics) of each."""
+    """Three successive runs of two updates under ZeRO-3 with offload: (output, metrics) of each.
+
+    They are forked. Aborts happen when an interpreter ends, and test_runs.py looks for them in a
+    real launch.
+    """
     folder = tmp_path_factory.mktemp("offloaded")
     runs = []
-    for number in range(3):  # test_runs.py has a real one: aborts come when an interpreter ends
+    for number in range(3):
         flags = (*arguments, folder / str(number))
         runs.append(launch(OFFLOAD, "zero3_offload", *flags, processes=2))
     return [(run.stdout, read_metrics(folder / str(number))) for number, run in enumerate(runs)]
 
 
-def test_repeated_runs_end_well_and_alike(offloaded):
+def test_repeated_runs_do_not_abort_and_have_equal_losses(offloaded):
     for output, metrics in offloaded:
         assert [word for word in ABORTS if word in output] == []
         assert metrics["engine"]["optimizer"] == "DeepSpeedCPUAdam"
@@ -146,17 +154,17 @@ def test_repeated_runs_end_well_and_alike(offloaded):
 
 
 @pytest.mark.slow
-def test_twenty_runs_end_well(launch, arguments, tmp_path):
+def test_twenty_runs_do_not_abort(launch, arguments, tmp_path):
     for number in range(20):
         flags = (*arguments, tmp_path / str(number))
         done = launch(OFFLOAD, "zero3_offload", *flags, processes=2, real=True)
         assert [word for word in ABORTS if word in done.stdout] == []
 
 
-def test_without_a_compiler_torch_steps_and_the_losses_are_the_same(
+def test_without_a_compiler_torch_adamw_gives_the_same_losses(
     launch, environment, offloaded, arguments, tmp_path, output_dir
 ):
-    # a PATH with everything but compilers
+    # a PATH with all programs except compilers
     programs = tmp_path / "bin"
     programs.mkdir()
     for folder in reversed(environment["PATH"].split(os.pathsep)):
@@ -164,9 +172,8 @@ def test_without_a_compiler_torch_steps_and_the_losses_are_the_same(
             if not re.search(r"(\+\+|gcc|clang|\bcc)(-[\d.]+)?$", program.name):
                 (programs / program.name).unlink(missing_ok=True)
                 (programs / program.name).symlink_to(program.path)
-    assert not any(
-        shutil.which(name, path=str(programs)) for name in ("c++", "g++", "cc", "gcc", "clang")
-    )
+    for name in ("c++", "g++", "cc", "gcc", "clang"):
+        assert not shutil.which(name, path=str(programs))
     assert "CXX" not in environment
     bare = {"PATH": str(programs), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
     done = launch(OFFLOAD, "zero3_offload", *arguments, output_dir, processes=2, **bare)

@@ -1,4 +1,4 @@
-"""A forked command does what a started one does, and what it leaves behind is found."""
+"""A forked command does the same as one started with python, and leftover processes are found."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ CODES["import os; os.kill(os.getpid(), 9)"] = -9
 
 @pytest.fixture
 def run(forks, tmp_path):
-    """Run `python ...` in a folder of its own and return exit code and output."""
+    """Return a function that runs `python ...` in an empty folder: (exit code, output)."""
 
     def run(*arguments, **options):
         done = forks.run(*arguments, cwd=tmp_path, **options)
@@ -57,7 +57,7 @@ def test_a_process_that_is_left_behind_is_named_and_killed(run):
     assert run("-c", "print(1)") == (0, "1\n")
 
 
-def test_a_command_that_hangs_is_ended(run):
+def test_a_command_that_hangs_is_terminated(run):
     with pytest.raises(subprocess.TimeoutExpired):
         run("-c", "import time; time.sleep(4321)", timeout=0.5)
     assert run("-c", "print(1)") == (0, "1\n")
@@ -65,7 +65,7 @@ def test_a_command_that_hangs_is_ended(run):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """Flags of a run of two updates. The output folder comes after them."""
+    """Flags of a small run of two updates. The path of the output folder must follow them."""
     folder = tmp_path_factory.mktemp("small")
     model = make_model(folder / "llama", "llama")
     data = make_data(folder / "data", train=16, validation=4)
@@ -74,11 +74,11 @@ def small(tmp_path_factory):
 
 
 def test_a_forked_launch_trains_as_a_real_one(launch, small, tmp_path):
-    """This is also the real launch with configs/single.yaml."""
+    """This test also covers a real launch with configs/single.yaml."""
     runs = {}
     for name in ("forked", "real"):
         launch("causal_lm_lora", "single", *small, tmp_path / name, real=name == "real")
         runs[name] = read_metrics(tmp_path / name)
-    for key in ("losses", "grad_norms", "score", "strategy", "engine", "versions"):
+    for key in ("losses", "grad_norms", "scores", "strategy", "engine", "versions"):
         assert runs["forked"][key] == runs["real"][key]
     assert runs["real"]["strategy"] == "single"

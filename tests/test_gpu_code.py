@@ -1,4 +1,4 @@
-"""The code for GPUs, as far as a CPU can test it: tensors here only claim to lie on a GPU."""
+"""Tests of GPU code on a CPU. The tensors only pretend to be on a GPU."""
 
 import ast
 import inspect
@@ -21,15 +21,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from examples import chat_sft
-from utils import checkpoint, launch, loss, packing, report
+from utils import chat_settings, checkpoint, flops, launch, loss, packing, results
 
 SIZE = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 SIZE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 SIZE |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 ROTARY = ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "phi3"]
-
-
-# operations whose result the CPU has to wait for
+# operations that make the CPU wait for the GPU
 WAITS = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero", "aten.item")
 
 
@@ -38,7 +36,7 @@ class Stop(Exception):
 
 
 class NoWaits(TorchDispatchMode):
-    """Raises where the CPU would wait for a GPU: for a value, or a shape that depends on one."""
+    """Raise if the CPU would wait for a GPU: for a value, or for a shape that depends on values."""
 
     def __enter__(self):
         self.patch = pytest.MonkeyPatch()
@@ -63,14 +61,17 @@ class NoWaits(TorchDispatchMode):
 
 @pytest.fixture
 def fake_gpu(monkeypatch):
-    """Every tensor claims to lie on a GPU of compute capability 9.0."""
+    """Make every tensor pretend to be on a GPU of compute capability 9.0."""
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
 
 
 @pytest.fixture
 def varlen(monkeypatch):
-    """Stand-in for torch 2.11's varlen_attn, without enable_gqa; yields what it was called with."""
+    """Replace varlen_attn by a stub with the signature of torch 2.11; yield the list of its calls.
+
+    That version has no argument enable_gqa.
+    """
     calls = []
 
     def varlen_attn(
@@ -106,7 +107,7 @@ def devices(batch):
 # Devices and waits --------------------------------------------------------------------------------
 @pytest.mark.parametrize("calls", [1, 2])
 def test_the_check_of_the_loss_moves_its_batches(calls):
-    """One that holds several documents, and one for each."""
+    """The first forward gets a batch of several documents, the others one document each."""
     pair = make_documents((9, 5))
     model, forwards = make_causal("llama"), []
 
@@ -128,14 +129,18 @@ def test_the_check_of_the_loss_moves_its_batches(calls):
 @pytest.mark.parametrize("architecture", ROTARY)
 @pytest.mark.parametrize("capability", [(9, 0), (7, 5)])
 def test_a_forward_never_waits_for_the_gpu(fake_gpu, varlen, monkeypatch, capability, architecture):
-    """bf16 with float32 weights: on an H100 in the varlen kernel, on a T4 document by document."""
+    """The forward uses bf16 autocast of float32 weights.
+
+    An H100 (9.0) runs the varlen kernel, a T4 (7.5) computes one document after the other.
+    """
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     model = make_causal(architecture)
     batch = packing.join(make_documents())
     with NoWaits(), torch.autocast("cpu", torch.bfloat16):
         outputs = model(**batch)
         outputs["loss"].backward()
-    uses_kernel = capability == (9, 0) and architecture != "gemma2"  # which has a soft cap
+    # the kernel does not support the soft cap of Gemma 2
+    uses_kernel = capability == (9, 0) and architecture != "gemma2"
     assert len(varlen) == 2 * uses_kernel
     for query, key, value, *_ in varlen:
         assert query.dtype == key.dtype == value.dtype == torch.bfloat16
@@ -161,13 +166,15 @@ def test_an_evaluation_moves_its_batches():
 
 
 def read_calls(body):
-    """Return the calls in a part of a script that read the value of a tensor."""
+    """Return the calls in a syntax tree that read the value of a tensor."""
     reads = []
     for node in ast.walk(body):
         if isinstance(node, ast.Call):
             name = getattr(node.func, "attr", getattr(node.func, "id", ""))
             is_number = name in ("float", "int", "bool") and isinstance(node.func, ast.Name)
-            if name in ("item", "tolist", "read_numbers", "cpu", "numpy") or is_number:
+            # progress.log reads all numbers of an update at once
+            is_log = ast.unparse(node.func) == "progress.log"
+            if name in ("item", "tolist", "read_numbers", "cpu", "numpy") or is_number or is_log:
                 reads.append(node)
     return reads
 
@@ -185,7 +192,7 @@ def test_an_update_reads_from_the_device_once(script):
     reads = [ast.unparse(read) for part in parts for read in read_calls(part)]
     on_cpu = ("int(targets)", "int(inputs)", "float(len(signals))")
     reads = [read for read in reads if read not in on_cpu]
-    assert len(reads) == 1 and reads[0].startswith("read_numbers("), reads
+    assert len(reads) == 1 and reads[0].startswith(("read_numbers(", "progress.log(")), reads
 
 
 def is_backward(node):
@@ -193,31 +200,40 @@ def is_backward(node):
 
 
 def is_occasional(node):
-    """Return whether a statement does not run in every update: a log, an evaluation, a save."""
+    """Return whether a statement runs in some updates only, like a log, an evaluation, a save."""
     return isinstance(node, ast.If)
 
 
-# function that an update calls -> what it reads
+# function that an update calls -> the calls in it that read a tensor
 READS = {
-    packing.attend: ["starts.diff().tolist()"],  # of batches that `join` has not made
+    packing.attend: ["starts.diff().tolist()"],  # only for batches that `join` has not made
     packing.document_by_document: [],
     packing.one_document: [],
     packing.fits_varlen: [],
     loss.HeadLoss: [],
-    # the last two where the head is no linear layer
-    loss.add_token_loss: ["int(limit / 4 / vocabulary)", "int(chunks)", "int(chunks)"],
-    report.read_numbers: ["torch.hstack(values).tolist()"],
+    # the last two only if the head is not a linear layer
+    loss.add_token_loss: [],
+    loss.chunk_rows: ["int(limit / 4 / vocabulary)"],
+    loss.loss_of_chunks: ["int(chunks)", "int(chunks)"],
+    results.read_numbers: ["torch.hstack(values).tolist()"],
+    results.Progress.log: ["read_numbers(self.accelerator.device, *tensors.values())"],
 }
 
 
 @pytest.mark.parametrize("function", READS)
-def test_what_an_update_calls_reads_no_more(function):
+def test_functions_of_an_update_read_nothing_else(function):
     tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
     assert [ast.unparse(read) for read in read_calls(tree)] == READS[function]
 
 
 # Attention ----------------------------------------------------------------------------------------
 def attend(query_heads=4, key_heads=2, size=64, dtype=torch.bfloat16, mixed=False, **options):
+    """Call `packing.attend` on a packed batch and check shape and dtype of its output.
+
+    Args:
+        size: the head size.
+        mixed: whether queries and keys are float32 beside values of `dtype`.
+    """
     shape = (1, query_heads, 28, size)
     query = torch.ones(shape, dtype=torch.float32 if mixed else dtype)
     key = torch.ones(1, key_heads, *shape[2:], dtype=query.dtype)
@@ -286,7 +302,10 @@ def test_the_kernel_is_for_gpus_alone(varlen):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 4])
 def test_sdpa_gets_as_many_keys_as_queries(fake_gpu, varlen, monkeypatch, window, dtype):
-    """With grouped queries SDPA computes the full attention matrix in float32, and with a mask."""
+    """With grouped queries, SDPA would compute the full attention matrix in float32 or with a mask.
+
+    So keys and values are repeated before the call.
+    """
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     real, seen = functional.scaled_dot_product_attention, []
 
@@ -300,7 +319,7 @@ def test_sdpa_gets_as_many_keys_as_queries(fake_gpu, varlen, monkeypatch, window
 
 
 def test_compiled_layers_are_compiled_once():
-    """Document by document, too, whatever the number of documents."""
+    """The number of documents does not matter, although attention runs once per document."""
     model, graphs = make_causal("llama"), []
     torch._dynamo.reset()
     counters.clear()
@@ -315,17 +334,17 @@ def test_compiled_layers_are_compiled_once():
 
 @pytest.mark.parametrize("strategy", ["fsdp1", "zero3"])
 def test_compiling_is_refused_where_hooks_break_the_graphs(monkeypatch, capsys, strategy):
-    monkeypatch.setattr(chat_sft, "launched_strategy", lambda: strategy)
+    monkeypatch.setattr(chat_settings, "launched_strategy", lambda: strategy)
     with pytest.raises(SystemExit):
-        chat_sft.resolve(chat_sft.Config(torch_compile=True))
+        chat_settings.resolve(chat_sft.Config(torch_compile=True))
     error = capsys.readouterr().err
     assert error.startswith("error: --torch_compile") and "configs/fsdp2.yaml" in error
 
 
 def test_liger_is_refused_without_a_gpu(monkeypatch, capsys):
-    monkeypatch.setattr(chat_sft, "uses_gpu", lambda: False)
+    monkeypatch.setattr(chat_settings, "uses_gpu", lambda: False)
     with pytest.raises(SystemExit):
-        chat_sft.resolve(chat_sft.Config(use_liger_kernel=True))
+        chat_settings.resolve(chat_sft.Config(use_liger_kernel=True))
     assert "error: --use_liger_kernel needs a GPU" in capsys.readouterr().err
 
 
@@ -355,7 +374,7 @@ def test_adamw_is_fused_on_a_gpu(monkeypatch, device):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_restored_step_lies_where_the_optimizer_wants_it(fused):
+def test_a_restored_step_is_on_the_device_that_the_optimizer_needs(fused):
     weight = torch.nn.Parameter(torch.ones(3, device="meta"))
     groups = [{"params": [weight], "fused": fused}]
     optimizer = SimpleNamespace(param_groups=groups, state={weight: {}})
@@ -373,7 +392,7 @@ def test_every_script_fuses_its_optimizer_on_a_gpu():
         assert is_fused or "adamw(config.optim)" in text, file
 
 
-def test_a_setting_that_is_new_does_not_stop_a_resume_while_it_is_off():
+def test_a_setting_added_later_does_not_stop_a_resume_while_it_is_off():
     then, now = {"seed": 1}, {"seed": 1, "tf32": False}
     checkpoint.check_same_run("folder", then, now)
     with pytest.raises(checkpoint.CheckpointError, match="tf32"):
@@ -382,7 +401,7 @@ def test_a_setting_that_is_new_does_not_stop_a_resume_while_it_is_off():
 
 # Precision ----------------------------------------------------------------------------------------
 def test_scripts_ask_for_the_launched_precision():
-    """A flag is one way to set it, `accelerate launch --mixed_precision` another."""
+    """They must not read the flags: `accelerate launch --mixed_precision` sets it, too."""
     for file in sorted((ROOT / "examples").glob("*.py")):
         tree = ast.parse(file.read_text())
         functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
@@ -403,7 +422,7 @@ def test_scripts_ask_for_the_launched_precision():
         ("cpu", "no", True, ["--tf32", "unused"]),
     ],
 )
-def test_a_slow_precision_is_named(device, precision, tf32, words):
+def test_a_slow_precision_gets_a_hint(device, precision, tf32, words):
     text = launch.precision_hint(device, precision, tf32)
     assert bool(text) == bool(words) and all(word in text for word in words)
 
@@ -411,8 +430,8 @@ def test_a_slow_precision_is_named(device, precision, tf32, words):
 # Utilisation --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", ["full", "frozen", "new tokens"])
-def test_flop_are_those_of_the_matrices(tied, kind):
-    """Counted by torch in a forward and a backward; apart from attention scores."""
+def test_flop_per_token_counts_the_matrix_products(tied, kind):
+    """Compare with torch's count in a forward and a backward; attention scores are left out."""
     size = SIZE | {"vocab_size": 3000, "hidden_size": 256, "intermediate_size": 700, "head_dim": 64}
     config = AutoConfig.for_model("llama", **size, tie_word_embeddings=tied)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=packing.NAME)
@@ -427,38 +446,25 @@ def test_flop_are_those_of_the_matrices(tied, kind):
     batch = packing.join(documents)
     with FlopCounterMode(display=False) as counter:
         model(**batch)["loss"].backward()
-    body, head = chat_sft.flop_per_token(model)
+    body, head = flops.flop_per_token(model)
     counted = body * batch["labels"].numel() + head * len(batch["label_positions"])
-    # the first layer's input gradient is none of a full model's; attention computes scores
+    # torch counts attention scores, too, and no input gradient of a full model's first layer
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.06)
 
 
 # Launch -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("config", sorted(map(str, (ROOT / "configs").glob("zero*.yaml"))))
 def test_on_two_machines_every_machine_starts_its_own_processes(config):
-    """Without the setting accelerate would start `deepspeed --launcher pdsh` on each of them."""
+    """Without deepspeed_multinode_launcher, accelerate would start `deepspeed --launcher pdsh`."""
     parser = launch_command.launch_command_parser()
-    flags = [
-        "--config_file",
-        config,
-        "--num_machines",
-        "2",
-        "--machine_rank",
-        "1",
-    ]
-    flags += [
-        "--main_process_ip",
-        "10.0.0.1",
-        "--main_process_port",
-        "29500",
-        "--num_processes",
-        "4",
-    ]
+    flags = ["--config_file", config, "--num_machines", "2", "--machine_rank", "1"]
+    flags += ["--main_process_ip", "10.0.0.1", "--main_process_port", "29500"]
+    flags += ["--num_processes", "4"]
     arguments = parser.parse_args([*flags, "script.py"])
     arguments, defaults, _ = launch_command._validate_launch_command(arguments)
     arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
     command, _ = prepare_deepspeed_cmd_env(arguments)
-    assert command is None  # torch's launcher starts them
+    assert command is None  # so torch's launcher starts the processes
     assert (arguments.nnodes, arguments.nproc_per_node, arguments.node_rank) == ("2", "2", 1)
 
 
@@ -493,7 +499,7 @@ def test_the_gpu_is_set_before_the_group_and_the_group_before_the_accelerator(mo
     assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
 
 
-def test_a_users_setting_of_the_allocator_stays(monkeypatch):
+def test_a_users_allocator_setting_is_kept(monkeypatch):
     def accelerator(**kwargs):
         raise Stop
 
@@ -507,22 +513,16 @@ def test_a_users_setting_of_the_allocator_stays(monkeypatch):
 
 
 @pytest.mark.parametrize(("told", "expected"), [(None, True), ("False", True), ("True", False)])
-def test_use_cpu_of_the_launch_config_is_heard(monkeypatch, told, expected):
+def test_use_cpu_of_the_launch_config_is_respected(monkeypatch, told, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
-    if told:  # as accelerate writes it
+    if told:  # spelled as accelerate spells it
         monkeypatch.setenv("ACCELERATE_USE_CPU", told)
     assert launch.uses_gpu() == expected
 
 
 @pytest.mark.parametrize(
-    ("given", "processes", "threads"),
-    [
-        ("1", 2, 4),
-        ("1", 16, 1),
-        (None, 1, 8),
-        ("3", 2, 3),
-    ],
+    ("given", "processes", "threads"), [("1", 2, 4), ("1", 16, 1), (None, 1, 8), ("3", 2, 3)]
 )
 def test_with_a_gpu_the_processes_share_the_cores(monkeypatch, given, processes, threads):
     found = []
@@ -539,18 +539,23 @@ def test_with_a_gpu_the_processes_share_the_cores(monkeypatch, given, processes,
     ("settings", "trained", "size"),
     [({}, 7, 8), ({}, 144, 144), ({}, 10**9, 500_000_000), ({"reduce_bucket_size": 1000}, 7, 1000)],
 )
-def test_buckets_are_as_large_as_what_is_trained(settings, trained, size):
+def test_buckets_are_as_large_as_the_trainable_parameters(settings, trained, size):
     config = {"zero_optimization": {"stage": 3, **settings}}
-    plugin = SimpleNamespace(deepspeed_config=config)
-    parameters = [torch.nn.Parameter(torch.empty(trained, device="meta"))]
-    launch.size_buckets(SimpleNamespace(deepspeed_plugin=plugin), parameters)
+    plugin = SimpleNamespace(deepspeed_config=config, zero_stage=3)
+    model = torch.nn.Module()
+    model.weight = torch.nn.Parameter(torch.empty(trained, device="meta"))
+    model.frozen = torch.nn.Parameter(torch.empty(99, device="meta"), requires_grad=False)
+    script = SimpleNamespace(gradient_accumulation_steps=3, max_grad_norm=0.5)
+    launch.configure_deepspeed(SimpleNamespace(deepspeed_plugin=plugin), script, model, more=1)
     assert config["zero_optimization"]["reduce_bucket_size"] == size
-    launch.size_buckets(SimpleNamespace(deepspeed_plugin=None), parameters)
+    told = {name: config[name] for name in config if name != "zero_optimization"}
+    assert told == {"gradient_accumulation_steps": 3, "gradient_clipping": 0.5, "more": 1}
+    launch.configure_deepspeed(SimpleNamespace(deepspeed_plugin=None), script, model)
 
 
 @pytest.mark.parametrize("config", ["ddp", "zero2", "zero3", "fsdp1", "fsdp2_hybrid"])
 def test_groups_wait_for_hours(launch, tmp_path, config):
-    """No group times out within an hour, whether made by accelerate or by another library."""
+    """No process group times out within an hour, whichever library created it."""
     processes = 4 if "hybrid" in config else 2
     file = tmp_path / "groups.json"
     driver = ROOT / "tests/group_driver.py"
@@ -563,13 +568,13 @@ def test_groups_wait_for_hours(launch, tmp_path, config):
 
 
 def test_data_is_encoded_once_per_machine():
-    """Machines may not share a cache, so on each machine one process fills it."""
+    """Machines may have separate caches, so one process of each machine fills its cache."""
     for file in sorted((ROOT / "examples").glob("*.py")):
         assert ".main_process_first()" not in file.read_text(), file
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero3", "fsdp2"])
-def test_weights_are_loaded_to_where_they_are_needed(monkeypatch, strategy):
+def test_weights_are_loaded_to_the_device_that_needs_them(monkeypatch, strategy):
     device = torch.device("cuda", 1)
     monkeypatch.setattr(launch, "PartialState", lambda: SimpleNamespace(device=device))
     monkeypatch.setattr(launch, "is_deepspeed_zero3_enabled", lambda: strategy == "zero3")

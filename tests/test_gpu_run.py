@@ -1,4 +1,4 @@
-"""tests/gpu/run.sh without a GPU: its dry run, and what its runner does with the steps."""
+"""Tests of tests/gpu/run.sh without a GPU: its dry run, and how its runner handles steps."""
 
 import importlib.util
 import json
@@ -13,8 +13,8 @@ import pytest
 from conftest import ROOT
 
 SCRIPT = ROOT / "tests/gpu/run.sh"
-BESIDE = str(Path(sys.executable).parent)  # where pip puts it
-SHELLCHECK = shutil.which("shellcheck", path=BESIDE) or shutil.which("shellcheck")
+PROGRAMS = str(Path(sys.executable).parent)  # where pip installs programs
+SHELLCHECK = shutil.which("shellcheck", path=PROGRAMS) or shutil.which("shellcheck")
 
 
 def load(name):
@@ -72,7 +72,7 @@ def test_shellcheck_finds_nothing():
     assert done.returncode == 0, done.stdout
 
 
-# A step's time limit ends its children, too.
+# A step that hangs and has a child that hangs. The time limit must end both.
 HANGS = """
 import subprocess, sys, time
 child = [sys.executable, "-c", "import sys, time; open(sys.argv[1], 'w').close(); time.sleep(600)"]
@@ -86,7 +86,7 @@ FAILS = "print('before'); raise ValueError('planted')"
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """The results of steps that pass, fail, hang and cannot start, and their folder."""
+    """Results of steps that pass, fail, hang, or cannot start: (name -> result, their folder)."""
     out = tmp_path_factory.mktemp("steps")
     python = [sys.executable, "-c"]
     steps = [
@@ -99,7 +99,7 @@ def results(tmp_path_factory):
     return runner.run_steps(steps, out, out / "work", 3, 100), out
 
 
-def test_every_step_has_its_line(results):
+def test_every_step_has_a_line_in_the_summary(results):
     found, out = results
     wanted = {"passes": "pass", "fails": "FAIL", "hangs": "TIMEOUT"}
     assert found == wanted | {"missing": "FAIL", "refuses": "FAIL"}
@@ -121,7 +121,7 @@ def test_a_step_that_hangs_leaves_its_stack_and_no_process(results):
     assert not running(out / "child")
 
 
-def test_what_did_not_pass_is_run_again(results):
+def test_a_rerun_takes_the_steps_that_did_not_pass(results):
     _, out = results
     missed = runner.not_passed(out / "summary.txt")
     assert sorted(missed) == ["fails", "hangs", "missing", "refuses"]
@@ -140,7 +140,7 @@ def test_rerun_needs_the_summary_of_the_run_before(tmp_path):
     assert done.returncode == 2 and "summary.txt is not there" in done.stdout
 
 
-def test_rerun_takes_the_summary_of_such_a_run(tmp_path):
+def test_rerun_takes_only_a_summary_of_correct(tmp_path):
     summary = tmp_path / "before.txt"
     summary.write_text("eager FAIL 3.0 error\n")
     done = run_sh(tmp_path, "rerun", summary)
@@ -170,30 +170,22 @@ def test_no_file_names_a_path_outside_the_repository():
 
 
 def test_seconds_of_an_update_by_cause():
-    """Kernels that overlap count once; what no kernel fills is idle."""
+    """Overlapping kernels count once, and time without a kernel is idle."""
     summarize = load("profiled").summarize
     kernels = [
         ("sm90_xmma_gemm_bf16", 10.0, 14.0),
-        ("void pytorch_flash::flash_fwd_kernel", 13.0, 15.0),  # one second beside the product
+        ("void pytorch_flash::flash_fwd_kernel", 13.0, 15.0),  # overlaps the product by a second
         ("Memcpy DtoD", 16.0, 16.5),
         ("vectorized_elementwise_kernel", 17.0, 18.0),
     ]
-    found = summarize(kernels, seconds=10.0)
-    assert json.loads(json.dumps(found)) == {
-        "seconds": 10.0,
-        "causes": {
-            "attention": pytest.approx(0.1),
-            "matmul": pytest.approx(0.4),
-            "optimizer": 0.0,
-            "loss": 0.0,
-            "copies": pytest.approx(0.05),
-            "elementwise": pytest.approx(0.1),
-            "idle": pytest.approx(0.35),
-        },
-        "longest": [
-            ["sm90_xmma_gemm_bf16", 4.0],
-            ["void pytorch_flash::flash_fwd_kernel", 1.0],
-            ["vectorized_elementwise_kernel", 1.0],
-            ["Memcpy DtoD", 0.5],
-        ],
-    }
+    found = json.loads(json.dumps(summarize(kernels, seconds=10.0)))
+    shares = {"attention": 0.1, "matmul": 0.4, "copies": 0.05, "elementwise": 0.1, "idle": 0.35}
+    causes = {name: pytest.approx(share) for name, share in shares.items()}
+    causes |= {"optimizer": 0.0, "loss": 0.0}
+    longest = [
+        ["sm90_xmma_gemm_bf16", 4.0],
+        ["void pytorch_flash::flash_fwd_kernel", 1.0],
+        ["vectorized_elementwise_kernel", 1.0],
+        ["Memcpy DtoD", 0.5],
+    ]
+    assert found == {"seconds": 10.0, "causes": causes, "longest": longest}

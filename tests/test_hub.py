@@ -1,4 +1,4 @@
-"""Pushes arrive at the Hub whole, and a Hub that fails costs a line and no more: real uploads to a server here."""
+"""Pushes arrive at the Hub complete, and a failure is one line: real uploads to a local server."""
 
 import os
 import re
@@ -27,7 +27,7 @@ def hub():
 
 @pytest.fixture
 def files(tmp_path):
-    """The files of a run, path -> bytes, in a folder named run beside hidden ones; weights are of two files."""
+    """The files of a run in a folder named run, beside hidden ones: path -> bytes."""
     weights = {f"weights-{number}.safetensors": os.urandom(200_000) for number in (1, 2)}
     files = weights | {
         "README.md": b"---\n---\n",
@@ -43,7 +43,7 @@ def files(tmp_path):
 
 @pytest.fixture
 def run(environment, hub, files, tmp_path):
-    """Run lines of Python beside the folder `run` in a process that knows the Hub, and return its output.
+    """Run lines of Python beside the folder `run`, with the Hub set; return the output.
 
     The process must end well, within LIMIT seconds, and leave no temporary folder.
     """
@@ -57,7 +57,8 @@ def run(environment, hub, files, tmp_path):
             "HF_HUB_DISABLE_XET": "1",
         }
         known |= {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "tmp"), **extra}
-        code = f"import shutil, time, utils.hub\nfrom utils.hub import HubPusher\n{textwrap.dedent(lines)}"
+        code = "import shutil, time, utils.hub\nfrom utils.hub import HubPusher\n"
+        code += textwrap.dedent(lines)
         done = subprocess.run(
             [sys.executable, "-c", code],
             cwd=tmp_path,

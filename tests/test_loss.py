@@ -1,4 +1,4 @@
-"""The chunked loss is the full one, in value and gradient: alone, in models of many families, under every strategy."""
+"""The chunked loss has the value and gradient of the full one, in many models and strategies."""
 
 import copy
 from itertools import product
@@ -121,7 +121,7 @@ def accelerator():
 
 
 def make_head(rows, with_bias=False, dtype=torch.float32):
-    """Return hidden states, a head's weight and bias, and labels, of which a third are the likeliest."""
+    """Return hidden states, a head's weight and bias, and labels; a third are the likeliest."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight, bias = (
         torch.randn(*size, generator=generator) for size in ((rows, 8), (50, 8), (50,))
@@ -188,7 +188,7 @@ def make_causal(family):
 
 
 def alone(model, documents):
-    """Return transformers' own loss of documents one by one, summed over the labels, with eager attention."""
+    """Return transformers' own loss of documents one by one, summed, with eager attention."""
     causal = model.get_base_model() if hasattr(model, "peft_config") else model
     causal.set_attn_implementation("eager")
     losses = []
@@ -409,7 +409,7 @@ def test_check_names_a_model_that_looks_beyond_its_document(accelerator):
     for weight in model.parameters():
         weight.data *= 5
     add_token_loss(model)
-    assert check(accelerator, model).startswith("MambaForCausalLM lets documents")
+    assert check(accelerator, model).startswith("MambaForCausalLM mixes documents")
 
 
 @pytest.fixture(scope="module")
@@ -423,7 +423,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def full(folder):
-    """What one process trains with transformers' own loss from all logits: case -> what loss_driver.train returns."""
+    """Train in one process with transformers' own loss: case -> result of loss_driver.train."""
     steps = loss_driver.ACCUMULATED * loss_driver.PROCESSES
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=steps)
     whose, options = (

@@ -1,4 +1,4 @@
-"""The memory tracker: planted peaks, the printed report, the phases of two processes, the picture."""
+"""Tests of the memory tracker: planted peaks, printed reports, two processes, the figure."""
 
 import gc
 import json
@@ -7,31 +7,20 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import (
-    Path,
-)
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from accelerate import (
-    PartialState,
-)
+from accelerate import PartialState
 
-from utils.memory import (
-    MemoryTracker,
-    draw_memory,
-    plot_memory,
-    report,
-)
+from utils.memory import MemoryTracker, report
+from utils.plots import draw_memory
 
 ROOT = Path(__file__).parents[1]
 MB = 2**20
-KEYS = [
-    f"{kind}_{moment}"
-    for kind in ("gpu", "gpu_reserved", "cpu")
-    for moment in ("begin", "end", "peak")
-]
+MOMENTS = ("begin", "end", "peak")
+KEYS = [f"{kind}_{moment}" for kind in ("gpu", "gpu_reserved", "cpu") for moment in MOMENTS]
 REPORT = """\
 GPU Memory before entering the train : 1916
 GPU Memory consumed at the end of the train (end-begin): 66
@@ -73,7 +62,7 @@ def cpu_state():
 
 
 def plant(megabytes):
-    """Memory that is held, every page of it: zeros() would be handed out untouched."""
+    """Allocate memory and write to all its pages; those of zeros() would not become resident."""
     return torch.ones(megabytes * MB, dtype=torch.uint8)
 
 
@@ -82,17 +71,14 @@ def near(megabytes):
 
 
 def example(processes, gpu):
-    """What gather() returns, made up: two phases, figures that differ by process."""
-    return {
-        name: [
-            {
-                key: (rank + number) * MB * (gpu or key.startswith("cpu"))
-                for number, key in enumerate(KEYS, start)
-            }
-            for rank in range(processes)
-        ]
-        for name, start in (("load", 100), ("train", 200))
-    }
+    """Return a made-up result of gather(): two phases, numbers that differ between processes."""
+
+    def entry(rank, start):
+        values = ((key, rank + number) for number, key in enumerate(KEYS, start))
+        return {key: value * MB * (gpu or key.startswith("cpu")) for key, value in values}
+
+    starts = {"load": 100, "train": 200}
+    return {name: [entry(rank, starts[name]) for rank in range(processes)] for name in starts}
 
 
 def test_entries_are_bytes_in_int_and_the_gpu_is_zero_on_a_cpu():
@@ -136,10 +122,9 @@ def test_peak_is_found_while_python_keeps_the_interpreter_busy():
     assert entry["cpu_peak"] - entry["cpu_begin"] == near(200)
 
 
-def test_what_lives_at_the_end_counts_without_a_sample_in_between():
-    tracker = MemoryTracker(
-        interval=3600
-    )  # the thread ends at once all the same, or this test never does
+def test_memory_held_at_the_end_counts_without_a_sample():
+    # a thread that waited for its next sample would block this test for an hour
+    tracker = MemoryTracker(interval=3600)
     with tracker.phase("load"):
         planted = plant(200)
     entry = tracker.entries["load"]
@@ -167,24 +152,24 @@ def test_garbage_at_the_end_counts_as_peak_and_is_collected_before_the_end():
     assert abs(entry["cpu_end"] - entry["cpu_begin"]) < 10 * MB
 
 
-def test_report_has_the_words_and_the_unit_of_the_original():
+def test_report_has_the_words_and_the_unit_of_the_guide():
     figures = {"gpu": (1916, 1982, 9404), "cpu": (19411, 19411, 19411)}
-    entry = {
-        f"{kind}_{moment}": value * MB
-        for kind, values in figures.items()
-        for moment, value in zip(("begin", "end", "peak"), values)
-    }
-    assert report("train", entry) == REPORT
+    entry = {}
+    for kind, values in figures.items():
+        entry |= {f"{kind}_{moment}": value * MB for moment, value in zip(MOMENTS, values)}
+    assert report("train", entry, on_gpu=True) == REPORT
+    assert report("train", entry, on_gpu=False) == REPORT[REPORT.index("CPU") :]
 
 
 def test_phase_prints_its_report_on_the_main_process(capsys):
     tracker = MemoryTracker()
     with tracker.phase("train"):
         assert capsys.readouterr().out == ""
-    assert capsys.readouterr().out == report("train", tracker.entries["train"]) + "\n"
+    expected = report("train", tracker.entries["train"], torch.cuda.is_available())
+    assert capsys.readouterr().out == expected + "\n"
 
 
-def test_exception_goes_on_ends_the_thread_and_keeps_the_entry(capsys):
+def test_exception_passes_through_ends_the_thread_and_keeps_the_entry(capsys):
     tracker = MemoryTracker()
     threads = threading.enumerate()
     with pytest.raises(MemoryError, match="planted"):
@@ -225,22 +210,11 @@ def test_gather_on_one_process():
 def test_gather_on_two_processes(tmp_path):
     script = tmp_path / "two_processes.py"
     script.write_text(TWO_PROCESSES)
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
-    run = subprocess.run(
-        [*launch, script, tmp_path],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", script, tmp_path]
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    options = {"cwd": ROOT, "env": variables, "capture_output": True, "text": True}
+    run = subprocess.run(command, **options, timeout=600)
     assert run.returncode == 0, run.stderr
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["memory"] == second["memory"]
@@ -248,33 +222,30 @@ def test_gather_on_two_processes(tmp_path):
     assert first["memory"]["train"] == [first["own"]["train"], second["own"]["train"]]
     for rank, entry in enumerate(first["memory"]["train"]):
         assert entry["cpu_peak"] - entry["cpu_begin"] == near(100 * (1 + rank))
-    assert run.stdout.rstrip("\n") == "\n".join(
-        report(name, first["own"][name]) for name in ("load", "train")
-    )
+    reports = [report(name, first["own"][name], False) for name in ("load", "train")]
+    assert run.stdout.rstrip("\n") == "\n".join(reports)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 64])
 @pytest.mark.parametrize("gpu", [False, True])
 def test_figure_shows_every_phase_of_every_process(processes, gpu):
     memory = example(processes, gpu)
+    phases = [memory[name] for name in ("load", "train")]
     figure = draw_memory(memory, limit=3000 * MB if gpu else 0)
     panels = dict(zip(("gpu", "cpu") if gpu else ("cpu",), figure.axes, strict=True))
     for kind, panel in panels.items():
-        heights = [bar.get_height() * MB for container in panel.containers for bar in container]
-        assert heights == [
-            entry[f"{kind}_peak"] for name in ("load", "train") for entry in memory[name]
-        ]
-        centers = [
-            bar.get_x() + bar.get_width() / 2 for container in panel.containers for bar in container
-        ]
+        bars = [bar for container in panel.containers for bar in container]
+        peaks = [entry[f"{kind}_peak"] for phase in phases for entry in phase]
+        assert [bar.get_height() * MB for bar in bars] == peaks
+        centers = [bar.get_x() + bar.get_width() / 2 for bar in bars]
         assert [round(center) for center in centers] == 2 * list(range(processes))
         assert len(set(centers)) == 2 * processes
         lines = [
             [segment[0][1] * MB for segment in lines.get_segments()] for lines in panel.collections
         ]
         assert lines == [
-            [entry[f"{kind}_{moment}"] for entry in memory[name]]
-            for name in ("load", "train")
+            [entry[f"{kind}_{moment}"] for entry in phase]
+            for phase in phases
             for moment in ("begin", "end")
         ]
         assert panel.get_ylim()[0] == 0
@@ -287,7 +258,8 @@ def test_figure_shows_every_phase_of_every_process(processes, gpu):
 
 def test_plot_writes_a_png_and_leaves_pyplot_alone(tmp_path):
     pyplot = "matplotlib.pyplot" in sys.modules
-    plot_memory(json.loads(json.dumps(example(2, gpu=False))), tmp_path / "memory.png")
+    figure = draw_memory(json.loads(json.dumps(example(2, gpu=False))))
+    figure.savefig(tmp_path / "memory.png", format="png")
     picture = (tmp_path / "memory.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n")
     assert picture.endswith(b"IEND\xaeB`\x82")

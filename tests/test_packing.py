@@ -1,4 +1,4 @@
-"""Documents side by side in a row: none is lost, none sees another, and the order rests on the seed alone."""
+"""Documents side by side in a row: none is lost, none sees another, and the seed orders them."""
 
 import copy
 import random
@@ -17,9 +17,9 @@ from utils.packing import (
     build_loader,
     join,
     pack,
-    shuffled_places,
+    shuffled_sequences,
     split_evenly,
-    stream_places,
+    stream_sequences,
 )
 
 
@@ -110,9 +110,9 @@ def test_split_evenly_gives_every_document_once_and_all_processes_as_many_batche
     count, processes, size
 ):
     documents = make_documents(range(2, count + 2))
-    places = [[index] for index in range(count)]
+    sequences = [[index] for index in range(count)]
     splits = [
-        split_evenly(places, documents, size, process, processes) for process in range(processes)
+        split_evenly(sequences, documents, size, process, processes) for process in range(processes)
     ]
     assert len({len(batches) for batches in splits}) == 1
     real = [batch for batches in splits for batch in batches if batch["labels"].ne(-100).any()]
@@ -145,16 +145,16 @@ def numbered(lengths):
 
 @pytest.fixture
 def endless():
-    """Documents of random lengths, and their packed places in an order without end."""
+    """Documents of random lengths, and their packed sequences in an order without end."""
     draw = random.Random(2)
     documents = numbered([draw.randint(2, 20) for _ in range(37)])
-    places = best_fit([len(document["input_ids"]) for document in documents], 32)
-    return documents, partial(shuffled_places, places, 3, True)
+    sequences = best_fit([len(document["input_ids"]) for document in documents], 32)
+    return documents, partial(shuffled_sequences, sequences, 3, True)
 
 
 def loaded(endless, size, start, process, processes, num_workers=0, count=8):
-    documents, places = endless
-    loader = build_loader(places, documents, size, start, process, processes, num_workers)
+    documents, sequences = endless
+    loader = build_loader(sequences, documents, size, start, process, processes, num_workers)
     return first_tokens(islice(loader, count))
 
 
@@ -188,14 +188,14 @@ def test_a_loader_draws_no_random_number_of_others(endless, workers):
 
 
 def test_every_pass_shuffles_all_places_anew():
-    places = [[number] for number in range(20)]
-    passes = list(islice(shuffled_places(places, 5, True), 60))
+    sequences = [[number] for number in range(20)]
+    passes = list(islice(shuffled_sequences(sequences, 5, True), 60))
     passes = [passes[:20], passes[20:40], passes[40:]]
-    assert all(sorted(one) == places for one in passes)
+    assert all(sorted(one) == sequences for one in passes)
     assert passes[0] != passes[1] != passes[2] != passes[0]
-    assert list(islice(shuffled_places(places, 5, True), 20)) == passes[0]
-    assert list(islice(shuffled_places(places, 6, True), 20)) not in (passes[0], places)
-    assert list(islice(shuffled_places(places, 5, False), 40)) == places * 2
+    assert list(islice(shuffled_sequences(sequences, 5, True), 20)) == passes[0]
+    assert list(islice(shuffled_sequences(sequences, 6, True), 20)) not in (passes[0], sequences)
+    assert list(islice(shuffled_sequences(sequences, 5, False), 40)) == sequences * 2
 
 
 def test_a_stream_is_packed_in_windows_pass_after_pass():
@@ -205,24 +205,24 @@ def test_a_stream_is_packed_in_windows_pass_after_pass():
         seen.append(epoch)
         return numbered([3, 4, 5, 6, 2])
 
-    places = list(islice(stream_places(read, 10, True, window=4), 6))
-    numbers = [[document["input_ids"][0] for document in place] for place in places]
+    sequences = list(islice(stream_sequences(read, 10, True, window=4), 6))
+    numbers = [[document["input_ids"][0] for document in sequence] for sequence in sequences]
     assert (
         numbers == [[3, 1], [2, 0], [4]] * 2
     )  # 6 + 4, 5 + 3, and the last for which the window has no room
     assert seen == [0, 1]
-    places = list(islice(stream_places(read, 10, False), 5))
-    assert [[document["input_ids"][0] for document in place] for place in places] == [
+    sequences = list(islice(stream_sequences(read, 10, False), 5))
+    assert [[document["input_ids"][0] for document in sequence] for sequence in sequences] == [
         [n] for n in range(5)
     ]
 
 
 def test_a_stream_loads_like_data_in_memory():
     documents = numbered(range(2, 30))
-    places = [[number] for number in range(len(documents))]
-    stored = loaded((documents, partial(shuffled_places, places, 0, False)), 4, 1, 1, 2)
+    sequences = [[number] for number in range(len(documents))]
+    stored = loaded((documents, partial(shuffled_sequences, sequences, 0, False)), 4, 1, 1, 2)
     streamed = loaded(
-        (None, partial(stream_places, lambda epoch: documents, 32, False)), 4, 1, 1, 2
+        (None, partial(stream_sequences, lambda epoch: documents, 32, False)), 4, 1, 1, 2
     )
     assert streamed == stored
 
@@ -273,7 +273,7 @@ def random_model(architecture, attention, **settings):
 
 @pytest.fixture(scope="module")
 def models():
-    """Each architecture twice, with the same weights: as the project trains it, and as transformers computes it."""
+    """Each architecture twice with the same weights: as trained here, and as in transformers."""
     pairs = {}
     for architecture in MODELS:
         plain = random_model(architecture, "eager")
@@ -285,7 +285,7 @@ def models():
 
 
 def packings(count, seed):
-    """Return several ways to put documents of random lengths into places."""
+    """Return several ways to put documents of random lengths into sequences."""
     draw = random.Random(seed)
     for _ in range(count):
         documents = make_documents(
@@ -303,7 +303,7 @@ def gradients(model):
 
 
 def difference(some, others):
-    """Return the largest difference of two sets of gradients, relative to the largest of each tensor."""
+    """Return the largest difference of two sets of gradients, relative to each tensor's largest."""
     assert some.keys() == others.keys()
     return max(
         float((some[name] - others[name]).abs().max() / others[name].abs().max()) for name in some
@@ -313,7 +313,7 @@ def difference(some, others):
 @pytest.mark.parametrize("architecture", MODELS)
 def test_packed_documents_have_the_loss_and_the_gradients_of_each_alone(models, architecture):
     ours, plain = models[architecture]
-    for documents, places in packings(3, seed=4):
+    for documents, sequences in packings(3, seed=4):
         alone, sums = [], {}
         for document in documents:
             ids, labels = torch.tensor([document["input_ids"]]), torch.tensor([document["labels"]])
@@ -323,9 +323,9 @@ def test_packed_documents_have_the_loss_and_the_gradients_of_each_alone(models, 
             alone.append(loss.item())
             for name, gradient in gradients(plain).items():
                 sums[name] = sums.get(name, 0) + gradient
-        for place in places:
-            loss = ours(**join([documents[index] for index in place]))["loss"]
-            assert loss.item() == pytest.approx(sum(alone[index] for index in place), rel=1e-4)
+        for sequence in sequences:
+            loss = ours(**join([documents[index] for index in sequence]))["loss"]
+            assert loss.item() == pytest.approx(sum(alone[index] for index in sequence), rel=1e-4)
             loss.backward()
         assert difference(gradients(ours), sums) < 1e-4
 
@@ -387,7 +387,7 @@ def test_bfloat16_has_the_loss_of_each_alone(models, architecture):
 
 
 def test_a_window_and_a_soft_cap_act(models):
-    """What makes the cases of MODELS hard changes the loss, so that the tests above would see it missing."""
+    """What makes the cases of MODELS hard changes the loss: the tests above would notice."""
     document = join(make_documents([40], seed=9))
     for architecture, names in {
         "mistral": ["sliding_window"],
@@ -443,7 +443,7 @@ def test_an_attention_of_another_kind_is_refused():
     query = torch.zeros(1, 4, 3, 8)
     module = torch.nn.Linear(1, 1)
     for unknown in ({"s_aux": query}, {"position_bias": query}):
-        with pytest.raises(ValueError, match="Linear attends in a way"):
+        with pytest.raises(ValueError, match="Linear needs an attention"):
             packing.attend(module, query, query, query, None, **unknown)
-    with pytest.raises(ValueError, match="Linear attends in a way"):
+    with pytest.raises(ValueError, match="Linear needs an attention"):
         packing.attend(module, query.expand(2, -1, -1, -1), query, query, None)

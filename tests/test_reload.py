@@ -1,4 +1,4 @@
-"""What a run saved loads in a fresh process that knows only peft and transformers, and answers as in the run."""
+"""Saved files load in a fresh process without the project's code and give the run's answers."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from conftest import LIMIT, ROOT, read_metrics, run_real
 from models import make_data, make_model, teach
 from safetensors import safe_open
 
-RUNS = [
+RUNS = [  # (script, config, architecture of the base model)
     ("causal_lm_lora", "ddp", "llama"),
     ("causal_lm_lora_zero3_offload", "zero3_offload", "llama"),
     ("seq2seq_lora_zero3_offload", "zero3_offload", "t5"),
@@ -19,12 +19,14 @@ RUNS = [
     ("causal_lm_qlora_zero3", "zero3_qlora", "llama"),
     ("causal_lm_qlora_fsdp2", "fsdp2_qlora", "llama"),
 ]
-TOLD_TWICE = ("causal_lm_lora", "seq2seq_lora_fsdp1")  # by the runs that only add to these
+COVERED = ("causal_lm_lora", "seq2seq_lora_fsdp1")  # other runs cover these scripts: they are slow
 ROWS = 21
-# bitsandbytes repacks 4-bit weights to answer on CPUs with AVX512-BF16: in bfloat16, and never those of so few columns
+# On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights for inference: it computes in
+# bfloat16, and it cannot repack weights with as few columns as here.
 BEFORE = """import bitsandbytes
 bitsandbytes.nn.modules.has_avx512bf16 = lambda: False"""
-# The lines that a run prints, a tokenizer, and one row after the other: no padding, none of the project's code.
+# A script with the lines that a run prints. It generates row by row, without padding and without
+# the project's code.
 RELOAD = """
 import csv
 import json
@@ -36,19 +38,24 @@ import torch
 from transformers import AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+options = {{"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}}
 answers = []
 for row in csv.DictReader(open(sys.argv[2], newline="")):
-    inputs = tokenizer(f"Tweet text : {{row['Tweet text']}} Label :", return_tensors="pt", return_token_type_ids=False)
+    prompt = f"Tweet text : {{row['Tweet text']}} Label :"
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad():
-        tokens = model.eval().generate(**inputs, max_new_tokens=20, do_sample=False, pad_token_id=0)[0]
+        tokens = model.eval().generate(**inputs, **options)[0]
     start = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-    answers.append([tokenizer.decode(tokens[start:], skip_special_tokens=True).strip(), row["Label"]])
-print(json.dumps({{"answers": answers, "ours": [name for name in sys.modules if name.split(".")[0] == "utils"]}}))
+    answer = tokenizer.decode(tokens[start:], skip_special_tokens=True).strip()
+    answers.append([answer, row["Label"]])
+ours = [name for name in sys.modules if name.split(".")[0] == "utils"]
+print(json.dumps({{"answers": answers, "ours": ours}}))
 """
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
+    """Small trained models and data: name -> path."""
     folder = tmp_path_factory.mktemp("bases")
     return {
         "llama": teach(make_model(folder / "llama", "llama"), steps=60),
@@ -57,42 +64,25 @@ def bases(tmp_path_factory):
     }
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(run, marks=[pytest.mark.slow] if run[0] in TOLD_TWICE else []) for run in RUNS
-    ],
-    ids=[script for script, _, _ in RUNS],
-)
+MARKS = [[pytest.mark.slow] if script in COVERED else [] for script, _, _ in RUNS]
+PARAMS = [pytest.param(run, id=run[0], marks=marks) for run, marks in zip(RUNS, MARKS)]
+RATES = {"full": 1e-3, "causal": 2e-2, "seq2seq": 1e-2}
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def run(request, launch, bases, tmp_path_factory):
-    """A run of each script: its base model, its folder and its output."""
+    """A run of each script: (base model, output folder, output)."""
     script, config, base = request.param
     folder = tmp_path_factory.mktemp(script) / "run"
-    flags = (
-        "--model_name_or_path",
-        bases[base],
-        "--dataset_name",
-        bases["data"],
-        "--output_dir",
-        folder,
-    )
-    rate = {"full": 1e-3, "causal": 2e-2, "seq2seq": 1e-2}[
-        "full" if "full" in script else script.split("_")[0]
-    ]
-    done = launch(
-        script,
-        config,
-        *flags,
-        "--max_steps",
-        6,
-        "--learning_rate",
-        rate,
-        processes=4 if "hybrid" in config else 2,
-    )
+    rate = RATES["full" if "full" in script else script.split("_")[0]]
+    flags = ("--model_name_or_path", bases[base], "--dataset_name", bases["data"])
+    flags += ("--max_steps", 6, "--learning_rate", rate, "--output_dir", folder)
+    done = launch(script, config, *flags, processes=4 if "hybrid" in config else 2)
     return bases[base], folder, done.stdout
 
 
 def read(folder):
+    """Return all tensors of the safetensors files in a folder."""
     tensors = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as opened:
@@ -118,37 +108,35 @@ def test_fresh_process_gives_the_same_answers(run, bases, forks, environment, tm
     printed = re.findall(r"^  prediction '(.*)' *  label '(.*)'$", output, re.MULTILINE)
     assert [tuple(pair) for pair in result["answers"][:10]] == printed and len(printed) == 10
     score = sum(answer == label for answer, label in result["answers"]) / ROWS
-    assert score == pytest.approx(read_metrics(folder)["score"]["after"])
+    assert score == pytest.approx(read_metrics(folder)["scores"]["accuracy"]["after"])
     assert result["ours"] == []
-    assert len(set(answers)) > 1, "one answer to all rows proves little"
+    assert len(set(answers)) > 1, "the same answer to all rows proves little"
 
 
-def test_files_hold_full_shapes_and_what_was_learned(run):
+def test_files_hold_trained_weights_in_full_shapes(run):
     base, folder, _ = run
     saved, original = read(folder), read(base)
     if "adapter_config.json" not in {file.name for file in folder.iterdir()}:
-        assert {name: tensor.shape for name, tensor in saved.items()} == {
-            name: tensor.shape for name, tensor in original.items()
-        }
+        shapes, expected = (
+            {name: tensor.shape for name, tensor in one.items()} for one in (saved, original)
+        )
+        assert shapes == expected
         assert any((saved[name] != original[name]).any() for name in saved)
         return
     rank = json.loads((folder / "adapter_config.json").read_text())["r"]
     weights = {name.removesuffix(".weight"): tensor.shape for name, tensor in original.items()}
     for name, tensor in saved.items():
-        layer, _, half = (
-            name.removeprefix("base_model.model.").removesuffix(".weight").partition(".lora_")
-        )
+        name = name.removeprefix("base_model.model.").removesuffix(".weight")
+        layer, _, matrix = name.partition(".lora_")
         rows, columns = weights[layer]
-        assert tuple(tensor.shape) == ((rank, columns) if half == "A" else (rows, rank))
+        assert tuple(tensor.shape) == ((rank, columns) if matrix == "A" else (rows, rank))
         assert tensor.any()
-    assert read_metrics(folder)["trainable_parameters"] == sum(
-        tensor.numel() for tensor in saved.values()
-    )
+    count = sum(tensor.numel() for tensor in saved.values())
+    assert read_metrics(folder)["trainable_parameters"] == count
 
 
-def test_folder_stands_alone(run):
+def test_folder_is_self_contained(run):
     base, folder, _ = run
     assert (folder / "tokenizer.json").read_text() == (base / "tokenizer.json").read_text()
-    assert str(ROOT) not in (folder / "README.md").read_text().replace(str(base), "").replace(
-        str(folder), ""
-    )
+    card = (folder / "README.md").read_text().replace(str(base), "").replace(str(folder), "")
+    assert str(ROOT) not in card

@@ -1,4 +1,4 @@
-"""chat_sft goes on from a checkpoint bit for bit, whatever ended the run before."""
+"""chat_sft resumes a checkpoint bit for bit, whatever ended the run before."""
 
 import json
 import os
@@ -40,15 +40,23 @@ ON = ("--resume_from_checkpoint", True)
 
 
 def go_on(folder, source, step):
-    """Make an output folder that holds nothing but the checkpoint and the log of a run that was stopped there."""
+    """Make an output folder with the checkpoint and the log of a run that was stopped there."""
     folder.mkdir()
     shutil.copytree(source / f"checkpoint-{step}", folder / f"checkpoint-{step}")
     shutil.copy(source / "log.jsonl", folder)
     return folder
 
 
+def make_older(folder):
+    """Write the updates of a checkpoint as lists, as they were before they became dicts."""
+    state = json.loads((folder / "state.json").read_text())
+    names = ("loss", "learning_rate", "grad_norm", "target_tokens", "input_tokens")
+    state["updates"] = [[update[name] for name in names] for update in state["updates"]]
+    (folder / "state.json").write_text(json.dumps(state))
+
+
 def assert_same(folder, other, processes):
-    """Losses, norms, evaluations, adapter and the state of every process's optimizer and dice, bit for bit."""
+    """Losses, norms, scores, adapter and the states of all processes are equal bit for bit."""
     ours, theirs = read_metrics(folder), read_metrics(other)
     for key in (
         "losses",
@@ -75,23 +83,26 @@ def assert_same(folder, other, processes):
 
 @pytest.fixture(scope="module")
 def whole(forks, tmp_path_factory):
-    """A run in one process that was not stopped, one that goes on from its checkpoint, and one from that one's."""
+    """A run that was not stopped, one that resumes it, and one that resumes the resumed one."""
     folder = tmp_path_factory.mktemp("whole")
     command = ("chat_sft", *FLAGS, "--output_dir", folder / "whole")
     [(code, output)] = run_single(forks, folder, command)
     assert code == 0, output
-    for name, source, step in (("once", "whole", STOP), ("twice", "once", 2 * STOP)):
+    runs = (("once", "whole", STOP), ("twice", "once", 2 * STOP), ("older", "whole", STOP))
+    for name, source, step in runs:
         target = go_on(folder / name, folder / source, step)
+        if name == "older":
+            make_older(target / f"checkpoint-{step}")
         command = ("chat_sft", *FLAGS, *ON, "--output_dir", target)
         [(code, output)] = run_single(forks, folder, command)
         assert code == 0, output
         assert (
-            f"Going on from {target}/checkpoint-{step}, after update {step} of {UPDATES}." in output
+            f"Resumed from {target}/checkpoint-{step}, after update {step} of {UPDATES}." in output
         )
     return folder
 
 
-@pytest.mark.parametrize("name", ["once", "twice"])
+@pytest.mark.parametrize("name", ["once", "twice", "older"])
 def test_one_process_goes_on(whole, name):
     assert_same(whole / name, whole / "whole", 1)
 
@@ -126,7 +137,7 @@ def test_checkpoint_holds_what_is_trained_and_no_pickle(whole):
 
 @pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.slow)])
 def test_signal_saves_and_stops(forks, environment, tmp_path, name):
-    """Sent to the process that trains while it trains; afterwards the run goes on to what it would have been."""
+    """Sent while it trains; the resumed run then ends like one that was not stopped."""
     flags = (*FLAGS[:5], "--max_steps", 20, "--num_samples", 0, "--logging_steps", 1)
     flags += ("--eval_strategy", "steps", "--eval_steps", 1)  # due in whatever update it arrives
     flags = list(map(str, flags))
@@ -147,7 +158,10 @@ def test_signal_saves_and_stops(forks, environment, tmp_path, name):
     steps = {int(path.name.split("-")[1]) for path in (tmp_path / "run").glob("checkpoint-*")}
     step = max(steps)
     assert steps <= {7, 14, step} and step < 20  # 7 and 14 end an epoch
-    assert f"after update {step} of 20: --resume_from_checkpoint True goes on" in output.read_text()
+    assert (
+        f"Stopped by {name} after update {step} of 20: --resume_from_checkpoint True resumes"
+        in output.read_text()
+    )
     assert not (tmp_path / "run/metrics.json").exists()
     whole = ("chat_sft", *flags, "--save_strategy", "epoch", "--output_dir", tmp_path / "whole")
     rest = ("chat_sft", *flags, "--save_strategy", "epoch", *ON, "--output_dir", tmp_path / "run")
@@ -188,7 +202,9 @@ def test_signal_to_the_launcher_stops_all_processes(environment, tmp_path):
     launcher.wait(timeout=LIMIT)
     text = (tmp_path / "output.txt").read_text()
     newest = max(int(path.name.split("-")[1]) for path in (tmp_path / "run").glob("checkpoint-*"))
-    assert f"after update {newest} of 1000: --resume_from_checkpoint True goes on" in text, text
+    assert (
+        f"Stopped by SIGTERM after update {newest} of 1000: --resume_from_checkpoint True" in text
+    ), text
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])

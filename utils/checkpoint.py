@@ -1,13 +1,14 @@
-"""Checkpoints of the trainable parameters, complete or not there; a run resumes bit for bit.
+"""Atomic checkpoints of the trainable parameters, from which a run resumes bit for bit.
 
-On a GPU this also needs deterministic operations (`start_accelerator(deterministic=True)`): the
-backward of attention sums in an order that varies.
+On a GPU this also needs deterministic operations (`start_accelerator(deterministic=True)`), because
+the backward of attention sums in an order that varies.
 
-A folder `checkpoint-<update>` holds the trained weights as the script writes them, and of each process a safetensors
-file with what it steps: its part of the values in full precision, the optimizer's state of them, its random numbers'
-states. `state.json`, written last, names every file with its bytes and SHA-256. All is written into a hidden
-folder first, flushed to the disk and renamed, so that a process that is killed leaves no checkpoint or a whole one.
-Nothing is ever unpickled.
+A folder `checkpoint-<update>` holds the trained weights as the script writes them, and a
+safetensors file per process: its part of the trainable parameters in full precision, the state of
+the optimizer, and the states of the random number generators. `state.json` is written last; it
+names every file with its bytes and SHA-256. Everything is written into a hidden folder, flushed to
+the disk and renamed. So a process that is killed leaves a complete checkpoint or none. Nothing is
+ever unpickled.
 
 This file imports no other file of the project and can be copied along with a script.
 """
@@ -32,14 +33,16 @@ PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be read, or was made by another run than the one that wants to go on; says which."""
+    """A checkpoint cannot be written or read, or belongs to another run; the message says which."""
 
 
 def gather_trained(accelerator, model, name_in_file):
-    """Return name -> whole trained value, in full precision, on the main process, and {} on others. Collective.
+    """Return name -> full trainable parameter in full precision; {} on all but the main process.
+
+    Collective.
 
     Args:
-        name_in_file: from a parameter's name in the wrapped model to the one in the file.
+        name_in_file: function of a parameter's name in the wrapped model; returns that in the file.
     """
     state_dict = {}
 
@@ -48,15 +51,16 @@ def gather_trained(accelerator, model, name_in_file):
             state_dict[name_in_file(name)] = value.detach().cpu().clone()
 
     if isinstance(model, FSDP):
-        for path, unit in model.named_modules():  # one at a time, and of LoRA no part of the base
+        # one unit at a time, and none of a frozen base
+        for path, unit in model.named_modules():
             if isinstance(unit, FSDP) and all(weight.requires_grad for weight in unit.parameters()):
                 with FSDP.summon_full_params(unit, recurse=False, writeback=False):
                     for name, value in unit.module.named_parameters(path):
-                        if "_flat_param" not in name:  # of a unit within, whose turn comes
+                        if "_flat_param" not in name:  # that of a unit inside, which has its turn
                             keep(name, value)
         return state_dict
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        from deepspeed.utils import safe_get_full_fp32_param  # here alone: a large import
+        from deepspeed.utils import safe_get_full_fp32_param  # a large import
     for name, value in accelerator.unwrap_model(model).named_parameters():
         if value.requires_grad:
             if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -66,10 +70,10 @@ def gather_trained(accelerator, model, name_in_file):
 
 
 def stepped(accelerator, optimizer):
-    """Return the inner optimizer and the tensors that it steps in this process, in an order that is always the same.
+    """Return the inner optimizer and the tensors that it steps in this process, in a fixed order.
 
-    Under DeepSpeed these are the engine's flat partitions in full precision; else the trained parameters: whole, or
-    under FSDP this process's part.
+    Under DeepSpeed these are the engine's flat partitions in full precision. Otherwise they are the
+    trainable parameters: in full, or under FSDP this process's shards.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         zero = accelerator.deepspeed_engine_wrapped.engine.optimizer
@@ -78,24 +82,26 @@ def stepped(accelerator, optimizer):
             zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups
         )
         if any(master is None or not master.numel() for master in masters):
-            raise CheckpointError(
-                "the optimizer's values lie on NVMe, of which no checkpoint is made"
-            )
+            raise CheckpointError("the optimizer is offloaded to NVMe, which cannot be saved")
         return zero.optimizer, list(masters)
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
-    return optimizer, [
-        parameter for group in optimizer.param_groups for parameter in group["params"]
-    ]
+    return optimizer, [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def local(tensor):
-    """Return the part of a tensor that lies in this process."""
+    """Return the part of a tensor that this process holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def training_state(accelerator, optimizer):
-    """Return tensors and numbers of all that this process steps: values, the optimizer's state, a loss scale."""
+    """Return the tensors and numbers that this process steps.
+
+    These are its part of the trainable parameters, the optimizer's state, and the loss scale.
+
+    Returns:
+        name -> tensor on the CPU, and name -> number. Names begin with the index of the parameter.
+    """
     inner, masters = stepped(accelerator, optimizer)
     tensors, numbers = {}, {}
     for index, master in enumerate(masters):
@@ -108,38 +114,37 @@ def training_state(accelerator, optimizer):
     if accelerator.scaler is not None:
         numbers["scaler"] = accelerator.scaler.state_dict()
     if scaler := engine_scaler(accelerator):
-        numbers["loss_scaler"] = {
-            name: value for name, value in vars(scaler).items() if type(value) in (int, float)
-        }
+        values = vars(scaler).items()
+        numbers["loss_scaler"] = {name: one for name, one in values if type(one) in (int, float)}
     return {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}, numbers
 
 
 def restore_training_state(accelerator, optimizer, tensors, numbers):
-    """Put back what `training_state` returned, in place. CheckpointError: tensors of other shapes or names."""
+    """Put back in place what `training_state` returned.
+
+    Raises:
+        CheckpointError: the tensors have other names or shapes.
+    """
     inner, masters = stepped(accelerator, optimizer)
-    numbers = dict(numbers)
+    # AdamW counts its steps on the CPU, unless it runs as one kernel
     on_device = any(group.get("fused") or group.get("capturable") for group in inner.param_groups)
     with torch.no_grad():
         for index, master in enumerate(masters):
-            own = {name.split(".", 1)[1]: name for name in tensors if name.startswith(f"{index}.")}
-            value = tensors.get(own.pop("value", None))
-            if value is None or value.shape != local(master).shape:
-                raise CheckpointError(
-                    f"it holds no value of shape {tuple(local(master).shape)} for tensor {index}"
-                )
+            own = of_parameter(tensors, index)
+            value, shape = own.pop("value", None), local(master).shape
+            if value is None or value.shape != shape:
+                raise CheckpointError(f"it holds no value of shape {tuple(shape)} for {index}")
             local(master).copy_(value)
-            for key, name in own.items():
-                state = tensors[name]
-                if key != "step" or on_device:  # a count, on the CPU unless AdamW is fused
+            for key, state in own.items():
+                if key != "step" or on_device:
                     state = state.to(local(master).device)
-                if isinstance(master, DTensor) and state.shape == local(master).shape:
+                if isinstance(master, DTensor) and state.shape == shape:
                     layout = {"shape": master.shape, "stride": master.stride()}
-                    state = DTensor.from_local(
-                        state, master.device_mesh, master.placements, run_check=False, **layout
-                    )
+                    mesh, placements = master.device_mesh, master.placements
+                    state = DTensor.from_local(state, mesh, placements, run_check=False, **layout)
                 inner.state[master][key] = state
-            for name in [name for name in numbers if name.startswith(f"{index}.")]:
-                inner.state[master][name.split(".", 1)[1]] = numbers.pop(name)
+            for key, number in of_parameter(numbers, index).items():
+                inner.state[master][key] = number
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(numbers["scaler"])
     if scaler := engine_scaler(accelerator):
@@ -148,34 +153,46 @@ def restore_training_state(accelerator, optimizer, tensors, numbers):
         publish_values(accelerator.deepspeed_engine_wrapped.engine.optimizer)
 
 
+def of_parameter(entries, index):
+    """Return key -> value of the entries named `index`.key."""
+    prefix = f"{index}."
+    return {
+        name.removeprefix(prefix): value
+        for name, value in entries.items()
+        if name.startswith(prefix)
+    }
+
+
 def engine_scaler(accelerator):
-    """Return what scales DeepSpeed's loss in fp16, else None."""
+    """Return DeepSpeed's loss scaler for fp16; None without DeepSpeed."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return None
     return accelerator.deepspeed_engine_wrapped.engine.optimizer.loss_scaler
 
 
 def publish_values(zero):
-    """Copy DeepSpeed's values in full precision into the model's parameters, as each of its steps does. Collective."""
+    """Copy DeepSpeed's values in full precision into the model's parameters, as its step does.
+
+    Collective.
+    """
     if not hasattr(zero, "fp32_partitioned_groups_flat"):
         zero.update_lp_params()
         return
     zero._partition_all_parameters()
     for index in range(len(zero.fp32_partitioned_groups_flat)):
         zero._reassign_or_swap_out_partitioned_parameters(index)
-    if zero.persistent_parameters:  # the small ones, of which every process keeps a whole copy
+    if zero.persistent_parameters:  # small ones, which every process keeps in full
         zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
     zero.invalidate_secondary_tensor()
 
 
 def random_state():
-    """Return the states of Python's, NumPy's and torch's random numbers of this process, as tensors."""
-    version, words, gauss = random.getstate()
-    name, keys, *position = numpy.random.get_state()
+    """Return the states of the random generators of Python, NumPy and torch, as tensors."""
+    _, words, _ = random.getstate()
+    _, keys, *position = numpy.random.get_state()
     state = {"python": torch.tensor(words), "numpy": torch.from_numpy(keys.astype("int64"))}
-    state["numpy_position"] = torch.tensor(
-        [float(number) for number in position], dtype=torch.float64
-    )
+    position = [float(number) for number in position]
+    state["numpy_position"] = torch.tensor(position, dtype=torch.float64)
     state["torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -194,11 +211,12 @@ def restore_random_state(state):
 
 
 def process_file(accelerator, process):
+    """Return the name of the file of a process in a checkpoint."""
     return f"process-{process:05}-of-{accelerator.num_processes:05}.safetensors"
 
 
 def is_replicated(accelerator):
-    """Return whether every process steps the same values, of which one copy is enough."""
+    """Return whether all processes step the same values, so that one copy is enough."""
     return accelerator.distributed_type not in (DistributedType.DEEPSPEED, DistributedType.FSDP)
 
 
@@ -209,21 +227,25 @@ def digest(file):
 
 
 def flush(path):
-    """Have a file or a folder written to the disk, so that not even a loss of power takes it back."""
+    """Write a file or a folder to the disk itself, so that it survives a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
 
 
 def save_checkpoint(accelerator, output_dir, step, optimizer, state, write_weights):
-    """Write `checkpoint-<step>` into output_dir and return its path. Collective: every process calls it.
+    """Write `checkpoint-<step>` into output_dir and return its path. Collective.
 
     Args:
-        step: how many updates were made.
-        state: whatever JSON can hold and the run needs to go on; `load_checkpoint` gives it back.
-        write_weights: called with the folder, on the main process alone, to write the trained weights for others.
+        step: number of updates made.
+        optimizer: as prepared.
+        state: what the run needs to resume, as JSON can hold it; `read_state` returns it.
+        write_weights: called with the folder on the main process; writes the trained weights as
+            peft or transformers load them.
 
-    OSError, SafetensorError: the disk is full, or the like; what was there before is untouched.
+    Raises:
+        OSError, SafetensorError: the disk is full, or the like. Earlier checkpoints are untouched.
+        CheckpointError: the optimizer's state cannot be saved.
     """
     target = Path(output_dir) / f"checkpoint-{step}"
     folder = target.with_name(f".{target.name}.unfinished")
@@ -239,7 +261,8 @@ def save_checkpoint(accelerator, output_dir, step, optimizer, state, write_weigh
     file = folder / process_file(accelerator, accelerator.process_index)
     if not folder.is_dir():
         raise OSError(
-            f"process {accelerator.process_index} does not see {folder}: give all machines the same folder"
+            f"process {accelerator.process_index} does not see {folder}: give all machines the "
+            "same folder"
         )
     save_file(tensors, file, {"numbers": json.dumps(numbers)})
     flush(file)
@@ -249,12 +272,11 @@ def save_checkpoint(accelerator, output_dir, step, optimizer, state, write_weigh
             if other.name not in files:
                 flush(other)
                 files[other.name] = digest(other)
-        (folder / "state.json").write_text(
-            json.dumps(state | {"step": step, "files": files}, indent=1) + "\n"
-        )
+        text = json.dumps(state | {"step": step, "files": files}, indent=1)
+        (folder / "state.json").write_text(f"{text}\n")
         flush(folder / "state.json")
         flush(folder)
-        if target.exists():  # of an earlier run that came this far, and went on from before it
+        if target.exists():  # an earlier run came this far, and this one resumed from before it
             target.rename(target.with_name(f".{target.name}.removed"))
         folder.rename(target)
         flush(target.parent)
@@ -264,13 +286,16 @@ def save_checkpoint(accelerator, output_dir, step, optimizer, state, write_weigh
 
 
 def remove_unfinished(output_dir):
-    """Delete what a save or a removal that was cut off has left."""
+    """Delete what an interrupted save or removal has left."""
     for folder in Path(output_dir).glob(".checkpoint-*"):
         shutil.rmtree(folder)
 
 
 def checkpoints(output_dir):
-    """Return the complete checkpoints of a folder, the oldest first; complete: every file is there with its bytes."""
+    """Return the complete checkpoints of a folder, the oldest first.
+
+    A checkpoint is complete if every file that its state.json names has the right size.
+    """
     found = {}
     for folder in Path(output_dir).glob("checkpoint-*"):
         if re.fullmatch(r"checkpoint-\d+", folder.name) and (folder / "state.json").is_file():
@@ -284,18 +309,25 @@ def checkpoints(output_dir):
 
 
 def remove_checkpoints(folders):
-    """Delete checkpoints, on one process; renamed first, so that no half of one ever shows."""
+    """Delete checkpoints, on one process. They are renamed first, so that none is ever partial."""
     for folder in folders:
         shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.removed")))
 
 
+def keep_newest(output_dir, limit):
+    """Delete all checkpoints but the newest `limit`, on one process; 0 keeps all."""
+    if limit:
+        remove_checkpoints(checkpoints(output_dir)[:-limit])
+
+
 def find_checkpoint(output_dir, wanted):
-    """Return the folder to go on from, or None to start from the beginning.
+    """Return the checkpoint to resume from, or None to start from the beginning.
 
     Args:
-        wanted: "" or "False" for none, "True" for the newest complete one in output_dir, or the path of one.
+        wanted: "" or "False" for none, "True" for the newest complete one in output_dir, or a path.
 
-    CheckpointError: no such folder.
+    Raises:
+        CheckpointError: there is no such folder, or output_dir holds a newer checkpoint.
     """
     if wanted.lower() in ("", "false"):
         return None
@@ -305,19 +337,19 @@ def find_checkpoint(output_dir, wanted):
         raise CheckpointError(
             f"--resume_from_checkpoint {wanted} is not there: give a checkpoint's folder, or True"
         )
-    newest = next(reversed(checkpoints(output_dir)), None)
-    if newest and Path(wanted).resolve() in (
-        folder.resolve() for folder in checkpoints(output_dir)[:-1]
-    ):
-        raise CheckpointError(f"{newest} is newer than {wanted}: go on from it, or move it away")
+    *older, newest = checkpoints(output_dir) or [None]
+    if Path(wanted).resolve() in [folder.resolve() for folder in older]:
+        raise CheckpointError(f"{newest} is newer than {wanted}: resume it, or move it away")
     return Path(wanted)
 
 
 def check_same_run(folder, then, now):
-    """Raise CheckpointError where the run that made a checkpoint differs in anything that its continuation rests on.
+    """Raise CheckpointError where a checkpoint belongs to a run with other settings or data.
 
     Args:
-        then, now: what identifies the two runs, name -> value as JSON holds it.
+        folder: the checkpoint.
+        then, now: what identifies the run that made it and this one, name -> value, as JSON can
+            hold it.
     """
     now = json.loads(json.dumps(now))
     # a setting that did not exist then was off
@@ -325,14 +357,18 @@ def check_same_run(folder, then, now):
     if names:
         told = ", ".join(f"{name} {then.get(name)} (now {now.get(name)})" for name in names)
         raise CheckpointError(
-            f"{folder} was made with {told}: give the same to go on exactly, or start a new run"
+            f"{folder} was made with {told}: give the same to resume exactly, or start a new run"
         )
 
 
 def read_state(folder, needed=()):
-    """Return the state that `save_checkpoint` was given, with `step`, of a whole checkpoint; `needed` must be in it.
+    """Return the state that `save_checkpoint` was given, with `step`; checks every file.
 
-    CheckpointError: a file is missing, of another content than written, or of a kind that could run code.
+    Args:
+        needed: names that the state must hold.
+
+    Raises:
+        CheckpointError: a file is missing or changed, or is a pickle.
     """
     folder = Path(folder)
     try:
@@ -344,7 +380,8 @@ def read_state(folder, needed=()):
         ) from error
     if pickles := [file.name for file in folder.iterdir() if file.suffix in PICKLES]:
         raise CheckpointError(
-            f"{folder} holds {pickles[0]}, a pickle, which could run any code: no file of ours is one"
+            f"{folder} holds {pickles[0]}, a pickle, which could run any code; save_checkpoint "
+            "writes none: delete it if you trust the rest"
         )
     for name, facts in files:
         if not (folder / name).is_file() or digest(folder / name) != facts:
@@ -353,9 +390,17 @@ def read_state(folder, needed=()):
 
 
 def load_checkpoint(accelerator, folder, optimizer):
-    """Put values, optimizer and random numbers of this process back, in place, to be called on the prepared objects.
+    """Put this process's parameters, optimizer state and random states back, in place. Collective.
 
-    CheckpointError: the files are those of another number of processes or of other parameters.
+    Call it after `accelerator.prepare` and before the first forward: a unit that FSDP2 or ZeRO-3
+    keeps gathered after a forward would keep its old values.
+
+    Args:
+        folder: the checkpoint.
+        optimizer: as prepared.
+
+    Raises:
+        CheckpointError: the files are of another number of processes, or of other parameters.
     """
     own = folder / process_file(accelerator, accelerator.process_index)
     values = folder / process_file(accelerator, 0) if is_replicated(accelerator) else own

@@ -1,14 +1,15 @@
-"""Start an Accelerator that runs what the launch config asks for, with a GPU or without.
+"""Run what the launch config asks for, with GPUs or without.
 
-`accelerate launch` with a DeepSpeed, FSDP or multi-GPU config runs separate single-process jobs, in silence, on a
-machine without a GPU: each of them believes that it is alone. The libraries themselves can do better: DeepSpeed, FSDP
-and DDP all run on CPU processes over gloo, once the process group is there before the Accelerator is made.
-
-This file imports no other file of the project and can be copied along with a script.
+`accelerate launch` with a DeepSpeed, FSDP or multi-GPU config silently runs separate
+single-process jobs on a machine without a GPU. Each of them believes that it is alone. The
+libraries can do better: DeepSpeed, FSDP and DDP all run on CPU processes with gloo, if the process
+group exists before the Accelerator is created. `start_accelerator` creates it.
 """
 
 import ctypes
 import dataclasses
+import importlib
+import json
 import os
 import signal
 import sys
@@ -20,117 +21,140 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    gather_object,
+    parse_flag_from_env,
+)
 from datasets import disable_progress_bars
 from torch.distributed import distributed_c10d
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from utils.errors import or_refuse
 
-PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent dies
+PR_SET_PDEATHSIG = 1  # option of Linux's prctl: the signal that a process gets when its parent dies
 # How long a collective waits for the other processes. NCCL's default is 10 minutes and gloo's 30,
 # but one process may tokenize, save or hash for longer than that.
 TIMEOUT = timedelta(hours=6)
 BUCKET = 500_000_000  # DeepSpeed's default for reduce_bucket_size, in elements
 
 
-def start_accelerator(tf32=False, deterministic=False, **kwargs):
-    """Return `accelerate.Accelerator(**kwargs)`, running the launched strategy also where there is no GPU.
+# What was launched --------------------------------------------------------------------------------
+def launched_strategy():
+    """Return the strategy of the launch config: "single", "ddp", "zero1", "fsdp2", ...
 
-    Prints one line that says what really runs, read from the Accelerator: strategy, processes, device, backend.
+    `accelerate launch` passes it to its processes in environment variables.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        return f"zero{deepspeed_settings()['stage']}"
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        return f"fsdp{os.environ.get('FSDP_VERSION', 1)}"
+    return "ddp" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "single"
+
+
+def shards_parameters():
+    """Return whether the launched strategy shards the parameters."""
+    return launched_strategy() in ("zero3", "fsdp1", "fsdp2")
+
+
+def deepspeed_settings():
+    """Return stage, optimizer offload device and precision of the launched DeepSpeed config."""
+    environ = os.environ
+    settings = {
+        "stage": int(environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)),
+        "optimizer": environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none"),
+        "precision": environ.get("ACCELERATE_MIXED_PRECISION", "no"),
+    }
+    file = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file != "none":
+        culprit = f"deepspeed_config_file {file}"
+        deepspeed = or_refuse(culprit, lambda: json.loads(Path(file).read_text()))
+        zero = deepspeed.get("zero_optimization", {})
+        settings["stage"] = zero.get("stage", 0)
+        settings["optimizer"] = zero.get("offload_optimizer", {}).get("device", "none")
+        for precision in ("fp16", "bf16"):
+            if deepspeed.get(precision, {}).get("enabled") is True:
+                settings["precision"] = precision
+    return settings
+
+
+def launched_precision():
+    """Return the launched mixed precision: "no", "bf16", "fp16", or another value of the config."""
+    if launched_strategy().startswith("zero"):
+        return deepspeed_settings()["precision"]
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def uses_gpu():
+    """Return whether this process runs on a GPU: there is one, and `use_cpu` is not set."""
+    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
+# The Accelerator ----------------------------------------------------------------------------------
+def start_accelerator(
+    gradient_accumulation_steps=1, tf32=False, deterministic=False, **kwargs
+) -> Accelerator:
+    """Return an `accelerate.Accelerator`, running the launched strategy on GPUs or CPUs.
+
+    What it does, in this order:
+
+    1. silence warnings and progress bars that are of no use to the user;
+    2. set what CUDA reads when it starts: deterministic kernels, expandable memory segments;
+    3. ask the system to end this process when its launcher dies;
+    4. set TF32, and divide the CPU's cores among the processes, if there is a GPU;
+    5. create the process group: on the process's own GPU, or with gloo on CPUs;
+    6. create the Accelerator, and check that it runs as many processes as were launched;
+    7. keep FSDP's mixed precision from rounding gradients, buffers and the loss;
+    8. build DeepSpeed's CPU Adam if the optimizer is offloaded; if that fails, use torch's AdamW.
+
+    Prints what really runs, read from the Accelerator.
 
     Args:
-        tf32: let GPUs multiply float32 matrices in TF32, with 10 bits of mantissa in place of 23.
+        gradient_accumulation_steps: micro-batches per update. The end of a loader does not end an
+            update early, because the loaders of the scripts hold all epochs.
+        tf32: let GPUs multiply float32 matrices in TF32, with 10 bits of mantissa instead of 23.
         deterministic: only use operations that give the same bits in every run. A GPU is slower
             then, and an operation without such a variant raises RuntimeError
             (torch.use_deterministic_algorithms).
+        kwargs: further arguments of Accelerator.
 
     Raises:
-        RuntimeError: the Accelerator runs another number of processes than were launched, as happens when a
-            strategy was dropped in silence.
+        RuntimeError: the Accelerator runs on a different number of processes than were launched.
     """
-    # names that torch and transformers deprecate, called by deepspeed 0.19 in every collective and by peft 0.21
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    # peft's, where both of two tied layers are trained whole: they part, and the file holds both
-    warnings.filterwarnings(
-        "ignore", "Model has `tie_word_embeddings=True` and a tied layer is part of", UserWarning
-    )
+    quiet_libraries()
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    # against fragmentation when packed rows differ in length; read when CUDA starts
+    # reduces fragmentation when batches differ in length
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the name until torch 2.9
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    disable_progress_bars()  # of datasets and of transformers: the one bar is that of the training
-    transformers.utils.logging.disable_progress_bar()
-    # both set by `accelerate launch`, the first for one process, too
-    if {"ACCELERATE_DYNAMO_BACKEND", "LOCAL_RANK"} & set(os.environ) and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(
-            PR_SET_PDEATHSIG, signal.SIGTERM
-        )  # a launcher that is killed leaves no process behind
-    use_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    use_fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    if use_deepspeed:
-        # DeepSpeed builds its extensions with ninja, which lies beside python in an environment that is not activated
-        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    # for groups that libraries make later: DeepSpeed's copy of the world, the meshes of hybrid FSDP
-    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = TIMEOUT
-    turned_off = []
-    if not torch.cuda.is_available():
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # said here, DeepSpeed need not warn that it found none
-        if (
-            "bitsandbytes" in sys.modules
-        ):  # some CPUs would repack 4-bit weights to answer, in place and coarser
-            sys.modules["bitsandbytes.nn.modules"].has_avx512bf16 = lambda: False
-    on_gpu = uses_gpu()
-    threads = use_all_cores() if on_gpu else 0
-    if on_gpu:
+    end_with_launcher()
+    threads, turned_off = 0, []
+    if uses_gpu():
+        threads = use_all_cores()
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    if on_gpu and "LOCAL_RANK" in os.environ:
-        join_group_on_gpu(use_deepspeed)
-    elif "LOCAL_RANK" in os.environ:
-        if use_deepspeed:
-            import cpuinfo
-            import deepspeed.ops
-
-            # DeepSpeed calls this several times, and each call is slow
-            cpuinfo.get_cpu_info = cache(cpuinfo.get_cpu_info)
-            # an optional extension for CPU collectives that takes longer to compile than a small run takes in all
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-            PartialState(backend="gloo", timeout=TIMEOUT)
-        elif use_fsdp:
-            turned_off = turn_off_gpu_settings()
-            state = PartialState(backend="gloo", timeout=TIMEOUT)
-            state.distributed_type = DistributedType.MULTI_GPU  # what accelerate makes FSDP from
-        else:
-            PartialState(cpu=True, backend="gloo", timeout=TIMEOUT)
-
-    accelerator = Accelerator(**kwargs)
+    if "LOCAL_RANK" in os.environ:
+        turned_off = join_group()
+    accumulation = GradientAccumulationPlugin(
+        gradient_accumulation_steps, sync_with_dataloader=False
+    )
+    accelerator = Accelerator(gradient_accumulation_plugin=accumulation, **kwargs)
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
         raise RuntimeError(
             f"{launched} processes were launched, but accelerate runs {accelerator.num_processes}"
         )
-    if use_fsdp and (policy := accelerator.state.fsdp_plugin.mixed_precision_policy) is not None:
-        # accelerate's rounds to bf16 or fp16 what must not be: gradients on their way, the rotary embedding's
-        # frequencies (a buffer) under version 1, and the loss (an output) under version 2
-        kept = (
-            {"buffer_dtype": torch.float32}
-            if hasattr(policy, "buffer_dtype")
-            else {"output_dtype": None}
-        )
-        policy = dataclasses.replace(policy, reduce_dtype=torch.float32, **kept)
-        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+    if accelerator.distributed_type == DistributedType.FSDP:
+        keep_float32(accelerator.state.fsdp_plugin)
     if offloads_optimizer(accelerator) and (reason := cpu_adam_failure(accelerator)):
         accelerator.deepspeed_plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
         accelerator.print(
-            "DeepSpeedCPUAdam cannot be built here: install a C++ compiler and Python's headers (g++, python3-dev). "
-            f"torch.optim.AdamW does its steps, with the same losses. [{reason}]"
+            "DeepSpeedCPUAdam cannot be built: install a C++ compiler and Python's headers (g++, "
+            f"python3-dev). torch.optim.AdamW is used instead, with the same losses. [{reason}]"
         )
     if turned_off:
-        accelerator.print(f"Turned off, for FSDP knows them only on GPUs: {', '.join(turned_off)}.")
+        accelerator.print(f"Turned off, because FSDP needs GPUs for it: {', '.join(turned_off)}.")
     accelerator.print(describe(accelerator))
     if threads:
         accelerator.print(f"CPU threads per process: {threads} (OMP_NUM_THREADS was 1 or unset).")
@@ -139,25 +163,65 @@ def start_accelerator(tf32=False, deterministic=False, **kwargs):
     return accelerator
 
 
-def uses_gpu():
-    """Return whether this process runs on a GPU: there is one, and no `use_cpu` in the config."""
-    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+def quiet_libraries():
+    """Turn off progress bars, and warnings about how libraries call each other."""
+    # names that torch and transformers deprecate, used by deepspeed 0.19 and by peft 0.21
+    deprecated = r"`torch\.distributed\.\w+` is deprecated"
+    warnings.filterwarnings("ignore", deprecated, FutureWarning)
+    deprecated = "`is_gradient_checkpointing` is deprecated"
+    warnings.filterwarnings("ignore", deprecated, FutureWarning)
+    # peft warns when tied layers are trained in full: they are untied, and the file holds both
+    tied = "Model has `tie_word_embeddings=True` and a tied layer is part of"
+    warnings.filterwarnings("ignore", tied, UserWarning)
+    disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found none
+        if "bitsandbytes" in sys.modules:
+            # On CPUs with AVX512-BF16 it would repack 4-bit weights in place, less exactly.
+            sys.modules["bitsandbytes.nn.modules"].has_avx512bf16 = lambda: False
 
 
-def precision_hint(device, mixed_precision, tf32):
-    """Return a line that names a faster precision, or "" where there is nothing to say."""
-    if tf32 and device != "cuda":
-        return "--tf32: unused without a GPU."
-    if device == "cuda" and mixed_precision == "no" and not tf32:
-        return (
-            "No mixed precision and no TF32: float32 matrix products are slow on a GPU. Launch "
-            "with --mixed_precision bf16, or give the script --tf32."
-        )
-    return ""
+def end_with_launcher():
+    """Ask Linux to end this process when its launcher dies, even if the launcher is killed."""
+    # `accelerate launch` sets the first one even for a single process
+    was_launched = {"ACCELERATE_DYNAMO_BACKEND", "LOCAL_RANK"} & set(os.environ)
+    if was_launched and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def join_group():
+    """Create the process group for accelerate. Return the settings that were turned off."""
+    use_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    # for groups that libraries create later: DeepSpeed's own copy, the meshes of hybrid FSDP
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = TIMEOUT
+    if use_deepspeed:
+        # DeepSpeed builds extensions with ninja, which is in the same folder as python
+        folders = [str(Path(sys.executable).parent), os.environ["PATH"]]
+        os.environ["PATH"] = os.pathsep.join(folders)
+    if uses_gpu():
+        join_group_on_gpu(use_deepspeed)
+    elif use_deepspeed:
+        import cpuinfo
+        import deepspeed.ops
+
+        # DeepSpeed calls this several times, and each call is slow
+        cpuinfo.get_cpu_info = cache(cpuinfo.get_cpu_info)
+        # optional, for collectives on CPUs; compiling it takes longer than a small run
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        PartialState(backend="gloo", timeout=TIMEOUT)
+    elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        turned_off = turn_off_gpu_settings()
+        state = PartialState(backend="gloo", timeout=TIMEOUT)
+        state.distributed_type = DistributedType.MULTI_GPU  # accelerate needs this to turn on FSDP
+        return turned_off
+    else:
+        PartialState(cpu=True, backend="gloo", timeout=TIMEOUT)
+    return []
 
 
 def join_group_on_gpu(use_deepspeed):
-    """Set the process's GPU, then make the process group; accelerate finds both.
+    """Set the process's GPU, then create the process group.
 
     Without this order FSDP's plugin asks for the current device too early, and every process starts
     CUDA on GPU 0. The environment variable TESTS_GPU_BACKEND is for tests: with gloo, two processes
@@ -174,103 +238,23 @@ def join_group_on_gpu(use_deepspeed):
 
 
 def use_all_cores():
-    """Share the machine's cores among its processes.
+    """Divide the machine's cores among its processes.
 
     `accelerate launch` gives every process one thread (OMP_NUM_THREADS=1), unless the user set
-    another number. With a GPU the CPU's threads pack 4-bit weights and do the optimizer's steps in
-    offload. Returns the number of threads, or 0 where the user's stays.
+    another number. With a GPU the CPU's threads pack 4-bit weights and step an offloaded optimizer.
+    Returns the number of threads, or 0 if the user's number is kept.
     """
     if os.environ.get("OMP_NUM_THREADS", "1") != "1":
         return 0
-    threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # for CPU Adam, which brings its own OpenMP
     torch.set_num_threads(threads)
     return threads
 
 
-def size_buckets(accelerator, trained):
-    """Make DeepSpeed's buffer for gradients as large as all trained gradients, if that is smaller.
-
-    ZeRO-3 allocates `reduce_bucket_size` elements on every GPU: 5e8 by default, 1 to 2 GB, also for
-    a small adapter. A number in the user's own deepspeed_config_file stays. Call it before
-    `prepare`.
-
-    Args:
-        trained: the trained parameters, sharded by zero.Init or not.
-    """
-    if accelerator.deepspeed_plugin is not None:
-        total = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)
-        settings = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
-        even = total + total % 2  # to be safe: ZeRO-1 and 2 assert it of another bucket
-        settings.setdefault("reduce_bucket_size", min(BUCKET, even))
-
-
-def adamw(name):
-    """Return the class of an AdamW, by the name that transformers gives it; those in few bits are bitsandbytes'.
-
-    Its arguments are those of torch.optim.AdamW: parameters, lr, weight_decay. On a GPU torch's own
-    does a step in one kernel (`fused`). Paged states move to the CPU while the GPU is full; without
-    a GPU they are not paged.
-    """
-    if name == "adamw_torch":
-        return partial(torch.optim.AdamW, fused=PartialState().device.type == "cuda")
-    import bitsandbytes
-
-    classes = {
-        "adamw_8bit": "AdamW8bit",
-        "paged_adamw_8bit": "PagedAdamW8bit",
-        "paged_adamw_32bit": "PagedAdamW32bit",
-    }
-    return getattr(bitsandbytes.optim, classes[name])
-
-
-def device_map():
-    """Return the `device_map` with which `from_pretrained` loads weights to where they are needed.
-
-    The process's own device where it holds the whole model. None under FSDP and ZeRO-3, which shard
-    the weights before they move them.
-    """
-    if is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        return None
-    return {"": PartialState().device}
-
-
-def move_quant_states(model, device):
-    """Move the scales and code books of 4-bit weights to the device that computes.
-
-    They are not parameters, so FSDP and ZeRO-3 do not shard or offload them: every GPU holds all of
-    them, 1/16 byte per weight, or 1/64 with nested quantization.
-    """
-    for layer in model.modules():
-        if getattr(layer, "quant_state", None) is not None:
-            layer.quant_state.to(device)
-
-
-def shard_4bit_model(accelerator, model):
-    """Shard a 4-bit model on the CPU with ZeRO-3's `zero.Init`, before `accelerator.prepare`.
-
-    Each parameter in turn is moved to the GPU, broadcast by the first process and sliced. Without
-    this, DeepSpeed's engine moves the full model to every GPU before it shards it. Collective.
-    """
-    import deepspeed
-    from transformers.integrations.deepspeed import deepspeed_config
-
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    for weight in model.parameters():
-        # packed weights already have this dtype (check_quantization); a cast would destroy them
-        if half is not None and weight.is_floating_point():
-            weight.data = weight.data.to(half)  # the engine casts no parameter that is sharded
-    # undoes unset_hf_deepspeed_config: transformers must know that ZeRO-3 is on
-    accelerator.deepspeed_plugin.set_deepspeed_weakref()
-    deepspeed.zero.Init(module=model, config_dict_or_path=deepspeed_config())
-    for layer in model.modules():
-        for name, buffer in layer.named_buffers(recurse=False):
-            setattr(layer, name, buffer.to(accelerator.device))
-    move_quant_states(model, accelerator.device)
-
-
 def turn_off_gpu_settings():
-    """Turn off what FSDP can do only beside a GPU, and raises for without one; return the settings that were on."""
+    """Turn off the settings of FSDP that raise without a GPU; return those that were on."""
     settings = ["OFFLOAD_PARAMS"]
     if os.environ.get("FSDP_VERSION", "1") == "1":
         settings += ["CPU_RAM_EFFICIENT_LOADING", "SYNC_MODULE_STATES"]
@@ -279,17 +263,32 @@ def turn_off_gpu_settings():
     return [f"fsdp_{name.lower()}" for name in found]
 
 
+def keep_float32(plugin):
+    """Keep FSDP's mixed precision from rounding what must stay in float32.
+
+    accelerate's policy rounds gradients while they are reduced; under FSDP1 it also rounds buffers
+    (the frequencies of the rotary embedding), and under FSDP2 the output (the loss).
+    """
+    policy = plugin.mixed_precision_policy
+    if policy is None:
+        return
+    is_fsdp1 = hasattr(policy, "buffer_dtype")
+    kept = {"buffer_dtype": torch.float32} if is_fsdp1 else {"output_dtype": None}
+    policy = dataclasses.replace(policy, reduce_dtype=torch.float32, **kept)
+    plugin.mixed_precision_policy = policy
+
+
 def offloads_optimizer(accelerator):
-    """Return whether DeepSpeed keeps the optimizer off the device, where it wants to step with its own CPU Adam."""
-    plugin = accelerator.deepspeed_plugin
-    return (
-        plugin is not None
-        and plugin.get_value("zero_optimization.offload_optimizer.device", "none") != "none"
-    )
+    """Return whether DeepSpeed offloads the optimizer states."""
+    plugin, key = accelerator.deepspeed_plugin, "zero_optimization.offload_optimizer.device"
+    return plugin is not None and plugin.get_value(key, "none") != "none"
 
 
 def cpu_adam_failure(accelerator):
-    """Compile (once, in a minute or so) or load DeepSpeed's CPU Adam; return why a process could not, or None."""
+    """Compile DeepSpeed's CPU Adam (once, about a minute) or load it.
+
+    Returns why a process could not, or None.
+    """
     from deepspeed.ops.op_builder import CPUAdamBuilder
 
     with accelerator.local_main_process_first():  # one compiles, the others load
@@ -315,10 +314,121 @@ def describe(accelerator):
         strategy = "no distribution"
     else:
         strategy = "DistributedDataParallel"
-    backend = torch.distributed.get_backend() if torch.distributed.is_initialized() else "no"
-    processes = (
-        f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}"
+    is_group = torch.distributed.is_initialized()
+    backend = torch.distributed.get_backend() if is_group else "no"
+    count = accelerator.num_processes
+    processes = "1 process" if count == 1 else f"{count} processes"
+    device = accelerator.device.type
+    return f"Running {strategy} on {processes}, {device} device, {backend} backend."
+
+
+def precision_hint(device, mixed_precision, tf32):
+    """Return a line that names a faster precision, or "" where there is nothing to say."""
+    if tf32 and device != "cuda":
+        return "--tf32: unused without a GPU."
+    if device == "cuda" and mixed_precision == "no" and not tf32:
+        return (
+            "No mixed precision and no TF32: float32 matrix products are slow on a GPU. Launch "
+            "with --mixed_precision bf16, or give the script --tf32."
+        )
+    return ""
+
+
+# Between the Accelerator and `prepare` ------------------------------------------------------------
+def configure_deepspeed(accelerator, config, model, **settings):
+    """Write the script's settings into DeepSpeed's config before `prepare`.
+
+    Does nothing without DeepSpeed, which accumulates and clips by its own config, not by
+    accelerate's. Also lowers `reduce_bucket_size` to the number of trainable parameters: ZeRO-3
+    allocates a buffer of that size on every GPU (by default 5e8 elements, 1 to 2 GB), even for a
+    small adapter. A value in the user's own deepspeed_config_file is kept. Under ZeRO-3 a 4-bit
+    model is sharded by `shard_4bit_model`.
+
+    Args:
+        config: its gradient_accumulation_steps and max_grad_norm are read.
+        model: with its trainable parameters, sharded by zero.Init or not.
+        settings: further keys of DeepSpeed's config.
+    """
+    if accelerator.deepspeed_plugin is None:
+        return
+    deepspeed_config = accelerator.deepspeed_plugin.deepspeed_config
+    deepspeed_config.update(
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        gradient_clipping=config.max_grad_norm,
+        **settings,
     )
-    return (
-        f"Running {strategy} on {processes}, {accelerator.device.type} device, {backend} backend."
-    )
+    is_4bit = any(getattr(layer, "quant_state", None) is not None for layer in model.modules())
+    if is_4bit and accelerator.deepspeed_plugin.zero_stage == 3:
+        shard_4bit_model(accelerator, model)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    total = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainable)
+    even = total + total % 2  # even, as ZeRO-1 and 2 require of allgather_bucket_size
+    zero = deepspeed_config["zero_optimization"]
+    zero.setdefault("reduce_bucket_size", min(BUCKET, even))
+
+
+OPTIMIZERS = {
+    "adamw_torch": "torch.optim.AdamW",
+    "adamw_8bit": "bitsandbytes.optim.AdamW8bit",
+    "paged_adamw_8bit": "bitsandbytes.optim.PagedAdamW8bit",
+    "paged_adamw_32bit": "bitsandbytes.optim.PagedAdamW32bit",
+}
+
+
+def adamw(name):
+    """Return the class of an AdamW, by the name that transformers gives it.
+
+    The 8-bit and the paged ones are from bitsandbytes. All take the arguments of torch.optim.AdamW:
+    parameters, lr, weight_decay. On a GPU torch's own runs as one kernel (`fused`). Paged states
+    move to the CPU while the GPU is full; without a GPU they are not paged.
+    """
+    if name == "adamw_torch":
+        return partial(torch.optim.AdamW, fused=PartialState().device.type == "cuda")
+    module, _, class_name = OPTIMIZERS[name].rpartition(".")
+    return getattr(importlib.import_module(module), class_name)
+
+
+def device_map():
+    """Return the `device_map` for `from_pretrained`, which decides where it loads the weights.
+
+    It is the process's own device if that holds the full model. It is None under FSDP and
+    ZeRO-3, which shard the weights before they move them.
+    """
+    if is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        return None
+    return {"": PartialState().device}
+
+
+def move_quant_states(model, device):
+    """Move the scales and code books of 4-bit weights to the device that computes.
+
+    They are not parameters, so FSDP and ZeRO-3 do not shard or offload them. Every GPU holds all of
+    them, 1/16 byte per weight, or 1/64 with nested quantization.
+    """
+    for layer in model.modules():
+        if getattr(layer, "quant_state", None) is not None:
+            layer.quant_state.to(device)
+
+
+def shard_4bit_model(accelerator, model):
+    """Shard a 4-bit model on the CPU with ZeRO-3's `zero.Init`, before `accelerator.prepare`.
+
+    Each parameter in turn is moved to the GPU, broadcast by the first process and sliced. Without
+    this, DeepSpeed's engine moves the full model to every GPU before it shards it. Collective.
+    """
+    import deepspeed
+    from transformers.integrations.deepspeed import deepspeed_config
+
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    half = dtypes.get(accelerator.mixed_precision)
+    for weight in model.parameters():
+        # packed weights already have this dtype (check_quantization); a cast would destroy them
+        if half is not None and weight.is_floating_point():
+            weight.data = weight.data.to(half)  # the engine does not cast sharded parameters
+    # undoes unset_hf_deepspeed_config: transformers must know that ZeRO-3 is on
+    accelerator.deepspeed_plugin.set_deepspeed_weakref()
+    deepspeed.zero.Init(module=model, config_dict_or_path=deepspeed_config())
+    for layer in model.modules():
+        for name, buffer in layer.named_buffers(recurse=False):
+            setattr(layer, name, buffer.to(accelerator.device))
+    move_quant_states(model, accelerator.device)

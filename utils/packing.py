@@ -1,15 +1,20 @@
-"""Documents side by side in one row, without padding and without seeing each other.
+"""Batches without padding: several documents in one row, with attention restricted to each of them.
 
-A batch is one row of all its documents, whether each has a place of its own or several share one (packing): so the
-linear layers compute nothing but tokens. Positions restart with every document, and attention is computed for each
-document alone: by torch's attention for sequences of any length (torch.nn.attention.varlen, FlashAttention) where the
-GPU, the dtype and the head size allow it, by one scaled dot product attention per document
-elsewhere. Works with torch 2.11 and newer.
+A batch is one row with all its documents, whether each is a sequence of its own or several are
+packed into one. So the linear layers compute tokens and no padding. Positions restart with every
+document, and attention is computed for each document alone. Where the GPU, the dtype and the head
+size allow it, torch's attention for sequences of any length does that (torch.nn.attention.varlen,
+FlashAttention); elsewhere it is one scaled dot product attention per document. Works with torch
+2.11 and newer.
+
+A sequence is a list of documents: one, or several if packed. A document is a dict with the lists
+`input_ids` and `labels`, of one length; a label stands where its token stands, -100 means no loss.
 
 This file imports no other file of the project and can be copied along with a script.
 """
 
 import inspect
+import math
 from bisect import bisect_left, insort
 from functools import cache
 from itertools import count, islice
@@ -22,17 +27,18 @@ from transformers import AttentionInterface
 NAME = "documents"  # of the attention, for attn_implementation
 
 
+# Sequences ----------------------------------------------------------------------------------------
 def best_fit(lengths, capacity):
-    """Return bins, each a list of indices of documents whose lengths add up to at most `capacity` tokens.
+    """Return bins, each a list of indices of documents with at most `capacity` tokens together.
 
-    Best fit, longest first: every document goes into the fullest bin that has room for it. Needs at most 11/9 of the
-    fewest possible bins, and one (Johnson et al. 1974, doi:10.1137/0203025). Each length is 1 to `capacity`.
+    Best fit, longest first: every document goes into the fullest bin that has room for it. Needs at
+    most 11/9 of the fewest possible bins, plus one (Johnson et al. 1974, doi:10.1137/0203025).
+
+    Args:
+        lengths: tokens of each document, 1 to `capacity`.
     """
-    rooms, by_room, bins = (
-        [],
-        {},
-        [],
-    )  # rooms: sorted, those that some bin has; by_room: room -> bins
+    bins = []
+    rooms, by_room = [], {}  # sorted, the rooms that some bin has left; room -> bins
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         at = bisect_left(rooms, lengths[index])
         if at < len(rooms):
@@ -51,10 +57,42 @@ def best_fit(lengths, capacity):
     return bins
 
 
-class Lengths:
-    """How many tokens each document of a row has; torch.compile does not look into it.
+def pack(lengths, capacity, packing):
+    """Return sequences of indices of documents: packed up to `capacity` tokens, or one in each."""
+    return best_fit(lengths, capacity) if packing else [[index] for index in range(len(lengths))]
 
-    A list would make it compile the layers anew for every number of documents.
+
+def stream_sequences(read, capacity, packing, window=1000):
+    """Yield sequences of documents without end.
+
+    Args:
+        read: called with the number of the epoch, from 0; returns an iterable of its documents.
+        window: number of documents that are packed together; a larger one leaves less room unused.
+    """
+    for epoch in count():
+        documents = iter(read(epoch))
+        while part := list(islice(documents, window)):
+            lengths = [len(document["input_ids"]) for document in part]
+            for sequence in pack(lengths, capacity, packing):
+                yield [part[index] for index in sequence]
+
+
+def shuffled_sequences(sequences, seed, shuffle):
+    """Yield the sequences without end, in each epoch in an order that depends on `seed` alone."""
+    for epoch in count():
+        generator = torch.Generator().manual_seed(seed + epoch)
+        if shuffle:
+            order = torch.randperm(len(sequences), generator=generator)
+        else:
+            order = range(len(sequences))
+        yield from (sequences[index] for index in order)
+
+
+# Batches ------------------------------------------------------------------------------------------
+class Lengths:
+    """The number of tokens of each document of a row, which torch.compile does not look into.
+
+    With a list it would compile the layers anew for every number of documents.
     """
 
     def __init__(self, tokens):
@@ -62,27 +100,28 @@ class Lengths:
 
 
 def join(documents):
-    """Return the batch of one row that holds the documents one after the other, as tensors [1, tokens].
+    """Return the batch that holds the documents one after the other in one row of tensors.
 
     Args:
-        documents: dicts with the lists `input_ids` and `labels`, of one length; a label stands where its token stands,
-            -100 where there is none. At least one document.
+        documents: at least one.
 
     Returns:
-        input_ids, labels, position_ids, and what transformers calls the flash attention kwargs: cu_seq_lens_q and _k
-        (int32, where each document begins, and the end), max_length_q and _k (int, tokens of the longest). The first
-        token of a document has no label, for the position before it belongs to another.
-        document_lengths (`Lengths`) and label_positions (int64 [labels], positions whose next
-        token has a label) repeat what the other tensors hold: the CPU need not read it from a GPU.
+        input_ids, labels, position_ids: int64 [1, tokens]. The first token of a document has no
+            label, because the position before it belongs to another document.
+        cu_seq_lens_q, cu_seq_lens_k: int32 [documents + 1], where each document begins, and the end
+            of the last one. max_length_q, max_length_k: int, tokens of the longest document. These
+            four are what transformers calls the flash attention kwargs.
+        document_lengths: `Lengths`. label_positions: int64 [labels], the positions whose next token
+            has a label. They repeat what the other tensors hold, so that the CPU need not read it
+            from a GPU.
     """
     lengths = [len(document["input_ids"]) for document in documents]
     starts = functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
+    ids = [token for document in documents for token in document["input_ids"]]
     labels = [label for document in documents for label in [-100, *document["labels"][1:]]]
-    positions = [place for place, label in enumerate(labels[1:]) if label != -100]
+    positions = [position for position, label in enumerate(labels[1:]) if label != -100]
     return {
-        "input_ids": torch.tensor(
-            [[token for document in documents for token in document["input_ids"]]]
-        ),
+        "input_ids": torch.tensor([ids]),
         "labels": torch.tensor([labels]),
         "label_positions": torch.tensor(positions, dtype=torch.int64),
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
@@ -94,90 +133,85 @@ def join(documents):
     }
 
 
-def pack(lengths, capacity, packing):
-    """Return places of a batch, each a list of indices of documents: as many as fit into `capacity`, or one."""
-    return best_fit(lengths, capacity) if packing else [[index] for index in range(len(lengths))]
-
-
-def stream_places(read, capacity, packing, window=1000):
-    """Yield places, lists of documents, without end.
+class Batches(IterableDataset):
+    """The micro-batches that a generator yields; with several workers each takes its share of them.
 
     Args:
-        read: called with 0, 1, 2, ... for pass after pass; returns the documents of a pass, one after the other.
-        window: how many documents are packed together; more of them leave less room unused.
+        generate: returns an iterator of micro-batches, each a list of sequences.
+        documents: as for `fetch`.
     """
-    for epoch in count():
-        documents = iter(read(epoch))
-        while part := list(islice(documents, window)):
-            for place in pack([len(document["input_ids"]) for document in part], capacity, packing):
-                yield [part[index] for index in place]
-
-
-def shuffled_places(places, seed, shuffle):
-    """Yield the places without end, in every pass in another order that depends on `seed` alone."""
-    for epoch in count():
-        generator = torch.Generator().manual_seed(seed + epoch)
-        order = torch.randperm(len(places), generator=generator) if shuffle else range(len(places))
-        yield from (places[index] for index in order)
-
-
-class Batches(IterableDataset):
-    """The micro-batches whose places a generator yields; with several workers each fetches every so many of them."""
 
     def __init__(self, generate, documents):
         self.generate, self.documents = generate, documents
 
     def __iter__(self):
         worker = get_worker_info()
-        own = islice(
-            self.generate(), worker.id if worker else 0, None, worker.num_workers if worker else 1
-        )
-        return (fetch(places, self.documents) for places in own)
+        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        own = islice(self.generate(), first, None, stride)
+        return (fetch(sequences, self.documents) for sequences in own)
 
 
 def build_loader(endless, documents, size, start, process, processes, num_workers=0):
-    """Return a loader of a process's micro-batches, rows that `join` made, from its `start`-th on and without end.
+    """Return an endless loader of a process's micro-batches, rows that `join` makes.
 
-    Which documents come when depends on nothing but `endless`: a run that starts in the middle goes on as the one that
-    came so far, and the places of an update are the same on any number of processes.
+    The order of the documents depends on nothing but `endless`. So a run that resumes reads what
+    the interrupted one would have read, and the sequences of an update are the same on any number
+    of processes.
 
     Args:
-        endless: called without arguments, returns an iterator of places that never ends.
-        size: places in a micro-batch of one process.
-        documents: what the places hold the indices of; None where they hold the documents themselves.
+        endless: called without arguments; returns an iterator of sequences that never ends.
+        documents: as for `fetch`.
+        size: sequences in a micro-batch of one process.
+        start: how many micro-batches of each process to skip.
+        process, processes: rank of this process, and number of processes.
     """
+    global_batch = size * processes  # sequences in a micro-batch of all processes
 
     def generate():
-        places = islice(endless(), start * size * processes, None)
+        sequences = islice(endless(), start * global_batch, None)
         while True:
-            yield list(islice(places, size * processes))[process * size : (process + 1) * size]
+            batch = list(islice(sequences, global_batch))
+            yield batch[process * size : (process + 1) * size]
 
-    generator = torch.Generator()  # its own: the loader draws a number, which others would miss
+    generator = torch.Generator()  # the loader draws a number from it, and from no other generator
     batches = Batches(generate, documents)
     return DataLoader(batches, None, collate_fn=join, num_workers=num_workers, generator=generator)
 
 
-def split_evenly(places, documents, size, process, processes):
-    """Return a process's batches of an evaluation, as many as every other's: where it has none, one without labels."""
-    starts = range(
-        process * size, len(places) + -len(places) % (size * processes), size * processes
-    )
+def split_evenly(sequences, documents, size, process, processes):
+    """Return a process's batches of an evaluation, as many as every other process gets.
+
+    A process that runs out of documents gets a batch without labels.
+
+    Args:
+        sequences, documents: as for `fetch`.
+        size: sequences in a batch.
+        process, processes: rank of this process, and number of processes.
+    """
+    stride = size * processes  # sequences in a batch of all processes
+    padded_length = math.ceil(len(sequences) / stride) * stride
     filler = {"input_ids": [0, 0], "labels": [-100, -100]}
     batches = []
-    for start in starts:
-        batches.append(join(fetch(places[start : start + size], documents) or [filler]))
+    for start in range(process * size, padded_length, stride):
+        found = fetch(sequences[start : start + size], documents)
+        batches.append(join(found or [filler]))
     return batches
 
 
-def fetch(places, documents):
-    """Return the documents of some places, which hold their indices, or themselves where `documents` is None."""
-    found = [one for place in places for one in place]
+def fetch(sequences, documents):
+    """Return the documents of some sequences, one after the other.
+
+    Args:
+        sequences: lists of indices of `documents`; or of documents, where `documents` is None.
+    """
+    found = [one for sequence in sequences for one in sequence]
     return found if documents is None else [documents[index] for index in found]
 
 
+# Attention ----------------------------------------------------------------------------------------
 @cache
 def varlen_attention():
-    """Return torch's attention for sequences of any length, and what it needs for grouped queries.
+    """Return torch's attention for sequences of any length, and its options for grouped queries.
 
     torch 2.11 groups the queries by itself; from 2.12 on the caller has to allow it (`enable_gqa`).
     """
@@ -188,7 +222,7 @@ def varlen_attention():
 
 
 def fits_varlen(query, value):
-    """Return whether FlashAttention, torch's kernel for sequences of any length, takes the queries.
+    """Return whether FlashAttention, torch's kernel for sequences of any length, can be used.
 
     It needs bf16 or fp16, a GPU of compute capability 8.0 (Ampere) or newer, and one head size of
     queries and values, at most 256 and a multiple of 8 (in torch's source:
@@ -206,24 +240,30 @@ def fits_varlen(query, value):
 
 
 def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """Attention within each document of a row that `join` made; of one document alone where no borders are given.
+    """Compute causal attention within each document of a row that `join` made.
 
-    To be called by transformers, under the name that NAME holds. query [1, heads, tokens, size]; key and value may
-    have fewer heads. Returns ([1, tokens, heads, size], None). ValueError: the model's attention is of another kind.
+    transformers calls it by the name in NAME. Without the borders of documents (cu_seq_lens_q), as
+    in generation, the row is one document.
+
+    Args:
+        query, key, value: [1, heads, tokens, head size]; key and value may have fewer heads.
+
+    Returns:
+        The output [1, tokens, heads, head size], and None for the attention weights.
+
+    Raises:
+        ValueError: the model needs another kind of attention.
     """
     unknown = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
     if unknown or len(query) != 1 or not getattr(module, "is_causal", True):
         raise ValueError(
-            f"{type(module).__name__} attends in a way ({unknown}) that this function does not know"
+            f"{type(module).__name__} needs an attention that is not supported ({unknown})"
         )
-    # the rotary embedding multiplies by float32 numbers; under autocast the values are bf16 or fp16
+    # the rotary embedding makes query and key float32; under autocast the values are bf16 or fp16
     query, key = query.to(value.dtype), key.to(value.dtype)
-    window, softcap, starts = (
-        kwargs.get("sliding_window"),
-        kwargs.get("softcap"),
-        kwargs.get("cu_seq_lens_q"),
-    )
-    if starts is None:  # generation: one document, perhaps with the keys of what came before
+    window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
+    starts = kwargs.get("cu_seq_lens_q")
+    if starts is None:  # generation: one document, perhaps with the cached keys before it
         whole = one_document(query, key, value, window, softcap, dropout, scaling)
         return whole.transpose(1, 2), None
     if fits_varlen(query, value) and not dropout and softcap is None:
@@ -239,25 +279,31 @@ def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
     return rows.transpose(1, 2), None
 
 
-@torch.compiler.disable  # it would be compiled anew for every number of documents
+@torch.compiler.disable  # else it is compiled anew for every number of documents
 def document_by_document(query, key, value, lengths, *options):
-    """Return the causal attention of documents of these lengths, [1, heads, tokens, size]."""
-    parts = zip(*(tensor.split(lengths.tokens, dim=2) for tensor in (query, key, value)))
-    return torch.cat([one_document(*part, *options) for part in parts], dim=2)
+    """Return the causal attention within documents of these lengths: [1, heads, tokens, size]."""
+    split = [tensor.split(lengths.tokens, dim=2) for tensor in (query, key, value)]
+    parts = [one_document(*part, *options) for part in zip(*split, strict=True)]
+    return torch.cat(parts, dim=2)
 
 
 def one_document(query, key, value, window, softcap, dropout, scaling):
-    """Return the causal attention of one document, [1, heads, tokens, size], by torch's best kernel for it."""
+    """Return the causal attention of one document, [1, heads, tokens, size].
+
+    Args:
+        query: of the last tokens of the document, whose keys may be cached from earlier calls.
+        window: a token attends to itself and to `window` - 1 tokens before it; None: to all.
+        softcap: scores become softcap * tanh(scores / softcap); None: they stay.
+    """
     queries, keys = query.shape[2], key.shape[2]
     mask = None
-    if softcap is not None or queries not in (1, keys) or (window is not None and keys > window):
-        back = (
-            torch.arange(keys, device=query.device)
-            - torch.arange(keys - queries, keys, device=query.device)[:, None]
-        )
-        mask = back <= 0 if window is None else (back <= 0) & (back > -window)
+    is_windowed = window is not None and keys > window
+    if softcap is not None or queries not in (1, keys) or is_windowed:
+        positions = torch.arange(keys, device=query.device)
+        ahead = positions - positions[keys - queries :, None]  # of a key, seen from a query
+        mask = ahead <= 0 if window is None else (ahead <= 0) & (ahead > -window)
     if (query.is_cuda or softcap is not None) and query.shape[1] != key.shape[1]:
-        # SDPA's memory-efficient kernel, the only one for float32 or a mask, takes no groups
+        # SDPA's memory-efficient kernel, the only one for float32 or a mask, needs equal heads
         repeats = query.shape[1] // key.shape[1]
         key, value = (tensor.repeat_interleave(repeats, 1) for tensor in (key, value))
     if softcap is None:

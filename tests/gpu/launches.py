@@ -1,8 +1,9 @@
-"""Start scripts as users do: on one process, or on two that share a GPU.
+"""Launch scripts as users do, with one process, or with two that may share a GPU.
 
-NCCL refuses two processes on one GPU. So they are started as two machines of one process each, and
-TESTS_GPU_BACKEND makes gloo their backend; each machine has its own cache. With two GPUs, one
-launch starts both over NCCL. Where there is none, the two machines run on the CPU.
+NCCL does not allow two processes on one GPU. Two processes on one GPU are therefore launched as two
+machines of one process each, and TESTS_GPU_BACKEND selects the gloo backend. Each machine has its
+own cache. With two GPUs, one launch starts both processes, and they use NCCL. Without a GPU, the
+two machines run on the CPU.
 """
 
 import fcntl
@@ -26,7 +27,7 @@ COMPARED = ("losses", "grad_norms", "learning_rates")
 
 
 def count_gpus():
-    """Return the number of GPUs, which tests/gpu/run.py has counted for its steps."""
+    """Return the number of GPUs. tests/gpu/run.py passes it to its steps in TEST_GPUS."""
     if "TEST_GPUS" in os.environ:
         return int(os.environ["TEST_GPUS"])
     import torch
@@ -39,15 +40,15 @@ GPUS = count_gpus()
 
 @dataclass
 class Run:
-    """A launch of a script that writes into the folder runs/NAME of a work folder."""
+    """A launch of a script. Its output folder is runs/NAME in a work folder."""
 
     name: str
-    script: str  # of examples/, or the path of a .py
-    config: str  # of configs/, or the path of a .yaml
+    script: str  # name of a script in examples/, or the path of a .py file
+    config: str  # name of a config in configs/, or the path of a .yaml file
     arguments: tuple = ()
     processes: int = 1
     precision: str = "no"
-    shared: bool = False  # several steps compare with it, and the first of them runs it
+    shared: bool = False  # several steps compare with this run; the first of them launches it
     before: Callable | None = None  # called before the launch
 
     def commands(self, work):
@@ -80,16 +81,16 @@ class Run:
 
 
 def free_port():
-    """Return a port that is free, below those that systems hand out to outgoing connections."""
+    """Return a free port below the range that systems use for outgoing connections."""
     while True:
         port = random.randint(20_000, 30_000)
         with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):  # nobody answers
+            if probe.connect_ex(("127.0.0.1", port)):  # no server listens there
                 return port
 
 
 def run(work, one):
-    """Launch a Run, unless it is shared and done; return its metrics.json."""
+    """Launch a Run, unless it is shared and has been launched. Return its metrics."""
     if not one.shared:
         return launch(work, one)
     locks = work / "locks"
@@ -101,7 +102,7 @@ def run(work, one):
 
 
 def launch(work, one):
-    """Launch a Run and return its metrics.json; what it prints goes where this process prints."""
+    """Launch a Run and return its metrics. Its output is written to this process's stdout."""
     commands = one.commands(work)
     machines = []
     for number, command in enumerate(commands):
@@ -121,12 +122,12 @@ def launch(work, one):
 
 
 def wait_for(machines):
-    """Wait until all have ended; once one has failed, end the others, which would wait for it."""
+    """Wait until all launchers have ended. If one fails, end the others, which would hang."""
     while any(machine.poll() is None for machine in machines):
         if any(machine.returncode for machine in machines):
-            time.sleep(10)  # for the others' own messages
+            time.sleep(10)  # the others may print errors of their own
             for machine in machines:
-                machine.terminate()  # a launcher then ends its processes
+                machine.terminate()  # then a launcher ends its processes
             for machine in machines:
                 try:
                     machine.wait(10)
@@ -136,14 +137,18 @@ def wait_for(machines):
 
 
 def difference(ours, theirs):
-    """Return the largest relative difference of two lists of numbers."""
+    """Return the largest relative difference between two lists of numbers."""
     assert len(ours) == len(theirs) > 0, (len(ours), len(theirs))
     pairs = zip(ours, theirs)
     return max(abs(one - other) / max(abs(other), 1e-12) for one, other in pairs)
 
 
 def compare(metrics, reference, tolerance):
-    """Assert that two runs trained alike; return a line with the largest relative differences."""
+    """Assert that two runs have equal training curves. Return a line with the largest differences.
+
+    Args:
+        tolerance: the largest relative difference allowed.
+    """
     found = {key: difference(metrics[key], reference[key]) for key in COMPARED}
     line = ", ".join(f"{key} differ by {value:.1e}" for key, value in found.items())
     assert max(found.values()) <= tolerance, f"{line}, more than {tolerance:.0e}"

@@ -2,9 +2,9 @@
 
     python tests/gpu/profiled.py RESULT.json UPDATE SCRIPT [FLAG ...]
 
-RESULT.json gets the update's seconds, the share of them by cause, and the slowest kernels.
-An update is what lies between two steps of the optimizer. It is recorded without the CPU's side,
-which would slow it down. Idle is the time in which no kernel ran.
+RESULT.json contains the duration of the update in seconds, the share of each cause, and the slowest
+kernels. An update is the time between two optimizer steps. CPU activity is not recorded, because
+that would slow the update down. Idle is the time in which no kernel ran.
 """
 
 import json
@@ -20,8 +20,8 @@ from torch.autograd import DeviceType
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.profiler import ProfilerActivity, profile
 
-# cause -> what is in the names of its kernels; the first that fits counts. Elementwise is the rest:
-# norms, RoPE, activations, additions, casts.
+# cause -> regular expression for the names of its kernels; the first match counts. Elementwise
+# comprises all other kernels: norms, RoPE, activations, additions, casts.
 CAUSES = {
     "attention": "flash|fmha|attention|attn",
     "matmul": r"gemm|cutlass|nvjet|xmma|cublas|wgmma|aten::(mm|addmm|bmm|linear|matmul)$",
@@ -34,15 +34,20 @@ CAUSES = {
 
 
 def cause_of(kernel):
-    """Return the cause that a kernel's time counts for."""
+    """Return the cause of a kernel."""
     return next(cause for cause, words in CAUSES.items() if re.search(words, kernel.lower()))
 
 
 def summarize(kernels, seconds):
-    """Return the shares by cause of (name, begin, end) of kernels, in seconds, and the longest."""
+    """Return the share of each cause and the kernels that take the most time.
+
+    Args:
+        kernels: tuples (name, begin, end), in seconds.
+        seconds: the duration of the update.
+    """
     busy, at, causes, names = 0.0, 0.0, Counter(), Counter()
     for name, begin, end in sorted(kernels, key=lambda kernel: kernel[1]):
-        own = max(0.0, end - max(begin, at))  # what overlaps counts for the kernel that came first
+        own = max(0.0, end - max(begin, at))  # an overlap counts for the kernel that began first
         busy, at = busy + own, max(at, end)
         causes[cause_of(name)] += own
         names[name] += own
@@ -52,7 +57,12 @@ def summarize(kernels, seconds):
 
 
 class Recorder:
-    """Called after every step of an optimizer; records one update, up to its own step."""
+    """A hook that runs after every optimizer step and records one update.
+
+    Args:
+        result: the file to write.
+        update: the number of the update, counted from 1.
+    """
 
     def __init__(self, result, update):
         self.result, self.update, self.steps = Path(result), int(update), 0

@@ -1,6 +1,6 @@
-"""Run the steps that prove the collection on one GPU. tests/gpu/run.sh starts this and says how.
+"""Run the steps that test all scripts on a GPU. tests/gpu/run.sh starts this and explains its use.
 
-Every step is a process with its own time limit and log. A step that fails does not stop the others.
+Every step is a process with its own time limit and log. A failing step does not stop the others.
 The exit code is 0 only if all steps passed.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests/gpu"
-TOTAL = {"correct": 280, "speed": 225}  # seconds of all steps; installing wheels comes on top
+TOTAL = {"correct": 280, "speed": 225}  # seconds for all steps, without installing wheels
 PYTEST = ("-m", "pytest", "-o", "addopts=-rs", "-p", "no:cacheprovider", "-q")
 CPU_ADAM = """
 from deepspeed.ops.op_builder import CPUAdamBuilder
@@ -39,7 +39,7 @@ device = torch.cuda.get_device_name()
 print(f"{device}, {size:.0f} GB, Python {platform.python_version()}, torch {torch.__version__}")
 """
 
-# The most important first. Each name is a step of tests/gpu/steps.py, with its limit in seconds.
+# step of tests/gpu/steps.py -> limit in seconds; the most important steps come first
 CORRECT = {
     "chat_lora_bf16": 100,
     "chat_qlora_bf16": 100,
@@ -96,7 +96,7 @@ SPEED = {"build": 75, "eager": 60, "compile": 120, "liger": 60, "checkpointing":
 class Step:
     name: str
     limit: float  # seconds
-    command: list  # the first word is a program
+    command: list  # a program and its arguments
 
 
 def steps_of(mode, out, work):
@@ -109,14 +109,18 @@ def steps_of(mode, out, work):
     for file in ("loss", "packing", "memory"):
         name = f"test_{file}_gpu"
         steps.append(Step(name, 120, [python, *PYTEST, HERE / f"{name}.py"]))
-    # compiled once, for all steps that offload
+    # compiles the extension once, for all steps with offload
     steps.append(Step("cpu_adam", 200, [python, "-c", CPU_ADAM]))
     command = [python, HERE / "steps.py", work]
     return steps + [Step(name, limit, [*command, name]) for name, limit in CORRECT.items()]
 
 
 def environment(work):
-    """Return the variables of a step: no network, own caches, stacks of a process that hangs."""
+    """Return the environment variables of a step.
+
+    They turn the network off, give the steps their own caches, and load tests/gpu/stacks, so that a
+    hanging process can print its stacks.
+    """
     import torch
 
     path = [str(HERE / "stacks"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -129,18 +133,18 @@ def environment(work):
         "TORCH_EXTENSIONS_DIR": str(work / "torch_extensions"),
         "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
         "TRITON_CACHE_DIR": str(work / "triton"),
-        # DeepSpeed builds with ninja, which lies beside python
+        # DeepSpeed builds with ninja, which is installed beside python
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     }
 
 
 def descendants(pid):
-    """Return the ids of a process and of all that it started, as far as they live."""
+    """Return the ids of a process and of its living descendants."""
     children = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             parent = int(path.read_text().rpartition(")")[2].split()[1])
-        except OSError:  # gone by now
+        except OSError:  # the process has ended
             continue
         children.setdefault(parent, []).append(int(path.parent.name))
     found = [pid]
@@ -158,7 +162,7 @@ def send(pids, number):
 
 
 def end(process):
-    """Let each Python process of a step write its stacks, then end all that the step started."""
+    """Let each Python process of a step write its stacks, then kill all processes of the step."""
     pids = descendants(process.pid)
     send(pids, signal.SIGUSR2)
     time.sleep(1)
@@ -167,7 +171,7 @@ def end(process):
 
 
 def last_line(log, passed):
-    """Return the last line of a log; of a step that failed, the first that names an error."""
+    """Return the last line of a log, or the first line with an error if the step failed."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
     lines = [line for line in lines if line]
     told = lines[-1:] or [""]
@@ -180,7 +184,12 @@ def last_line(log, passed):
 
 
 def run_steps(steps, out, work, jobs, seconds):
-    """Run the steps, `jobs` at a time; return name -> result. Writes logs and out/summary.txt."""
+    """Run the steps, write their logs and out/summary.txt, and return name -> result.
+
+    Args:
+        jobs: number of parallel steps.
+        seconds: time limit for all steps together.
+    """
     logs = out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     summary, results, running, waiting = out / "summary.txt", {}, {}, list(steps)
@@ -228,13 +237,13 @@ def run_steps(steps, out, work, jobs, seconds):
 
 
 def not_passed(summary):
-    """Return the names of the steps that did not pass, from a summary.txt."""
+    """Return the names of the steps that did not pass according to a summary.txt."""
     lines = [line.split() for line in Path(summary).read_text().splitlines()]
     return [words[0] for words in lines if words[1:2] != ["pass"]]
 
 
 def dry_run(out, work):
-    """Print every command; import and collect every Python file. Return an exit code."""
+    """Print all commands, import all Python files and collect the tests. Return an exit code."""
     for mode in ("correct", "speed"):
         print(f"\n{mode}: at most {TOTAL[mode]} s")
         for step in steps_of(mode, out, work):
@@ -243,7 +252,7 @@ def dry_run(out, work):
     os.environ |= environment(work)
     os.chdir(ROOT)
     sys.path[:0] = [str(HERE), str(ROOT)]
-    # all in this process, which imports the libraries once
+    # everything runs in this process, which imports the libraries once
     import pytest
     import speed
     import steps
@@ -262,7 +271,7 @@ def dry_run(out, work):
 
 
 def pack_logs(out):
-    """Put the summary and all logs into one file, for machines that hand back few files."""
+    """Pack the summary and all logs into one file, for machines that return few files."""
     with tarfile.open(out / "logs.tar.gz", "w:gz") as archive:
         for name in ("summary.txt", "speed.txt", "speed.json", "logs"):
             if (out / name).exists():
@@ -271,13 +280,13 @@ def pack_logs(out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="folder of the logs and of the summary")
+    parser.add_argument("out", type=Path, help="folder for the logs and the summary")
     modes = ["correct", "rerun", "speed"]
     parser.add_argument("mode", nargs="?", default="correct", choices=modes)
-    parser.add_argument("previous", nargs="?", type=Path, help="of rerun: the summary.txt to read")
+    parser.add_argument("previous", nargs="?", type=Path, help="for rerun: the summary.txt to read")
     parser.add_argument("--dry-run", action="store_true", help="print commands, import files")
-    parser.add_argument("--jobs", type=int, help="steps side by side")
-    parser.add_argument("--limit", type=float, help="seconds for all steps")
+    parser.add_argument("--jobs", type=int, help="number of parallel steps")
+    parser.add_argument("--limit", type=float, help="seconds for all steps together")
     options = parser.parse_intermixed_args()
     out = options.out.resolve()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
@@ -296,7 +305,7 @@ def main():
                 return 0
             if unknown := sorted(set(wanted) - {step.name for step in steps}):
                 parser.error(f"{previous} is not of correct: it has {', '.join(unknown)}")
-            # compiled anew, for it was built in a folder of that run
+            # the extension is compiled again, because each run has its own build folder
             steps = [step for step in steps if step.name in (*wanted, "cpu_adam")]
         cores = os.cpu_count() or 1
         jobs = options.jobs or (1 if is_speed else max(1, min(10, cores * 5 // 8)))

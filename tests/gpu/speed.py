@@ -1,20 +1,19 @@
 """Tokens per second of chat_sft and of TRL on the shape of Llama 3.1 8B, on one GPU.
 
-tests/gpu/run.sh OUT speed runs the parts one after the other: `speed.py PART WORK OUT`. The part
-`build` runs first. It writes a bfloat16 model of random weights, which the others load.
+`tests/gpu/run.sh OUT speed` runs the parts one after the other as `speed.py PART WORK OUT`. The
+part `build` runs first. It writes a bfloat16 model of random weights, which the others load.
 
   eager, compile, liger   chat_sft: LoRA r = 8 on all linear layers, bf16, no dropout, documents
-                          packed into 4,096 tokens, 16,384 tokens an update; without Liger, with
+                          packed into 4,096 tokens, 16,384 tokens per update; without Liger, with
                           --torch_compile, with --use_liger_kernel
-  checkpointing           the fastest of these, with activations computed again
+  checkpointing           the fastest of these, with activation checkpointing
   trl                     TRL's SFTTrainer on the same documents, packed, with Liger's kernels
 
-The first WARMUP updates are not counted. Utilisation is 4 x the parameters without the embedding
-look-up x tokens per second, over the peak of the data sheet: frozen weights get no gradient of
-their own, and recomputation by activation checkpointing is not counted. Peak memory is that of
-torch's allocator. After the measured updates one more is profiled. The table shows where its time
-went.
-speed.json and speed.txt in OUT hold what has been measured so far.
+The first WARMUP updates are not counted. Utilisation is 4 x parameters (without the embedding
+look-up) x tokens per second / peak FLOPS of the data sheet. The factor is 4 because frozen weights
+have no gradients; recomputation by activation checkpointing is not counted. Peak memory is that of
+torch's allocator. After the measured updates, another one is profiled, and the table shows how its
+time was spent. speed.json and speed.txt in OUT contain all results so far.
 """
 
 import argparse
@@ -43,9 +42,9 @@ from profiled import CAUSES  # noqa: E402
 
 PARTS = ("build", "eager", "compile", "liger", "checkpointing", "trl")
 WARMUP, MEASURED = 3, 4  # updates
-PACKS, LENGTH = 4, 4096  # rows of an update, tokens of a row
+PACKS, LENGTH = 4, 4096  # packed sequences per update, tokens per sequence
 GPU = torch.cuda.is_available()
-# Llama 3.1 8B; without a GPU a shape that shows no more than that the parts run
+# Llama 3.1 8B; without a GPU, a small shape, which shows only that the parts run
 SHAPE = sft.GPU.shape if GPU else sft.CPU.shape | {"num_hidden_layers": 2, "hidden_size": 64}
 WORDS = 128_256 if GPU else 2_000
 FLAGS = {
@@ -57,7 +56,7 @@ GOALS = {"utilisation": 0.45, "times TRL": 1.3}  # on an H100
 
 
 def build(work):
-    """Write the model, its tokenizer and the documents, each of one to eight word problems."""
+    """Write the model, its tokenizer and documents of one to eight word problems each."""
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/tiny-causal-lm")
     names = [f"{name}_token_id" for name in ("bos", "eos", "pad")]
     settings = SHAPE | {name: getattr(tokenizer, name) for name in names}
@@ -79,13 +78,13 @@ def build(work):
         keys = ("prompt", "completion")
         rows.append({key: "\n".join(one[key] for one in problems) for key in keys})
     (work / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    count -= WORDS * config.hidden_size  # the look-up does no arithmetic
+    count -= WORDS * config.hidden_size  # the embedding look-up needs no FLOPs
     (work / "facts.json").write_text(json.dumps({"parameters": count}))
     print(f"model and documents written after {time.monotonic() - begin:.1f} s")
 
 
 def command(part, work, flags, micro_batch):
-    """Return the command of chat_sft under profiled.py, which records one more update."""
+    """Return the command that runs chat_sft under profiled.py, which records another update."""
     updates = WARMUP + MEASURED
     settings = dict(model_name_or_path=work / "model")
     settings |= dict(dataset_name=work / "train.jsonl", splits="train")
@@ -104,7 +103,7 @@ def command(part, work, flags, micro_batch):
 
 
 def chat_sft(part, work, out):
-    """Run a variant of chat_sft and return what it measured."""
+    """Run a variant of chat_sft and return its results."""
     micro_batch, flags = 1, FLAGS.get(part)
     if part == "checkpointing":
         known = {name: entry for name, entry in read(out).items() if name in FLAGS}
@@ -113,13 +112,14 @@ def chat_sft(part, work, out):
     done = command(part, work, flags, micro_batch)
     print(shlex.join(done), flush=True)
     shutil.rmtree(work / part, ignore_errors=True)
-    variables = os.environ | {"TORCH_LOGS": "recompiles"}  # none should be left after the warm-up
+    variables = os.environ | {"TORCH_LOGS": "recompiles"}  # expected during the warm-up only
     subprocess.run(done, cwd=ROOT, env=variables, check=True)
     log = [json.loads(line) for line in (work / part / "log.jsonl").read_text().splitlines()]
     log = {entry["step"]: entry for entry in log if "tokens_per_second" in entry}
     updates, tokens, seconds = WARMUP + MEASURED + 2, 0, []
     for step in range(WARMUP + 1, WARMUP + MEASURED + 1):
-        seconds.append(log[step]["seconds_left"] / (updates - step))  # as every update is logged
+        # the duration of this update alone, because every update is logged
+        seconds.append(log[step]["seconds_left"] / (updates - step))
         tokens += log[step]["tokens_per_second"] * seconds[-1]
     print("seconds of the measured updates:", " ".join(f"{one:.3f}" for one in seconds))
     memory = json.loads((work / part / "metrics.json").read_text())["memory"]["train"]
@@ -130,7 +130,10 @@ def chat_sft(part, work, out):
 
 
 def trl(work):
-    """Train with TRL's SFTTrainer on the same documents; return what was measured."""
+    """Train with TRL's SFTTrainer on the same documents and return the results.
+
+    If the memory does not suffice, it trains again with activation checkpointing.
+    """
     try:
         return train_trl(work)
     except torch.OutOfMemoryError as error:
@@ -165,13 +168,13 @@ def train_trl(work):
 
 
 def read(out):
-    """Return what has been measured so far, part -> entry."""
+    """Return the results so far: part -> entry."""
     file = out / "speed.json"
     return json.loads(file.read_text()) if file.exists() else {}
 
 
 def table(results, parameters):
-    """Return the lines that compare what has been measured, and say where the time went."""
+    """Return the lines of a table with all results and with the time spent by cause."""
     name = torch.cuda.get_device_name() if GPU else "cpu"
     lines = [f"{name}, torch {torch.__version__}, {parameters:,} parameters without the look-up"]
     goals = f"{GOALS['utilisation']:.0%} utilisation, {GOALS['times TRL']} x TRL"
@@ -195,7 +198,7 @@ def table(results, parameters):
         if profile := entry["profile"]:
             useful = 4 * parameters * PACKS * LENGTH / sft.PEAK_FLOPS / profile["seconds"]
             shares = dict(profile["causes"])
-            shares["matmul"] -= useful  # what is left is the gap to the peak
+            shares["matmul"] -= useful  # the rest is the gap between kernels and peak FLOPS
             cells = " ".join(f"{shares[cause]:11.1%}" for cause in CAUSES)
             lines.append(f"{part:14} {1000 * profile['seconds']:6.0f} {useful:7.1%} {cells}")
     lines.append("useful: time of the counted FLOPs at peak; matmul: the rest of matrix products")
@@ -206,7 +209,7 @@ def table(results, parameters):
 
 
 def show(work, part):
-    """Print the launch of a part, if it has one; raise where the script has no such flag."""
+    """Print the launch of a part, if it has one. Raise if the script does not have a flag of it."""
     from steps import check_flags
 
     if part in (*FLAGS, "checkpointing"):
@@ -224,7 +227,7 @@ def main():
     options = parser.parse_args()
     part, work, out = options.part, options.work, options.out
     if part == "build":
-        for name in ("speed.json", "speed.txt"):  # of an earlier run, perhaps on another card
+        for name in ("speed.json", "speed.txt"):  # from an earlier run, maybe on another GPU
             (out / name).unlink(missing_ok=True)
         return build(work)
     for name, package in (("trl", "trl"), ("liger", "liger_kernel")):

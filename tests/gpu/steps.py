@@ -1,9 +1,9 @@
 """The steps of tests/gpu/run.sh that launch scripts: `python tests/gpu/steps.py WORK NAME ...`.
 
 A step is a list of runs and a check of their metrics. WORK is a folder that the steps share. It
-holds the small models and data, and the runs that several steps compare with.
+contains the small models and data, and the runs that several steps compare with.
 
-The steps run without a GPU, too (but for fp16); so they are tried before a GPU is at hand.
+All steps except those with fp16 also run without a GPU, so they can be tried on a CPU first.
 """
 
 import argparse
@@ -19,17 +19,16 @@ from pathlib import Path
 import launches
 from launches import GPUS, ROOT, Run, compare, difference
 
-# what imports torch is imported where it is needed: a step spends its seconds in the launches
+# modules that import torch are imported in functions: most steps do not need them, and start faster
 sys.path[1:1] = [str(ROOT / "tests"), str(ROOT)]
 
-CLIP = 0.2  # between the norms of the updates
+CLIP = 0.2  # between the gradient norms of the updates, so that some gradients are clipped
 TOLERANCE = {"no": 1e-3, "bf16": 1e-2}
 HALF = {"bf16": "bfloat16", "fp16": "float16", "no": "float32"}
 LARGE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 14, "head_dim": 64}
 LARGE |= {"num_attention_heads": 12, "num_key_value_heads": 12}  # 100 million weights
 
-
-# name -> the script that two processes run, its config, the one-process script to compare with
+# name -> (script that two processes run, its config, script of the run on one process)
 LESSONS = {
     "ddp": ("causal_lm_lora", "ddp", "causal_lm_lora"),
     "zero1": ("causal_lm_lora", "zero1", "causal_lm_lora"),
@@ -54,9 +53,9 @@ LORA, QLORA = ("--use_peft_lora",), ("--use_peft_lora", "--use_4bit_quantization
 CHAT_WHOLE = ("--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 2)
 CHAT_HALF = ("--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2)
 
-# name -> script, config, precision and flags of a run on one process
 CHAT_8 = ("--max_steps", 8, *CHAT)
 BFLOAT16 = ("--dtype", "bfloat16")
+# name -> (script, config, precision, flags) of a run on one process
 ALONE = {
     "chat_lora": ("chat_sft", "single", "no", (*LORA, *CHAT_8)),
     "chat_lora_bf16": ("chat_sft", "single", "bf16", (*LORA, *CHAT_8)),
@@ -84,7 +83,7 @@ DETERMINISTIC = ("--deterministic",)
 
 
 def alone(name, work):
-    """One process trains the shipped model: its loss falls."""
+    """One process trains the model in assets/. Its loss must fall."""
     script, config, precision, flags = ALONE[name]
     flags = flags if script == "chat_sft" else ("--max_steps", 8, *flags)
     if script == "causal_lm_lora_resume":
@@ -106,9 +105,9 @@ def small(work, model="llama"):
 
 
 def lesson(work, script, precision):
-    """Return the flags of a lesson that is compared: enough to see warmup, decay, clipping."""
+    """Return the flags of a run to compare. They exercise warmup, weight decay and clipping."""
     flags = ("--max_steps", 8, "--learning_rate", 1e-2, "--warmup_ratio", 0.25)
-    if precision != "no":  # rounding errors grow with every update
+    if precision != "no":  # fewer and smaller updates, because rounding errors grow with each
         flags = ("--max_steps", 4, "--learning_rate", 1e-3)
     flags += ("--weight_decay", 0.1, "--max_grad_norm", CLIP)
     model = "t5" if script.startswith("seq2seq") else "llama"
@@ -117,7 +116,7 @@ def lesson(work, script, precision):
 
 
 def two(name, precision, work):
-    """Two processes train a lesson as one does."""
+    """Two processes train a lesson. Losses, scores and memory must match a run on one process."""
     script, config, base = LESSONS[name]
     whole = (*lesson(work, base, precision), "--per_device_train_batch_size", 4)
     half = (*lesson(work, script, precision), "--per_device_train_batch_size", 2)
@@ -130,8 +129,8 @@ def two(name, precision, work):
         assert metrics["strategy"] == config.split("_")[0], metrics["strategy"]
         line = compare(metrics, reference, TOLERANCE[precision])
         if precision == "no":
-            assert metrics["score"] == reference["score"], (metrics["score"], reference["score"])
-        if not (GPUS == 0 and config.startswith("fsdp")):  # FSDP's offload is turned off there
+            assert metrics["scores"] == reference["scores"], metrics["scores"]
+        if not (GPUS == 0 and config.startswith("fsdp")):  # without a GPU, FSDP does not offload
             text = (ROOT / "configs" / f"{config}.yaml").read_text()
             offload = "offload_params: true" in text or "_device: cpu" in text
             assert metrics["offload"] == ("cpu" if offload else "none"), metrics["offload"]
@@ -145,7 +144,7 @@ def two(name, precision, work):
 
 
 def two_chats(strategy, precision, work):
-    """Two processes train chat_sft as one does."""
+    """Two processes train chat_sft. Losses and perplexities must match a run on one process."""
     flags = (*LORA, *CHAT, "--max_steps", 4)
     whole, half = (*flags, *CHAT_WHOLE), (*flags, *CHAT_HALF)
     name = f"two_chat_{strategy}_{precision}"
@@ -167,7 +166,7 @@ def two_chats(strategy, precision, work):
 
 
 def guide(name, work):
-    """A command of PEFT's guides, as its file has it but for its output folder."""
+    """Run a command of PEFT's guides from its file, with another output folder only."""
     text = (ROOT / "docs/commands" / f"{name}.sh").read_text()
     words = shlex.split(text.replace("\\\n", " "))
     config = words[words.index("--config_file") + 1]
@@ -176,16 +175,16 @@ def guide(name, work):
 
     def check(metrics):
         assert metrics["strategy"] == ("zero3" if "zero3" in name else "fsdp1"), metrics["strategy"]
-        score = metrics["score"]
+        score = metrics["scores"]["perplexity"]
         assert score["after"] < score["before"], score
         return f"perplexity {score['before']:.2f} -> {score['after']:.2f}"
 
-    # bf16 is in the command, which wins over the launch config
+    # the precision of the command overrides that of the launch config
     return [Run(f"guide_{name}", "chat_sft", config, arguments, 2, "bf16")], check
 
 
 def resume_lesson(work):
-    """A run of the lesson on checkpoints that resumes ends as one that was not interrupted."""
+    """Resume the lesson on checkpoints. The result must equal that of an uninterrupted run."""
     flags = (*small(work), "--max_steps", 6, "--lora_dropout", 0.1, *DETERMINISTIC)
     flags += ("--gradient_accumulation_steps", 2, "--per_device_train_batch_size", 4)
     flags += ("--learning_rate", 1e-2, "--dtype", "bfloat16", "--save_steps", 2)
@@ -200,10 +199,10 @@ def resume_lesson(work):
     ]
 
     def check(whole, resumed):
-        for key in ("losses", "learning_rates", "grad_norms", "score"):
+        for key in ("losses", "learning_rates", "grad_norms", "scores"):
             assert whole[key] == resumed[key], f"{key}: {whole[key]} and {resumed[key]}"
         assert_equal_files(work, "lesson_whole", "lesson_resumed", "adapter_model.safetensors")
-        return "6 updates, resumed after 2: losses and adapter equal to the bit"
+        return "6 updates, resumed after 2: losses and adapter are bit-identical"
 
     return runs, check
 
@@ -218,7 +217,7 @@ def assert_equal_files(work, one, other, file):
 
 
 def resume_chat(work):
-    """A run of chat_sft that resumes ends as one that was not interrupted, optimizer included."""
+    """Resume chat_sft. The result, with the optimizer, must equal that of an uninterrupted run."""
     flags = (*LORA, "--packing", "--max_length", 128, *DETERMINISTIC, "--lora_dropout", 0.1)
     flags += ("--gradient_accumulation_steps", 2, "--max_steps", 8, "--eval_steps", 4)
     flags += ("--eval_strategy", "steps", "--save_strategy", "steps", "--save_steps", 3)
@@ -231,7 +230,7 @@ def resume_chat(work):
     first, second = work / "runs/chats_whole", work / "runs/chats_resumed"
 
     def before():
-        """Make an output folder that holds the first checkpoint and the log, and no more."""
+        """Make an output folder with only the first checkpoint and the log."""
         second.mkdir()
         shutil.copytree(first / "checkpoint-3", second / "checkpoint-3")
         shutil.copy(first / "log.jsonl", second)
@@ -242,7 +241,7 @@ def resume_chat(work):
         from test_resume import assert_same
 
         assert_same(second, first, processes=1)
-        return "8 updates, resumed after 3: losses, adapter and optimizer equal to the bit"
+        return "8 updates, resumed after 3: losses, adapter and optimizer are bit-identical"
 
     return runs, check
 
@@ -262,7 +261,7 @@ def large(work, *flags):
 
 
 def memory_falls(work):
-    """GPU memory falls from ddp to zero3, and further with offload."""
+    """GPU memory decreases from ddp to zero3, and further with offload."""
     runs = [
         Run("large_ddp", "causal_lm_full", "ddp", large(work), 2),
         Run("large_zero3", "causal_lm_full_zero3", "zero3", large(work), 2),
@@ -272,7 +271,8 @@ def memory_falls(work):
     def check(*metrics):
         ddp, zero3, offload = map(peaks, metrics)
         line = f"GPU peak MB: ddp {mb(ddp)}, zero3 {mb(zero3)}, offload {mb(offload)}"
-        # ZeRO-3 halves weights, gradients and states, but adds a buffer as large as all gradients
+        # ZeRO-3 shards weights, gradients and states over two processes, but allocates a buffer as
+        # large as all gradients
         assert GPUS == 0 or (zero3 < 0.9 * ddp and offload < 0.75 * zero3), line
         return line
 
@@ -280,7 +280,7 @@ def memory_falls(work):
 
 
 def memory_qlora(work):
-    """Offload frees GPU memory of QLoRA under FSDP1; no GPU ever holds all 4-bit weights."""
+    """Offload reduces the GPU memory of QLoRA under FSDP1; no GPU ever holds all 4-bit weights."""
     text = (ROOT / "configs/fsdp1_qlora.yaml").read_text()
     assert "fsdp_offload_params: true" in text
     kept = work / "fsdp1_qlora_kept.yaml"
@@ -308,7 +308,7 @@ def memory_qlora(work):
 
 
 def liger(work):
-    """chat_sft has the same losses with Liger's kernels as without."""
+    """chat_sft must have the same losses with Liger's kernels and without."""
     runs = []
     for value in (True, False):
         flags = (*LORA, *CHAT_8, "--use_liger_kernel", value)
@@ -327,7 +327,7 @@ STEPS |= {"memory_falls": memory_falls, "memory_qlora": memory_qlora}
 
 
 def make(name, folder):
-    """Make a model or data; a path of inputs/NAME in a run's arguments asks for it."""
+    """Make a model or data set with the name of its folder."""
     from models import make_data, make_model, teach
 
     if name == "data":
@@ -341,7 +341,7 @@ def make(name, folder):
 
 
 def make_inputs(work, runs):
-    """Make the models and data that the runs name and that are not there yet."""
+    """Make the models and data inputs/NAME in the runs' arguments that do not exist yet."""
     words = " ".join(map(str, sum((one.arguments for one in runs), ())))
     for name in sorted(set(re.findall(rf"{re.escape(str(work))}/inputs/(\w+)", words))):
         folder = work / "inputs" / name
@@ -356,7 +356,7 @@ def make_inputs(work, runs):
 
 
 def do(work, name):
-    """Do a step; return the line that says what came of it. AssertionError: it did not pass."""
+    """Run a step and return a line with its result. Raise AssertionError if it does not pass."""
     if name == "liger" and find_spec("liger_kernel") is None:
         return "not compared: liger-kernel is not installed"
     runs, check = STEPS[name](work)
@@ -370,11 +370,12 @@ def do(work, name):
 
 
 def check_flags(script, words):
-    """Raise where a script has no such flag, or no such value of it."""
+    """Raise if a script does not have one of the flags or does not accept its value."""
     from test_models import load
+    from transformers import HfArgumentParser
 
     module = load(script)
-    parser = module.HfArgumentParser(module.Config)
+    parser = HfArgumentParser(module.Config)
     words = [str(word) for word in words]
     options = {"return_remaining_strings": True, "look_for_args_file": False}
     _, unknown = parser.parse_args_into_dataclasses(words, **options)
@@ -382,7 +383,7 @@ def check_flags(script, words):
 
 
 def show(work, name):
-    """Print the launches of a step; raise where a script has no such flag."""
+    """Print the launches of a step. Raise if a script does not have one of the flags."""
     runs, _ = STEPS[name](work)
     for one in runs:
         check_flags(one.script, one.arguments)

@@ -1,4 +1,4 @@
-"""The loss on a GPU: in chunks as from all logits, and the check before a run's first update."""
+"""The loss on a GPU: the chunked loss, and chat_sft's check of it before the first update."""
 
 import copy
 
@@ -19,7 +19,7 @@ SIZE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "pa
 
 
 def make_causal(architecture, dtype, **settings):
-    """Return a model of random weights, on the CPU, whose attention keeps documents apart."""
+    """Return a random model on the CPU, with attention restricted to each document."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(architecture, **SIZE | {"tie_word_embeddings": False} | settings)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=packing.NAME, dtype=dtype)
@@ -34,13 +34,13 @@ def on_gpu(batch):
 
 
 def distance(found, expected):
-    """Return how far two tensors are apart, as a share of the length of the second."""
+    """Return the L2 norm of the difference of two tensors, divided by the norm of the second."""
     found, expected = found.detach().double(), expected.detach().double()
     return float((found - expected).norm() / expected.norm())
 
 
 def sum_alone(model):
-    """Return transformers' own loss of the documents one by one, on the GPU."""
+    """Return the sum of transformers' own losses of the single documents, on the GPU."""
     with torch.device("cuda"):
         return alone(model, make_documents())
 
@@ -81,7 +81,7 @@ def test_loss_in_chunks_is_cross_entropy(dtype, tolerance, is_trained, with_bias
 def test_loss_is_that_of_each_document(architecture, settings):
     model = make_causal(architecture, torch.float32, **settings)
     reference = copy.deepcopy(model).cuda()
-    add_token_loss(model)  # on the CPU, as before accelerator.prepare
+    add_token_loss(model)  # on the CPU, like the scripts, which call it before prepare
     found = model.cuda()(**on_gpu(packing.join(make_documents())))["loss"]
     assert found.item() == pytest.approx(sum_alone(reference).item(), rel=1e-4)
 
@@ -89,7 +89,7 @@ def test_loss_is_that_of_each_document(architecture, settings):
 @pytest.mark.parametrize("accelerator", ["no", "bf16", "fp16"], indirect=True)
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3", "gemma2"])
 def test_check_before_the_first_update_takes_batches_from_the_cpu(accelerator, architecture):
-    """As chat_sft hands them over; only some strategies move what they are given."""
+    """chat_sft passes batches on the CPU, and only some strategies move inputs to the device."""
     _, settings = FAMILIES[architecture]
     settings = {key: one for key, one in settings.items() if key != "query_pre_attn_scalar"}
     model = make_causal(architecture, torch.float32, **settings)

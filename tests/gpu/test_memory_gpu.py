@@ -1,17 +1,11 @@
-"""The memory tracker on a GPU: a planted peak, and the line of the device's total memory."""
+"""The memory tracker on a GPU: a planted peak, and the device's total memory in the figure."""
 
 import pytest
 import torch
-from accelerate import (
-    PartialState,
-)
+from accelerate import PartialState
 
-from utils.memory import (
-    MemoryTracker,
-    draw_memory,
-    gpu_total,
-    plot_memory,
-)
+from utils.memory import MemoryTracker
+from utils.plots import draw_memory, gpu_total
 
 MB = 2**20
 
@@ -43,7 +37,7 @@ def test_planted_peak_is_found_in_its_own_phase():
     del planted
 
 
-def test_run_on_the_cpu_of_this_machine_has_no_gpu_figures():
+def test_a_run_on_the_cpu_of_a_gpu_machine_reports_no_gpu_memory():
     PartialState._reset_state()
     PartialState(cpu=True)
     planted = torch.empty(200 * MB, dtype=torch.uint8, device="cuda")
@@ -51,9 +45,8 @@ def test_run_on_the_cpu_of_this_machine_has_no_gpu_figures():
     with tracker.phase("train"):
         pass
     del planted
-    assert not any(
-        value for key, value in tracker.entries["train"].items() if key.startswith("gpu")
-    )
+    entry = tracker.entries["train"]
+    assert not any(value for key, value in entry.items() if key.startswith("gpu"))
     assert gpu_total() == 0
 
 
@@ -68,5 +61,5 @@ def test_total_of_the_device_is_drawn(tmp_path):
     _, total = torch.cuda.mem_get_info()
     assert list(line.get_ydata()) == 2 * [pytest.approx(total / MB, rel=0.05)]
     assert panel.get_ylim()[1] > gpu_total() / MB
-    plot_memory(memory, tmp_path / "memory.png")
+    draw_memory(memory, gpu_total()).savefig(tmp_path / "memory.png", format="png")
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

@@ -1,4 +1,4 @@
-"""Attention on a GPU: within each document, by the kernel that head size and dtype allow."""
+"""Attention on a GPU: it stays within each document and uses the expected kernel."""
 
 import copy
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ HAS_KERNEL = torch.cuda.is_available() and torch.cuda.get_device_capability() >=
 
 
 class Operations(TorchDispatchMode):
-    """Collects the names of the operations that run inside."""
+    """Record the names of all operations that run in the context."""
 
     def __init__(self):
         super().__init__()
@@ -36,7 +36,10 @@ class Operations(TorchDispatchMode):
 
 
 def one_by_one(query, key, value, window):
-    """Return the causal attention of each document by its definition, [1, tokens, heads, size]."""
+    """Return the causal attention of each document, computed by its definition.
+
+    The shape is [1, tokens, heads, size].
+    """
     groups = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
     rows = []
@@ -50,7 +53,7 @@ def one_by_one(query, key, value, window):
 
 
 def check(dtype, size, heads=(8, 2), window=None):
-    """Compare output and gradients with float64; return the operations that ran."""
+    """Compare output and gradients of `attend` with float64. Return the operations that ran."""
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = [(1, count, sum(LENGTHS), size) for count in (heads[0], heads[1], heads[1])]
     tensors = [torch.randn(*shape, device="cuda", generator=generator) for shape in shapes]
@@ -91,7 +94,7 @@ def test_head_size_that_the_kernel_does_not_take(dtype, size):
 def test_float32(size, heads):
     operations = check(torch.float32, size, heads)
     assert operations.count(KERNEL) == 0
-    # the math kernel would hold all scores of a document
+    # the math kernel would need memory for all attention scores of a document
     assert operations.count("aten._scaled_dot_product_efficient_attention") == len(LENGTHS)
 
 
@@ -105,7 +108,7 @@ def test_model_in_bf16_attends_within_each_document(architecture, settings):
     batch, documents = on_gpu(join(make_documents())), make_documents()
     with Operations() as operations:
         found = model(**batch)["loss"]
-    assert operations.count(KERNEL) == 2 * HAS_KERNEL  # one a layer, for all documents
+    assert operations.count(KERNEL) == 2 * HAS_KERNEL  # one call per layer, for all documents
     found.backward()
     expected = sum_alone(exact)
     expected.backward()
@@ -122,10 +125,10 @@ def test_model_in_bf16_attends_within_each_document(architecture, settings):
 
 
 def test_all_weights_trained_under_autocast_reach_the_kernel():
-    """RoPE makes q and k float32 where the weights are, and v is bf16."""
+    """With float32 weights, RoPE makes q and k float32, while v is bf16."""
     model = make_causal("llama", torch.float32).cuda()
     add_token_loss(model)
     with torch.autocast("cuda", torch.bfloat16), Operations() as operations:
         model(**on_gpu(join(make_documents())))["loss"].backward()
     assert operations.count(KERNEL) == 2 * HAS_KERNEL
-    assert operations.count("aten._local_scalar_dense") == 0  # the host waits for nothing
+    assert operations.count("aten._local_scalar_dense") == 0  # the CPU never waits for the GPU

@@ -1,5 +1,5 @@
 """The command `python -m tools.compatibility`."""
 
-from tools.compatibility import main
+from tools.compatibility.command import main
 
 main()

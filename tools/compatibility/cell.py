@@ -1,6 +1,7 @@
 """What one process of a cell of the compatibility table does: train and save, or reload and merge.
 
-The loop, the gathering and the saving are those of the scripts in examples/, in small. `compatibility.py` starts it.
+The training loop, the gathering and the saving are short versions of those in examples/.
+measure.py starts the processes.
 """
 
 import json
@@ -12,14 +13,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
-import bitsandbytes  # noqa: F401 what is imported here is imported once for all cells
+import bitsandbytes  # noqa: F401 imports of this file happen once, before the forks
 import deepspeed  # noqa: F401
 import peft
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import (
     GatheredParameters,
-    GradientAccumulationPlugin,
     extract_model_from_parallel,
     gather_object,
     set_seed,
@@ -38,75 +38,76 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from utils.checks import launched_strategy
-from utils.launch import start_accelerator
-from utils.report import bytes_held, held_part, name_in_file, optimizer_state, stepping_optimizer
+from utils.engine import bytes_held, held_part, stepping_optimizer
+from utils.launch import launched_strategy, start_accelerator
+from utils.results import name_in_file
 
 VOCABULARY = 256
-ROWS_PER_UPDATE = (
-    16  # all there are: every update sees the same rows, so that its loss is comparable to the last
-)
+ROWS_PER_UPDATE = 16  # the full data set, so that the losses of all updates can be compared
 ACCUMULATION = 2
 UPDATES = 5
-MAX_GRAD_NORM = 0.5  # low enough to act
+MAX_GRAD_NORM = 0.5  # low enough to clip
 PROMPTS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING")
 
 
 def main(step, job):
-    """Run a step of a cell in this process; what fails is written down, with the check that it belongs to."""
+    """Run a step of a cell in this process; write an error, and the check it belongs to, to a file.
+
+    Args:
+        step: "make_model", "train", "reload" or "state".
+        job: the dict that measure.py makes.
+    """
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     folder, rank = Path(job["folder"]), job["rank"]
-    found, at = {}, ["starts"]
+    found, check = {}, "starts"
 
-    def enter(check):
-        at[0] = check
+    def enter(name):
+        nonlocal check
+        check = name
         if rank == 0:
-            (folder / "check.txt").write_text(check)
+            (folder / "check.txt").write_text(name)
 
     code = 0
+    steps = {"make_model": make_model, "train": train, "reload": reload, "state": save_state}
     try:
-        {"make_model": make_model, "train": train, "reload": reload, "state": save_state}[step](
-            job, found, enter
-        )
+        steps[step](job, found, enter)
     except BaseException as error:  # whatever a library raises is what is being measured
         traceback.print_exc()
         code = 1
-        content = {
-            "check": at[0],
-            "message": f"{type(error).__name__}: {error}",
-            "time": time.time(),
-        }
+        message = f"{type(error).__name__}: {error}"
+        content = {"check": check, "message": message, "time": time.time()}
         (folder / f"error-{rank}.json").write_text(json.dumps(content))
     if rank == 0:
         (folder / f"found-{step}.json").write_text(json.dumps(found))
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # without the libraries' goodbyes, which may wait for a process that failed
+    os._exit(code)  # skip exit handlers: they may wait for a process that has failed
 
 
 def make_model(job, found, enter):
     """Write the base model of all cells."""
     torch.manual_seed(0)
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    size = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "vocab_size": VOCABULARY,
-    } | heads
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    LlamaForCausalLM(LlamaConfig(**size, **special, tie_word_embeddings=False)).save_pretrained(
-        job["model"]
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        vocab_size=VOCABULARY,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
     )
+    LlamaForCausalLM(config).save_pretrained(job["model"])
 
 
 def set_environment(job):
     """Set the variables that `accelerate launch` and torchrun would set for this process."""
-    args = launch_command_parser().parse_args(
-        [*job["launch"], "--main_process_port", "0", "script.py"]
-    )
+    command = [*job["launch"], "--main_process_port", "0", "script.py"]
+    args = launch_command_parser().parse_args(command)
     args, defaults, precision_from_file = _validate_launch_command(args)
     if args.use_deepspeed:
         fields = [*defaults.deepspeed_config, *(["mixed_precision"] if precision_from_file else [])]
@@ -119,17 +120,13 @@ def set_environment(job):
     os.environ |= environment
     if job["world"] > 1:
         rank, world = str(job["rank"]), str(job["world"])
-        os.environ |= {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": world,
-            "LOCAL_WORLD_SIZE": world,
-        }
+        os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
+        os.environ |= {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
 
 
 def build_base(row, folder):
-    """Return the base model of a row, whole or quantized."""
+    """Return the base model of a row, in float32 or quantized."""
     options = {"dtype": "float32"}
     if row.base == "8-bit":
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
@@ -148,7 +145,10 @@ def build_base(row, folder):
 
 
 def make_data(row):
-    """Return sequences of many lengths: random tokens and an answer of a few kinds; of each how long its prompt is."""
+    """Return (token ids, length of the prompt) of sequences of different lengths.
+
+    A prompt is random, its answer one of a few.
+    """
     generator = torch.Generator().manual_seed(1)
     sequences = []
     for number in range(ROWS_PER_UPDATE):
@@ -161,7 +161,7 @@ def make_data(row):
 
 
 def collate(rows):
-    """Return a batch, padded on the right, without loss on prompts and padding."""
+    """Return a batch, padded on the right, with label -100 (no loss) for prompts and padding."""
     longest = max(len(ids) for ids, _ in rows)
     ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rows])
     mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in rows])
@@ -172,46 +172,45 @@ def collate(rows):
 
 
 def probe_batch():
-    """Return unpadded tokens whose logits are compared."""
+    """Return the token ids, without padding, whose logits are compared."""
     return torch.randint(3, 250, (4, 12), generator=torch.Generator().manual_seed(2))
 
 
 def build_optimizer(row, parameters):
-    """Return the row's optimizer; with weight decay, which tells Adam from AdamW."""
+    """Return the row's optimizer, with weight decay, in which Adam and AdamW differ."""
     module, _, name = row.optimizer.rpartition(".")
     optimizer = getattr(sys.modules[module], name)
     return optimizer(parameters, lr=row.learning_rate, weight_decay=0.1, **row.optimizer_options)
 
 
 def update(job, found, enter):
-    """Train as the scripts do; return the accelerator, the prepared model and the names of what is trained."""
+    """Train as the scripts do.
+
+    Returns:
+        the accelerator, the prepared model, and the names of the trainable parameters.
+    """
     row = SimpleNamespace(**job["row"])
     set_environment(job)
     torch.set_num_threads(1)
-    accumulation = GradientAccumulationPlugin(ACCUMULATION, sync_with_dataloader=False)
-    accelerator = start_accelerator(gradient_accumulation_plugin=accumulation)
+    accelerator = start_accelerator(ACCUMULATION)
     if accelerator.deepspeed_plugin is not None:
         accelerator.deepspeed_plugin.deepspeed_config.update(
             gradient_accumulation_steps=ACCUMULATION, gradient_clipping=MAX_GRAD_NORM
         )
     set_seed(0)
     model = build_base(row, job["model"])
-    model = peft.get_peft_model(
-        model, getattr(peft, row.config)(task_type="CAUSAL_LM", **row.options)
-    )
-    _, whole = bytes_held(
-        list(model.parameters())
-    )  # now: what FSDP1 makes of them knows its own part alone
+    peft_config = getattr(peft, row.config)(task_type="CAUSAL_LM", **row.options)
+    model = peft.get_peft_model(model, peft_config)
+    _, full = bytes_held(list(model.parameters()))  # before FSDP1 replaces them by shards
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     data = make_data(row)
-    sampler = RandomSampler(
-        data, num_samples=UPDATES * len(data), generator=torch.Generator().manual_seed(0)
-    )
+    generator = torch.Generator().manual_seed(0)
+    sampler = RandomSampler(data, num_samples=UPDATES * len(data), generator=generator)
     micro_batch = ROWS_PER_UPDATE // ACCUMULATION // accelerator.num_processes
     loader = DataLoader(data, micro_batch, sampler=sampler, collate_fn=collate)
     model, optimizer, loader = prepare(accelerator, row, model, loader)
     held, _ = bytes_held(list(accelerator.unwrap_model(model).parameters()))
-    found["whole"] = sum(whole.values())
+    found["whole"] = sum(full.values())
     found["optimizer"] = type(stepping_optimizer(optimizer)).__name__
     found["bytes"] = [sum(sizes.values()) for sizes in held]
 
@@ -235,36 +234,25 @@ def update(job, found, enter):
                 optimizer.zero_grad()
         losses.append(accelerator.reduce(step_loss).item())
         norms.append(float(norm))
-    found["bytes"] = [
-        held + copies for held, copies in zip(found["bytes"], gather_object([kept_copies(model)]))
-    ]
+    copies = gather_object([kept_copies(model)])
+    found["bytes"] = [sum(pair) for pair in zip(found["bytes"], copies)]
     found["losses"], found["grad_norms"] = losses, norms
-    found["graphs"] = counters["stats"]["unique_graphs"]  # that torch.compile made
+    found["graphs"] = counters["stats"]["unique_graphs"]  # made by torch.compile
     return accelerator, model, names
 
 
 def kept_copies(model):
-    """Return the bytes of 8-bit weights that bitsandbytes keeps in this process beside the parameters themselves."""
-    states = [
-        (module, getattr(module.state, "CB", None))
-        for module in model.modules()
-        if hasattr(module, "state")
-    ]
-    owned = {
-        held_part(module.weight).untyped_storage().data_ptr()
-        for module, whole in states
-        if whole is not None
-    }
-    copies = [
-        whole
-        for _, whole in states
-        if whole is not None and whole.untyped_storage().data_ptr() not in owned
-    ]
-    return sum(whole.numel() for whole in copies)
+    """Return the bytes of full 8-bit weights that bitsandbytes keeps here beside the parameters."""
+    modules = [module for module in model.modules() if hasattr(module, "state")]
+    modules = [module for module in modules if getattr(module.state, "CB", None) is not None]
+    owned = {held_part(module.weight).untyped_storage().data_ptr() for module in modules}
+    weights = [module.state.CB for module in modules]
+    copies = [full for full in weights if full.untyped_storage().data_ptr() not in owned]
+    return sum(full.numel() for full in copies)
 
 
 def train(job, found, enter):
-    """Train, and save what was trained, with its logits and its tensors for the comparison."""
+    """Train, and save the adapter, and its logits and tensors for the comparison."""
     accelerator, model, names = update(job, found, enter)
     enter("reloads")
     model.eval()
@@ -279,45 +267,28 @@ def train(job, found, enter):
 
 
 def prepare(accelerator, row, model, loader):
-    """Prepare in the order that the strategy needs, as the scripts do."""
+    """Prepare model, optimizer and loader in the order that the strategy needs."""
     if launched_strategy() == "fsdp1":
         plugin = accelerator.state.fsdp_plugin
-        plugin.auto_wrap_policy = fsdp_auto_wrap_policy(
-            model
-        )  # a unit for each trained matrix or prompt
+        # one unit per trainable matrix or prompt
+        plugin.auto_wrap_policy = fsdp_auto_wrap_policy(model)
         model = accelerator.prepare(model)
-        optimizer = build_optimizer(
-            row, [parameter for parameter in model.parameters() if parameter.requires_grad]
-        )
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = build_optimizer(row, trainable)
+    if launched_strategy() == "fsdp1":
         return model, *accelerator.prepare(optimizer, loader)
-    optimizer = build_optimizer(
-        row, [parameter for parameter in model.parameters() if parameter.requires_grad]
-    )
     return accelerator.prepare(model, optimizer, loader)
 
 
 def clean(name):
-    """Return the name of a parameter as it was before FSDP and torch.compile wrapped its modules."""
+    """Return a parameter's name without the wrappers of FSDP1 and torch.compile."""
     return name.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
 
 
 def gather(accelerator, model, names):
-    """Return name -> whole tensor on the CPU of what was trained. Collective."""
+    """Return name -> full tensor, on the CPU, of the trainable parameters. Collective."""
     if launched_strategy() == "fsdp1":
-        # then a unit may hold frozen and trained weights, and the root is taken whole
-        mixed = accelerator.state.fsdp_plugin.use_orig_params
-        state_dict = {}
-        for path, unit in model.named_modules():
-            if isinstance(unit, FSDP) and (
-                mixed or all(weight.requires_grad for weight in unit.parameters())
-            ):
-                with FSDP.summon_full_params(unit, writeback=False, recurse=mixed):
-                    whole = unit.module.named_parameters(clean(path))
-                    state_dict |= {
-                        clean(name): weight.detach().cpu().clone() for name, weight in whole
-                    }
-                if mixed:
-                    break
+        state_dict = gather_fsdp1(accelerator, model)
         return {name: state_dict[name] for name in names}
     unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
     trained = {
@@ -328,20 +299,38 @@ def gather(accelerator, model, names):
     if launched_strategy() == "zero3":
         with GatheredParameters(list(trained.values())):
             return {name: parameter.detach().cpu().clone() for name, parameter in trained.items()}
-    whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in trained.items()}
-    return {name: parameter.detach().cpu().clone() for name, parameter in whole.items()}
+    full = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in trained.items()}
+    return {name: parameter.detach().cpu().clone() for name, parameter in full.items()}
+
+
+def gather_fsdp1(accelerator, model):
+    """Return name -> full tensor, on the CPU, of at least the trainable parameters. Collective."""
+    # with original parameters a unit may mix frozen and trainable ones: gather the full model
+    mixed = accelerator.state.fsdp_plugin.use_orig_params
+    state_dict = {}
+    for path, unit in model.named_modules():
+        if not isinstance(unit, FSDP):
+            continue
+        if mixed or all(parameter.requires_grad for parameter in unit.parameters()):
+            with FSDP.summon_full_params(unit, writeback=False, recurse=mixed):
+                for name, parameter in unit.module.named_parameters(clean(path)):
+                    state_dict[clean(name)] = parameter.detach().cpu().clone()
+        if mixed:
+            return state_dict  # the root came first
+    return state_dict
 
 
 def save(accelerator, model, state_dict, job):
-    """Write the adapter, from one process. Collective.
+    """Write the adapter from one process. Collective.
 
-    A prompt is saved as what its encoder makes of it, so that all processes must run that, with whole parameters.
+    PEFT saves a prompt as the output of its encoder, which every process must run, with full
+    parameters.
     """
     folder, strategy = Path(job["folder"]) / "adapter", launched_strategy()
     unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
     config = unwrapped.peft_config["default"]
     if strategy == "fsdp1" and isinstance(config, peft.LoraConfig):
-        # as the scripts do, for PEFT sees nothing in FSDP's units
+        # as the scripts do it: PEFT finds no parameters inside the units of FSDP1
         if accelerator.is_main_process:
             config.save_pretrained(folder)
             state_dict = {name_in_file(name): tensor for name, tensor in state_dict.items()}
@@ -366,46 +355,42 @@ def save(accelerator, model, state_dict, job):
 
 
 def save_state(job, found, enter):
-    """Train again, and let accelerate write a checkpoint with the optimizer's state."""
+    """Train again, and write a checkpoint with the optimizer's state, by accelerate."""
     accelerator, model, _ = update(job, {}, enter)
     enter("state")
     if launched_strategy() == "fsdp1":
-        optimizer_state(
-            accelerator, model, accelerator._optimizers[0]
-        )  # raises where a slice alone would be written
-    options = (
-        {"exclude_frozen_parameters": True} if accelerator.deepspeed_plugin is not None else {}
-    )
+        state = FSDP.optim_state_dict(model, accelerator._optimizers[0].optimizer)
+        values = [value for entry in state["state"].values() for value in entry.values()]
+        if any(isinstance(value, dict) for value in values):
+            raise ValueError(
+                "FSDP gathers no tensors that lie in a dict, "
+                "each process would save its slice alone"
+            )
+    options = {}
+    if accelerator.deepspeed_plugin is not None:
+        options["exclude_frozen_parameters"] = True
     accelerator.save_state(Path(job["folder"]) / "state", **options)
     accelerator.wait_for_everyone()
     found["state"] = True
 
 
 def reload(job, found, enter):
-    """Load the saved adapter with plain peft, compare it with what was trained, and merge it."""
+    """Load the saved adapter with plain peft, compare it with the trained one, and merge it."""
     row = SimpleNamespace(**job["row"])
     enter("reloads")
     torch.set_num_threads(1)
     device = start_accelerator().device
     folder = Path(job["folder"])
     kept = torch.load(folder / "compare.pt")
-    model = (
-        peft.PeftModel.from_pretrained(build_base(row, job["model"]), folder / "adapter")
-        .to(device)
-        .eval()
-    )
-    parameters = dict(model.named_parameters())
-    prompts = (
-        model.peft_config["default"].peft_type in PROMPTS
-    )  # holds what the encoder made, not the encoder
-    missing = [] if prompts else [name for name in kept["trained"] if name not in parameters]
-    unequal = [
-        name
-        for name, tensor in kept["trained"].items()
-        if name in parameters
-        and not prompts
-        and not torch.equal(tensor, parameters[name].detach().cpu())
-    ]
+    model = peft.PeftModel.from_pretrained(build_base(row, job["model"]), folder / "adapter")
+    model = model.to(device).eval()
+    parameters = {name: value.detach().cpu() for name, value in model.named_parameters()}
+    # the file of a prompt holds the output of the encoder, not the encoder
+    is_prompt = model.peft_config["default"].peft_type in PROMPTS
+    compared = {} if is_prompt else kept["trained"]
+    missing = [name for name in compared if name not in parameters]
+    loaded = [name for name in compared if name in parameters]
+    unequal = [name for name in loaded if not torch.equal(compared[name], parameters[name])]
     with torch.no_grad():
         logits = model(input_ids=probe_batch().to(device)).logits.cpu()
         found["reload"] = {

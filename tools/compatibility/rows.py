@@ -1,6 +1,7 @@
 """The rows and columns of the compatibility table: what is trained, and how it is launched.
 
-This file needs no library but Python's own; the classes of peft, torch and bitsandbytes are named as text.
+Classes of peft, torch and bitsandbytes are named as text: this file imports only the standard
+library.
 """
 
 from dataclasses import dataclass, field
@@ -11,48 +12,46 @@ class Row:
     """What is trained, on what base, with which optimizer."""
 
     title: str
-    config: str = "LoraConfig"  # of peft
+    config: str = "LoraConfig"  # class of peft
     options: dict = field(default_factory=dict)
     learning_rate: float = 1e-2
-    merges: bool = True  # whether peft can merge the adapter into the base
+    merges: bool = True  # whether peft can merge this kind of adapter into the base
     base: str = "float32"  # or "8-bit", "4-bit"
     optimizer: str = "torch.optim.AdamW"
     optimizer_options: dict = field(default_factory=dict)
-    checkpoint: bool = False  # whether accelerate.save_state is tried, too
-    new_tokens: int = 0  # rows that the embedding gets before the adapter
-    flags: tuple = ()  # of `accelerate launch`
-    setting: str = ""  # of SETTINGS
+    checkpoint: bool = False  # whether accelerate.save_state is tested, too
+    new_tokens: int = 0  # rows added to the embedding before the adapter
+    flags: tuple = ()  # for `accelerate launch`
+    setting: str = ""  # key of SETTINGS
 
 
 LINEAR = {"target_modules": "all-linear"}
 LORA = LINEAR | {"r": 8, "lora_alpha": 32, "lora_dropout": 0.0}
 VIRTUAL = {"num_virtual_tokens": 8}
-VERA = LINEAR | {
-    "r": 16,
-    "save_projection": False,
-}  # the random matrices are drawn anew from their key
-# name -> flags of `accelerate launch`: what a cell of FSDP1 is measured again with, where it failed
+# the random matrices are not saved, but generated again from their seed
+VERA = LINEAR | {"r": 16, "save_projection": False}
+# name -> flags of `accelerate launch` with which a failed cell of FSDP1 is measured again
 SETTINGS = {
     "original": ("--fsdp_use_orig_params", "true"),
-    # a full state dict is copied to the CPU and freed where it was, which without a GPU is the same place
+    # FSDP1 moves a full state dict to the CPU and frees the original: on a CPU, the same memory
     "sharded": ("--fsdp_state_dict_type", "SHARDED_STATE_DICT"),
 }
 ROWS = {
     "lora": Row("LoRA on all linear layers", options=LORA, checkpoint=True, setting="sharded"),
     "rslora": Row(
-        "LoRA scaled by the root of its rank, `use_rslora`",
+        "LoRA scaled by the square root of its rank, `use_rslora`",
         options=LORA | {"use_rslora": True, "lora_alpha": 12},
     ),
     "dora": Row("weight-decomposed LoRA, `use_dora`", options=LORA | {"use_dora": True}),
     "pissa": Row(
-        "LoRA from the principal components, `init_lora_weights='pissa'`",
+        "LoRA initialised with the principal components, `init_lora_weights='pissa'`",
         options=LORA | {"init_lora_weights": "pissa"},
     ),
     "modules_to_save": Row(
-        "LoRA and a head trained whole, `lm_head`", options=LORA | {"modules_to_save": ["lm_head"]}
+        "LoRA and a fully trained head, `lm_head`", options=LORA | {"modules_to_save": ["lm_head"]}
     ),
     "new_tokens": Row(
-        "LoRA, 8 new tokens, embedding and head trained whole",
+        "LoRA, 8 new tokens, fully trained embedding and head",
         options=LORA | {"modules_to_save": ["embed_tokens", "lm_head"]},
         new_tokens=8,
     ),
@@ -75,13 +74,13 @@ ROWS = {
         "prefix tuning", "PrefixTuningConfig", VIRTUAL, learning_rate=1e-1, merges=False
     ),
     "p_tuning": Row(
-        "p-tuning: a prompt made by an MLP",
+        "p-tuning: a prompt computed by an MLP",
         "PromptEncoderConfig",
         VIRTUAL | {"encoder_hidden_size": 64},
         merges=False,
     ),
     "vera": Row(
-        "VeRA: scales beside shared random matrices",
+        "VeRA: trained scales for shared random matrices",
         "VeraConfig",
         VERA,
         learning_rate=1e-1,
@@ -106,9 +105,8 @@ ROWS = {
         optimizer="bitsandbytes.optim.AdamW8bit",
         checkpoint=True,
         setting="sharded",
-        optimizer_options={
-            "min_8bit_size": 256
-        },  # its default would keep the small matrices of this model in 32 bits
+        # the default would keep the small matrices of this model in 32 bits
+        optimizer_options={"min_8bit_size": 256},
     ),
     "adamw_paged": Row(
         "LoRA, bitsandbytes' `PagedAdamW32bit`",
@@ -118,16 +116,13 @@ ROWS = {
         setting="sharded",
     ),
     "torch_compile": Row(
-        "LoRA, compiled: `accelerate launch --dynamo_backend inductor`",
+        "LoRA with torch.compile, `accelerate launch --dynamo_backend inductor`",
         options=LORA,
-        flags=(
-            "--dynamo_backend",
-            "inductor",
-            "--dynamo_use_dynamic",
-        ),  # batches of any length: one compilation
+        # dynamic: one compilation for batches of all lengths
+        flags=("--dynamo_backend", "inductor", "--dynamo_use_dynamic"),
     ),
 }
-# column -> its launch config, flags of `accelerate launch`
+# column -> its launch config, and flags of `accelerate launch`
 COLUMNS = {
     "single": ("single", ()),
     "ddp": ("ddp", ()),
@@ -141,9 +136,5 @@ COLUMNS = {
     "fsdp2": ("fsdp2", ()),
 }
 CELLS = [f"{row}/{column}" for row in ROWS for column in COLUMNS]
-SHARDED = (
-    "zero3",
-    "zero3_offload",
-    "fsdp1",
-    "fsdp2",
-)  # columns in which a process holds a part of every parameter
+# columns in which a process holds a shard of every parameter
+SHARDED = ("zero3", "zero3_offload", "fsdp1", "fsdp2")

@@ -1,4 +1,4 @@
-"""What a finished run must not lose, and what a written model is checked for."""
+"""Tests of utils/results.py: output folders lose no run, and written models are checked."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import save_file
 
-from utils import report
+from utils import results
 
 
 def settings(folder, overwrite=False):
@@ -20,7 +20,7 @@ def settings(folder, overwrite=False):
 def test_a_folder_that_appears_during_the_run_is_not_overwritten_and_the_run_is_kept(
     tmp_path, capsys
 ):
-    with pytest.raises(SystemExit), report.new_folder(settings(tmp_path / "run")) as folder:
+    with pytest.raises(SystemExit), results.new_folder(settings(tmp_path / "run")) as folder:
         (folder / "mine").write_text("of this run")
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "mine").write_text("of another")
@@ -35,76 +35,62 @@ def test_a_run_that_cannot_be_moved_into_place_is_kept(tmp_path, capsys):
     (tmp_path / "run" / "weights").mkdir(parents=True)  # where a file of the run must go
     with (
         pytest.raises(SystemExit),
-        report.new_folder(settings(tmp_path / "run", overwrite=True)) as folder,
+        results.new_folder(settings(tmp_path / "run", overwrite=True)) as folder,
     ):
         (folder / "weights").write_text("of this run")
     assert (folder / "weights").read_text() == "of this run"
     assert str(folder) in capsys.readouterr().err
 
 
-def test_a_body_that_fails_leaves_nothing(tmp_path):
-    with pytest.raises(ZeroDivisionError), report.new_folder(settings(tmp_path / "run")) as folder:
+def test_a_run_that_raises_leaves_no_folder(tmp_path):
+    with pytest.raises(ZeroDivisionError), results.new_folder(settings(tmp_path / "run")) as folder:
         (folder / "half").write_text("")
         1 / 0  # noqa: B018
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "tensors, words",
-    [
-        (
-            {"weight": torch.ones(3), "buffer": torch.ones(2)},
-            None,
-        ),  # a saved buffer is no parameter
-        ({"weight": torch.ones(0)}, "holds 0 of 3 elements"),
-        ({"weight": torch.tensor([1.0, 2.0, float("nan")])}, "no numbers"),
-    ],
-)
-def test_a_written_model_is_opened_again(tmp_path, capsys, tensors, words):
+WRITTEN = [  # tensors of the file, and words of the expected error
+    ({"weight": torch.ones(3), "buffer": torch.ones(2)}, None),  # buffers are not counted
+    ({"weight": torch.ones(0)}, "holds 0 of 3 elements"),
+    ({"weight": torch.tensor([1.0, 2.0, float("nan")])}, "NaN or infinity"),
+]
+
+
+@pytest.mark.parametrize("tensors, words", WRITTEN)
+def test_a_written_model_is_read_back(tmp_path, capsys, tensors, words):
     save_file(tensors, tmp_path / "model.safetensors")
     if words is None:
-        report.check_model(tmp_path, 3)
+        results.check_model(tmp_path, 3)
     else:
         with pytest.raises(SystemExit):
-            report.check_model(tmp_path, 3)
+            results.check_model(tmp_path, 3)
         assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
 @pytest.mark.parametrize(
-    "written, words", [(torch.ones(2, 3), None), (torch.zeros(2, 3), "at its start")]
+    "written, words", [(torch.ones(2, 3), None), (torch.zeros(2, 3), "still 0, as at its start")]
 )
-def test_only_lora_b_must_have_left_zero(tmp_path, capsys, part, written, words):
+def test_only_lora_b_must_have_changed_from_zero(tmp_path, capsys, part, written, words):
     save_file({f"layer.{part}.weight": written}, tmp_path / "adapter_model.safetensors")
     trained = {f"layer.{part}.default.weight": torch.nn.Parameter(torch.ones(2, 3))}
-    report.check_adapter(tmp_path, trained, [0.0])
+    results.check_adapter(tmp_path, trained, [0.0])
     if words is None or part == "lora_A":
-        report.check_adapter(tmp_path, trained, [0.0, 1e-3])
+        results.check_adapter(tmp_path, trained, [0.0, 1e-3])
     else:
         with pytest.raises(SystemExit):
-            report.check_adapter(tmp_path, trained, [0.0, 1e-3])
+            results.check_adapter(tmp_path, trained, [0.0, 1e-3])
         assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name, in_card", [("someone/model", True), (".", False)])
 def test_the_card_names_a_base_of_the_hub_and_no_path(tmp_path, name, in_card):
     (tmp_path / "adapter_config.json").write_text('{"task_type": "CAUSAL_LM"}')
-    config = {
-        "model_name_or_path": name,
-        "dataset_name": "d",
-        "label_column": "l",
-        "text_column": "t",
-        "output_dir": "o",
-    }
-    score = {"metric": "accuracy", "before": 0.0, "after": 1.0}
-    run = {
-        "config": config,
-        "score": score,
-        "strategy": "ddp",
-        "num_processes": 2,
-        "losses": [None, 1.0],
-    }
-    report.write_metrics(tmp_path, run)
+    config = {"model_name_or_path": name, "dataset_name": "d", "output_dir": "o"}
+    config |= {"label_column": "l", "text_column": "t"}
+    run = {"config": config, "scores": {"accuracy": {"before": 0.0, "after": 1.0}}}
+    run |= {"strategy": "ddp", "num_processes": 2, "losses": [None, 1.0]}
+    results.write_metrics(tmp_path, run)
     assert ("base_model: " in (tmp_path / "README.md").read_text()) == in_card
     assert json.loads((tmp_path / "metrics.json").read_text())["losses"] == [None, 1.0]
 
@@ -114,7 +100,7 @@ import sys
 import time
 import torch
 from torch import distributed
-from utils.report import end_run
+from utils.results import end_run
 
 class Accelerator:
     distributed_type = "MULTI_CPU"
@@ -134,7 +120,7 @@ print(store.port, flush=True)
 for number in range(100):
     main(store, number)
 store.set(f"ended {rank}", "")
-store.wait(["ended 0", "ended 1"])  # process 0 hosts the store
+store.wait(["ended 0", "ended 1"])  # process 0 hosts the store and must end last
 store.add("left", 1)
 while rank == 0 and store.add("left", 0) < 2:
     time.sleep(0.01)
@@ -142,7 +128,7 @@ while rank == 0 and store.add("left", 0) < 2:
 
 
 def test_the_end_of_a_run_never_hangs():
-    """Two processes end 100 process groups. They hang before that if end_run keeps none."""
+    """Two processes end 100 process groups. They would hang if end_run kept no references."""
 
     def start(rank, port):
         command = [sys.executable, "-c", GROUPS, str(rank), str(port)]

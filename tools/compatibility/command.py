@@ -1,0 +1,71 @@
+"""The command line of tools/compatibility."""
+
+import argparse
+import datetime
+import json
+import tempfile
+from pathlib import Path
+
+from tools import compatibility
+from tools.compatibility.judge import judge, status
+from tools.compatibility.measure import ROOT, measure, run_step, start_server
+from tools.compatibility.page import PAGE, hardware, render
+from tools.compatibility.results import RESULTS, cell_file, dump, read_cells, select, versions
+from tools.compatibility.rows import CELLS
+
+
+def measure_all(todo, folder, cells):
+    """Measure the cells, keep each as soon as it is measured, and add it to `cells`."""
+    context = start_server()
+    with tempfile.TemporaryDirectory(prefix="compatibility-") as name:
+        log = Path(folder) / "model.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        job = {"rank": 0, "folder": name, "model": f"{name}/model", "log": str(log)}
+        if error := run_step(context, "make_model", [job], Path(name)):
+            raise SystemExit(f"error: the model could not be made: {error['message']}; see {log}")
+        for number, cell in enumerate(todo, 1):
+            file = cell_file(folder, cell)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            facts = measure(context, cell, f"{name}/model", file.with_suffix(".log"))
+            file.write_text(json.dumps(facts | {"versions": versions()}, indent=1) + "\n")
+            cells[cell] = facts
+            answers = judge(cell, facts, cells.get(f"{cell.split('/')[0]}/single"))
+            reason = next((reason for reason in answers.values() if reason), "")
+            answer = f"{status(answers, facts)} ({facts['seconds']} s) {reason}"
+            print(f"{number}/{len(todo)} {cell}: {answer}", flush=True)
+
+
+def main(arguments=None):
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.compatibility",
+        description=compatibility.__doc__.partition("\n\n    rows.py")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="ROW/COLUMN",
+        help="cells to measure again (default: measure the missing ones)",
+    )
+    parser.add_argument(
+        "--folder",
+        default=ROOT / "outputs" / "compatibility",
+        help="folder that keeps the measured cells (default: outputs/compatibility)",
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="write docs/compatibility.md and .json at the end"
+    )
+    options = parser.parse_args(arguments)
+    cells = read_cells(options.folder)
+    todo = select(options.only, cells)
+    if todo:
+        measure_all(todo, options.folder, cells)
+    if options.write:
+        cells = {cell: cells[cell] for cell in CELLS if cell in cells}
+        date = datetime.date.today().isoformat()
+        results = {"versions": versions(), "hardware": hardware(), "date": date, "cells": cells}
+        RESULTS.write_text(dump(results))
+        PAGE.write_text(render(results))
+        print(f"wrote {PAGE.relative_to(ROOT)} and {RESULTS.relative_to(ROOT)}")

@@ -1,0 +1,317 @@
+"""Stop with one sentence where a folder or Hub id holds no usable model of the script's kind.
+
+Judged by config.json, the tokenizer and the headers of the safetensors; no weights are loaded.
+"""
+
+import importlib.util
+import json
+import os
+import ssl
+import urllib.request
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoTokenizer
+
+from utils.errors import or_refuse, refuse
+from utils.launch import launched_precision, launched_strategy
+
+DTYPES = ("float32", "bfloat16", "float16")
+HALF = {"bf16": "bfloat16", "fp16": "float16"}
+LINEAR = ("Linear", "Conv1D")
+
+
+def check_model(config, auto_model, base):
+    """Stop where `config.model_name_or_path` is no usable model, or its layers do not fit a flag.
+
+    Args:
+        config: the script's Config. Read are model_name_or_path, dtype, attn_implementation and, if
+            it has them, max_length, target_modules, modules_to_save and bnb_4bit_quant_storage.
+        auto_model: the class that loads the model, an Auto class or another.
+        base: "trained", "frozen" or "4bit", as for `read_settings`.
+    """
+    name = config.model_name_or_path
+    culprit, folder = f"--model_name_or_path {name}", Path(name)
+    check_place(name, culprit)
+    unreadable = f"{culprit} cannot be read, check the path"
+    model_config = or_refuse(unreadable, AutoConfig.from_pretrained, name)
+    saved = getattr(model_config, "quantization_config", None) or {}
+    check_quantization(config, culprit, saved, base)
+    check_kind(auto_model.__name__, model_config, culprit)
+    no_tokenizer = f"{culprit} has no usable tokenizer, save one with it"
+    tokenizer = or_refuse(no_tokenizer, AutoTokenizer.from_pretrained, name)
+    generates = "CausalLM" in auto_model.__name__ or "Seq2Seq" in auto_model.__name__
+    if tokenizer.eos_token_id is None and generates:
+        refuse(
+            f"{culprit} has a tokenizer without eos_token, so generated text would never end: set "
+            "one and save it"
+        )
+    positions = getattr(model_config, "max_position_embeddings", None)
+    length = vars(config).get("max_length", 1)
+    if positions is not None and length > positions:
+        refuse(
+            f"--max_length {length} exceeds the model's {positions} positions: give {positions} or "
+            "less"
+        )
+    skeleton = build_skeleton(config, auto_model, model_config, culprit)
+    embeddings = skeleton.get_input_embeddings().num_embeddings
+    largest = max(len(tokenizer) - 1, tokenizer.eos_token_id or 0, tokenizer.pad_token_id or 0)
+    if largest >= embeddings:
+        refuse(
+            f"{culprit} has {embeddings} embeddings, and its tokenizer uses token {largest}: save "
+            "the model after resize_token_embeddings, or take its own tokenizer"
+        )
+    if folder.is_dir() and not hasattr(model_config, "quantization_config"):
+        check_weight_names(folder, culprit, skeleton)
+    check_layers(config, culprit, skeleton)
+
+
+def check_place(name, culprit):
+    """Stop where a model's name is neither a folder with its files nor a Hub id in reach."""
+    folder = Path(name)
+    if or_refuse(culprit, folder.is_dir):
+        if not (folder / "config.json").is_file():
+            refuse(
+                f"{culprit} holds no config.json: give the folder of a model, as save_pretrained "
+                "writes it"
+            )
+        check_weight_files(folder, culprit)
+    elif folder.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        refuse(f"{culprit} is no folder and no Hub id: check the path")
+    else:
+        check_hub(culprit)
+
+
+def check_hub(culprit):
+    """Stop if the Hub cannot be reached; the libraries would try for half a minute per file."""
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+        return
+    try:
+        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        urllib.request.urlopen(endpoint, timeout=3).close()
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, OSError) and not isinstance(reason, ssl.SSLError):  # else it answered
+            refuse(
+                f"{culprit} does not exist here, and the Hub cannot be reached ({reason}): check "
+                "the path or the network, or set HF_HUB_OFFLINE=1 to use an earlier download"
+            )
+
+
+def check_weight_files(folder, culprit):
+    """Stop where safetensors are missing or truncated, judged by their headers."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        unreadable = f"{culprit}: {index.name}"
+        weight_map = or_refuse(unreadable, lambda: json.loads(index.read_text())["weight_map"])
+        files = [folder / file for file in sorted(set(weight_map.values()))]
+    else:
+        files = [folder / "model.safetensors"]
+    for file in files:
+        if not file.is_file():
+            refuse(
+                f"{culprit} holds no {file.name}: only safetensors are read, save the model again "
+                "in that format"
+            )
+        damaged = (
+            f"{culprit}: {file.name} is damaged or truncated, save the model or download it again"
+        )
+        with or_refuse(damaged, safe_open, file, framework="pt"):
+            pass
+
+
+def check_kind(class_name, model_config, culprit):
+    """Stop where a script for causal models gets a sequence-to-sequence one, or the reverse."""
+    kinds = {"CausalLM": "a causal language model", "Seq2Seq": "a sequence-to-sequence model"}
+    for part, kind in kinds.items():
+        if part in class_name and model_config.is_encoder_decoder != (part == "Seq2Seq"):
+            refuse(
+                f"{culprit} is not {kind}, which this script trains: take another model or script"
+            )
+
+
+def build_skeleton(config, auto_model, model_config, culprit):
+    """Return the model on the meta device: shapes alone, no memory, no weights."""
+    attention = config.attn_implementation
+    described = (
+        f"{culprit} cannot be made by {auto_model.__name__} with --attn_implementation {attention}"
+    )
+    build = getattr(auto_model, "from_config", None) or auto_model._from_config
+    with torch.device("meta"):
+        return or_refuse(described, build, model_config, attn_implementation=attention)
+
+
+def check_weight_names(folder, culprit, skeleton):
+    """Stop where the files hold none of the model's weights, or weights of other shapes."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    prefix = f"{skeleton.base_model_prefix}."
+    # as the base model is saved on its own
+    shapes |= {name.removeprefix(prefix): shape for name, shape in shapes.items()}
+    found = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                shape = tuple(file.get_slice(name).get_shape())
+                if name in shapes and shape != shapes[name]:
+                    refuse(
+                        f"{culprit}: {path.name} holds {name} with shape {shape}, and config.json "
+                        f"says {shapes[name]}: save the two together"
+                    )
+                found += name in shapes
+    if not found:
+        refuse(
+            f"{culprit} holds no weight of a {type(skeleton).__name__}, which config.json names: "
+            "save them together"
+        )
+
+
+def check_layers(config, culprit, skeleton):
+    """Stop where the model lacks the layers that the launch config or the flags name."""
+    strategy, flags = launched_strategy(), vars(config)
+    if strategy.startswith("fsdp"):
+        check_wrap_classes(culprit, skeleton)
+    if strategy == "fsdp1" and config.dtype == "float16" and skeleton._keep_in_fp32_modules:
+        refuse(
+            f"{culprit} keeps some weights in float32 beside --dtype float16; fsdp1 cannot put two "
+            "dtypes into one flat parameter: give bfloat16"
+        )
+    if flags.get("target_modules", ["all-linear"]) != ["all-linear"]:
+        check_target_modules(config.target_modules, skeleton)
+    if flags.get("modules_to_save"):
+        check_modules_to_save(config, skeleton)
+
+
+def check_wrap_classes(culprit, skeleton):
+    """Stop where FSDP's wrap policy finds none of its layer classes in the model."""
+    classes = {type(module).__name__ for module in skeleton.modules()}
+    if named := os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP"):
+        missing = sorted(set(named.split(",")) - classes)
+    else:
+        missing = [] if skeleton._no_split_modules else ["known class"]
+    if missing:
+        layers = sorted(name for name in classes if name.endswith(("Layer", "Block")))
+        refuse(
+            f"{culprit} has no {missing[0]} for fsdp_transformer_layer_cls_to_wrap: name one of "
+            f"{', '.join(layers)}"
+        )
+
+
+def check_target_modules(target_modules, skeleton):
+    """Stop where a LoRA target names no linear layer."""
+    modules = dict(skeleton.named_modules())
+    for target in target_modules:
+        found = [
+            type(module).__name__ in LINEAR
+            for name, module in modules.items()
+            if name == target or name.endswith(f".{target}")
+        ]
+        if not found or not all(found):
+            linear = {
+                name.rpartition(".")[2]
+                for name, module in modules.items()
+                if type(module).__name__ in LINEAR
+            }
+            refuse(
+                f"--target_modules {target} names no linear layer: the model has "
+                f"{', '.join(sorted(linear))}"
+            )
+
+
+def check_modules_to_save(config, skeleton):
+    """Stop where a layer to train in full does not exist, has no weights, or is a LoRA target."""
+    modules = dict(skeleton.named_modules(remove_duplicate=False))
+    heads = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
+    ends = {name.rpartition(".")[2] for name, module in modules.items() if module in heads}
+    for wanted in config.modules_to_save:
+        found = [
+            next(module.parameters(recurse=False), None) is not None
+            for name, module in modules.items()
+            if name == wanted or name.endswith(f".{wanted}")
+        ]
+        if not found or not all(found):
+            refuse(
+                f"--modules_to_save {wanted} names no layer with weights: the model has "
+                f"{', '.join(sorted(ends))}"
+            )
+        if launched_strategy() == "fsdp2" and config.dtype != "float32" and wanted not in ends:
+            refuse(
+                f"--modules_to_save {wanted} would be trained in {config.dtype} beside LoRA in "
+                "float32; fsdp2 cannot put two dtypes into one unit: give --dtype float32, or only "
+                f"{' '.join(sorted(ends))}"
+            )
+        if wanted in config.target_modules:
+            refuse(
+                f"{wanted} is in --modules_to_save and in --target_modules: name it in one of them"
+            )
+
+
+def check_quantization(config, culprit, saved, base):
+    """Stop where quantized weights would be trained, cast, or copied to every process.
+
+    Args:
+        saved: the checkpoint's own `quantization_config`; empty where it is not quantized.
+        base: "4bit" where the script quantizes what the checkpoint holds.
+    """
+    strategy, quantizes = launched_strategy(), base == "4bit"
+    if saved and saved.get("quant_method") != "bitsandbytes":
+        refuse(
+            f"{culprit} is quantized by {saved.get('quant_method')}, not bitsandbytes: take the "
+            "original model"
+        )
+    if saved and base == "trained":
+        refuse(
+            f"{culprit} holds quantized weights, which cannot be trained: take the original, or a "
+            "script with LoRA"
+        )
+    if not (saved or quantizes):
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        refuse(
+            "4-bit and 8-bit weights need bitsandbytes, which is not installed: pip install "
+            "bitsandbytes"
+        )
+    is_sharded = strategy in ("zero3", "fsdp1", "fsdp2")
+    if saved.get("load_in_8bit"):
+        if is_sharded:
+            refuse(
+                f"{culprit} holds 8-bit weights; bitsandbytes keeps all of them in every process, "
+                f"whatever {strategy} does: train the original with "
+                f"causal_lm_qlora_{strategy}.py, or launch with configs/ddp.yaml"
+            )
+        if quantizes:
+            refuse(
+                f"{culprit} holds 8-bit weights already: take the original, or causal_lm_lora.py"
+            )
+        return
+    if is_sharded and not quantizes:
+        refuse(
+            f"{culprit} holds 4-bit weights, which this script cannot shard: take "
+            f"causal_lm_qlora_{strategy}.py"
+        )
+    check_storage(config, culprit, saved, strategy)
+
+
+def check_storage(config, culprit, saved, strategy):
+    """Stop where the dtype that holds the packed 4-bit weights does not fit the strategy."""
+    precision = launched_precision()
+    if saved:
+        storage = saved.get("bnb_4bit_quant_storage", "uint8")
+        source = f"{culprit}: its bnb_4bit_quant_storage"
+    else:
+        storage = config.bnb_4bit_quant_storage or config.dtype
+        source = "--bnb_4bit_quant_storage"
+    if storage not in (*DTYPES, "uint8"):
+        refuse(f"{source} is {storage!r}: choose one of uint8, {', '.join(DTYPES)}")
+    if strategy.startswith("fsdp") and storage != config.dtype:
+        refuse(
+            f"{source} is {storage}, and --dtype {config.dtype}: {strategy} shards both in one "
+            "unit, so make them the same"
+        )
+    if strategy in ("single", "ddp") or precision not in HALF:
+        return
+    if storage not in ("uint8", HALF[precision]):
+        refuse(
+            f"{source} is {storage}; {strategy} in mixed precision {precision} would cast and so "
+            f"destroy the packed weights: give --dtype {HALF[precision]}"
+        )

@@ -1,0 +1,138 @@
+"""Log a run while it trains: to the console, to log.jsonl and to accelerate's trackers."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from utils.errors import fail_together
+from utils.flops import peak_flop_per_second
+from utils.launch import launched_precision
+
+
+def is_due(strategy, every, progress):
+    """Return whether something is due after the last update.
+
+    Args:
+        strategy: "steps": after every `every` updates and the last one; "epoch": after each epoch
+            and the last update; "no": never.
+        progress: the run's `Progress`.
+    """
+    step = len(progress.updates)
+    is_last = step == progress.max_steps
+    if strategy == "epoch":
+        return progress.ended_epoch() or is_last
+    return strategy == "steps" and (step % every == 0 or is_last)
+
+
+def tracker_options(config):
+    """Return the arguments of the Accelerator for the trackers that --report_to names."""
+    trackers = None if config.report_to == "none" else config.report_to.split(",")
+    return {"log_with": trackers, "project_dir": f"{config.output_dir}/runs"}
+
+
+class RunLog:
+    """Writes means over several updates, and held-out scores, one line of JSON each.
+
+    `seconds` holds how long all updates took, without evaluations and checkpoints.
+
+    Args:
+        accelerator: made with `tracker_options`. Starts its trackers.
+        config: the script's Config. Lines of an earlier log.jsonl in its output_dir are removed
+            where they are of updates that the run will make again.
+        progress: the run's `Progress`, with the updates made so far.
+        flop: floating-point operations per input token and per label token, from `flop_per_token`.
+        seconds: how long the updates made so far took.
+    """
+
+    def __init__(self, accelerator, config, progress, flop, seconds=0.0):
+        self.accelerator, self.progress = accelerator, progress
+        self.flop_per_input, self.flop_per_label = flop
+        self.peak = peak_flop_per_second(accelerator)
+        self.seconds, self.seconds_unwritten = seconds, 0.0
+        self.num_written = len(progress.updates)
+        self.path = Path(config.output_dir, "log.jsonl")
+        if config.report_to != "none":
+            texts = {name: str(value) for name, value in vars(config).items()}
+            accelerator.init_trackers(Path(sys.argv[0]).stem, texts)
+        if accelerator.is_main_process:
+            self.remove_later_lines()
+
+    def remove_later_lines(self):
+        """Remove the lines of updates that the run will make again."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = []
+        if self.num_written and self.path.is_file():
+            lines = self.path.read_text().splitlines(keepends=True)
+        complete = [line for line in lines if line.endswith("}\n")]
+        kept = [line for line in complete if json.loads(line)["step"] <= self.num_written]
+        self.path.write_text("".join(kept))
+
+    def check_last_update(self, last_good):
+        """Stop where the last update's loss is NaN, infinite or 0, or its gradient norm is NaN.
+
+        Args:
+            last_good: the checkpoint to name in the error, or None. Its weights are finite.
+        """
+        progress = self.progress
+        loss, grad_norm = (progress.updates[-1][name] for name in ("loss", "grad_norm"))
+        # the loss scaler of fp16 skips an update whose gradients overflow
+        is_nan = math.isnan(grad_norm) and launched_precision() != "fp16"
+        if math.isfinite(loss) and loss != 0 and not is_nan:
+            return
+        progress.close()
+        fail_together(
+            self.accelerator,
+            f"the loss of update {len(progress.updates)} is {loss}, and its gradient norm is "
+            f"{grad_norm}: lower --learning_rate, or look at the data; the last good checkpoint is "
+            f"{last_good or 'none'}",
+        )
+
+    def add_seconds(self, seconds):
+        """Count the time of an update."""
+        self.seconds += seconds
+        self.seconds_unwritten += seconds
+
+    def write_updates(self):
+        """Write the mean loss and the speed of the updates since the last such line."""
+        part, seconds = self.progress.updates[self.num_written :], self.seconds_unwritten
+        labels = sum(update["target_tokens"] for update in part)
+        inputs = sum(update["input_tokens"] for update in part)
+        last = part[-1]
+        values = {
+            "step": last["step"],
+            "loss": sum(update["loss"] * update["target_tokens"] for update in part) / labels,
+            "learning_rate": last["learning_rate"],
+            "grad_norm": last["grad_norm"],
+            "epoch": last["epoch"],
+            "tokens_per_second": inputs / seconds,
+        }
+        if self.peak:
+            flop = self.flop_per_input * inputs + self.flop_per_label * labels
+            values["flops_utilisation"] = flop / seconds / self.peak
+        updates_left = self.progress.max_steps - last["step"]
+        values["seconds_left"] = updates_left * seconds / len(part)
+        self.write(values)
+        self.num_written, self.seconds_unwritten = last["step"], 0.0
+
+    def write_scores(self, scores):
+        """Write held-out scores after the last update, and keep them in `progress.evaluations`."""
+        values = {"step": len(self.progress.updates), **scores}
+        self.progress.evaluations.append(values)
+        self.write(values)
+
+    def scores(self):
+        """Return name -> (before, after) of the held-out scores; empty if nothing was evaluated."""
+        evaluations = self.progress.evaluations
+        names = [name for name in (evaluations or [{}])[0] if name != "step"]
+        return {name: (evaluations[0][name], evaluations[-1][name]) for name in names}
+
+    def write(self, values):
+        """Write numbers, `step` among them, to the console, log.jsonl and the trackers."""
+        self.accelerator.log(values, step=values["step"])
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+            tqdm.write(", ".join(f"{name} {value:.5g}" for name, value in values.items()))
