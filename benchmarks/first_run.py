@@ -42,7 +42,7 @@ def run(config, folder):
     output, first = b"", None
     while chunk := os.read(process.stdout.fileno(), 4096):
         output += chunk
-        if first is None and re.search(rb"\d(it/s|s/it)\]", output):
+        if first is None and re.search(rb"\d(it/s|s/it)[\],]", output):
             first = time.perf_counter() - start
     end = time.perf_counter() - start
     if process.wait() != 0 or first is None:

@@ -93,7 +93,8 @@ def build_dataloaders(config, tokenizer, accelerator):
     head_ids = tokenizer(head).input_ids
     tail_ids = tokenizer(tail, add_special_tokens=False).input_ids
     targets = {one: tokenizer(f" {one}", add_special_tokens=False).input_ids for one in labels}
-    answers, room = check_labels(targets, tokenizer, config.max_length, len(head_ids + tail_ids))
+    known, fixed = train[config.label_column], len(head_ids + tail_ids)
+    answers, room = check_labels(known, targets, tokenizer, config.max_length, fixed)
 
     def encode(row):
         label = str(row[config.label_column])
@@ -127,7 +128,12 @@ def build_dataloaders(config, tokenizer, accelerator):
     generator = torch.Generator().manual_seed(config.seed)
     sampler = RandomSampler(train, num_samples=max_steps * per_update, generator=generator)
     train_loader = DataLoader(train, batch_size, sampler=sampler, collate_fn=collate_train)
-    valid_loader = DataLoader(valid, config.per_device_eval_batch_size, collate_fn=collate_valid)
+    valid_loader = DataLoader(
+        valid,
+        config.per_device_eval_batch_size,
+        collate_fn=collate_valid,
+        generator=torch.Generator(),  # else an evaluation draws from the generator of dropout
+    )
     return train_loader, valid_loader
 
 
@@ -255,7 +261,6 @@ def main():
                 model.train()
     with tracker.phase("eval"):
         after, samples = evaluate(accelerator, model, tokenizer, valid_loader, config)
-    progress.show_samples(samples)
 
     # 7. Save --------------------------------------------------------------------------------------
     # leave, unless you know why
@@ -275,6 +280,7 @@ def main():
             save_file(state_dict, folder / "adapter_model.safetensors")
             model.module.peft_config["default"].save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+    progress.show_samples(samples)
     finish_run(accelerator, config, metrics)
 
 

@@ -95,7 +95,8 @@ def build_dataloaders(config, tokenizer, accelerator):
     head_ids = tokenizer(head).input_ids
     tail_ids = tokenizer(tail, add_special_tokens=False).input_ids
     targets = {one: tokenizer(f" {one}", add_special_tokens=False).input_ids for one in labels}
-    answers, room = check_labels(targets, tokenizer, config.max_length, len(head_ids + tail_ids))
+    known, fixed = train[config.label_column], len(head_ids + tail_ids)
+    answers, room = check_labels(known, targets, tokenizer, config.max_length, fixed)
 
     def encode(row):
         label = str(row[config.label_column])
@@ -129,7 +130,12 @@ def build_dataloaders(config, tokenizer, accelerator):
     generator = torch.Generator().manual_seed(config.seed)
     sampler = RandomSampler(train, num_samples=max_steps * per_update, generator=generator)
     train_loader = DataLoader(train, batch_size, sampler=sampler, collate_fn=collate_train)
-    valid_loader = DataLoader(valid, config.per_device_eval_batch_size, collate_fn=collate_valid)
+    valid_loader = DataLoader(
+        valid,
+        config.per_device_eval_batch_size,
+        collate_fn=collate_valid,
+        generator=torch.Generator(),  # else an evaluation draws from the generator of dropout
+    )
     return train_loader, valid_loader
 
 
@@ -194,8 +200,8 @@ def find_checkpoint(config, run):
 
     Stops where `run`, the settings that both runs must share, is not that of the checkpoint.
     """
-    folders = Path(config.checkpoint_dir).glob("checkpoint-*")
-    newest = max(folders, key=lambda folder: int(folder.name.split("-")[1]), default="")
+    folders = Path(config.checkpoint_dir).glob("checkpoint-[0-9]*")
+    newest = max(folders, key=lambda folder: (len(folder.name), folder.name), default="")
     wanted = config.resume_from_checkpoint
     resumed = newest if wanted == "True" else wanted
     if newest and not resumed:
@@ -224,7 +230,8 @@ def main():
     config = read_settings(Config, strategies, AutoModelForCausalLM, base="frozen")
     steps, deterministic = config.gradient_accumulation_steps, config.deterministic
     accelerator = start_accelerator(steps, tf32=config.tf32, deterministic=deterministic)
-    free = "save_steps checkpoint_dir resume_from_checkpoint output_dir overwrite_output_dir"
+    free = "save_steps checkpoint_dir resume_from_checkpoint output_dir overwrite_output_dir "
+    free += "hub_model_id"
     run = {name: value for name, value in asdict(config).items() if name not in free.split()}
     run |= {name: getattr(accelerator, name) for name in ("num_processes", "mixed_precision")}
     resumed, state = find_checkpoint(config, run)
@@ -320,7 +327,6 @@ def main():
                     unfinished.rename(folder)  # at once, so a checkpoint is complete or absent
     with tracker.phase("eval"):
         after, samples = evaluate(accelerator, model, tokenizer, valid_loader, config)
-    progress.show_samples(samples)
 
     # 7. Save --------------------------------------------------------------------------------------
     # leave, unless you know why
@@ -335,6 +341,7 @@ def main():
             # only the adapter, without copies of embeddings
             unwrapped.save_pretrained(folder, state_dict=trainable, save_embedding_layers=False)
             tokenizer.save_pretrained(folder)
+    progress.show_samples(samples)
     finish_run(accelerator, config, metrics)
 
 

@@ -49,7 +49,6 @@ from utils.launch import launched_strategy, move_quant_states, shards_parameters
 from utils.loss import add_token_loss, check_token_loss
 from utils.memory import MemoryTracker
 from utils.packing import build_loader, pack, shuffled_sequences, stream_sequences
-from utils.plots import draw_losses
 from utils.results import Progress, collect_metrics, end_run, name_in_file, new_folder, print_saved
 from utils.results import print_scores
 from utils.resuming import check_resumed, find_run, identify, remove_earlier_run, restore_progress
@@ -481,22 +480,23 @@ def show_answers(config, accelerator, model, tokenizer, prompts):
     if not prompts:
         return
     model.eval()
-    ends = accelerator.unwrap_model(model).generation_config.eos_token_id
-    options = {"max_new_tokens": config.max_new_tokens, "eos_token_id": ends}
-    options |= {"pad_token_id": ends[0]}
-    # greedy, whatever the checkpoint asks for
-    greedy = GenerationConfig(do_sample=False, num_beams=1, repetition_penalty=1.0, **options)
+    unwrapped = accelerator.unwrap_model(model)
+    own = unwrapped.generation_config
+    ends = {"eos_token_id": own.eos_token_id, "pad_token_id": own.eos_token_id[0]}
+    # greedy: generate fills what is not set from the model's own settings, so these are replaced
+    unwrapped.generation_config = GenerationConfig(**ends)
     with generating(accelerator, model, config.layerwise_generation) as generator:
         for prompt in prompts:
             inputs = torch.tensor([prompt], device=accelerator.device)
             tokens = generator.generate(
                 input_ids=inputs,
                 attention_mask=torch.ones_like(inputs),
-                generation_config=greedy,
+                max_new_tokens=config.max_new_tokens,
                 synced_gpus=shards_parameters(),
             )
             said = tokenizer.decode(tokens[0, len(prompt) :], skip_special_tokens=True).strip()
             accelerator.print(f"  {tokenizer.decode(prompt)[-100:]!r} -> {said!r}")
+    unwrapped.generation_config = own  # it is saved with the model
     model.train()
 
 
@@ -661,9 +661,9 @@ def main():
         metrics["evaluations"] = progress.evaluations
         if accelerator.is_main_process:
             # checks the written files at the end, and adds the metrics and memory.png
-            with new_folder(replace(config, overwrite_output_dir=True), metrics, shapes) as folder:
+            target = replace(config, overwrite_output_dir=True)
+            with new_folder(target, metrics, shapes, progress, with_log=False) as folder:
                 write_weights(folder, accelerator, model, tokenizer, state_dict)
-                draw_losses(progress).savefig(folder / "losses.png", format="png")
             print_scores(metrics)
             print_saved(config, metrics)
             if hub:

@@ -94,7 +94,8 @@ def build_dataloaders(config, tokenizer, accelerator):
     eos = tokenizer.eos_token_id  # some tokenizers add none, and no answer would end
     targets = {label: ids if eos in ids else [*ids, eos] for label, ids in targets.items()}
     fixed = len(tokenizer(head + tail).input_ids)
-    answers, _ = check_labels(targets, tokenizer, config.max_length, fixed, is_shared=False)
+    known, limit = train[config.label_column], config.max_length
+    answers, _ = check_labels(known, targets, tokenizer, limit, fixed, is_shared=False)
 
     def encode(row):
         label = str(row[config.label_column])
@@ -127,7 +128,12 @@ def build_dataloaders(config, tokenizer, accelerator):
     generator = torch.Generator().manual_seed(config.seed)
     sampler = RandomSampler(train, num_samples=max_steps * per_update, generator=generator)
     train_loader = DataLoader(train, batch_size, sampler=sampler, collate_fn=collate_train)
-    valid_loader = DataLoader(valid, config.per_device_eval_batch_size, collate_fn=collate_valid)
+    valid_loader = DataLoader(
+        valid,
+        config.per_device_eval_batch_size,
+        collate_fn=collate_valid,
+        generator=torch.Generator(),  # else an evaluation draws from the generator of dropout
+    )
     return train_loader, valid_loader
 
 
@@ -258,7 +264,6 @@ def main():
                 model.train()
     with tracker.phase("eval"):
         after, samples = evaluate(accelerator, model, tokenizer, valid_loader, config)
-    progress.show_samples(samples)
 
     # 7. Save --------------------------------------------------------------------------------------
     # leave, unless you know why
@@ -278,6 +283,7 @@ def main():
             save_file(state_dict, folder / "adapter_model.safetensors")
             model.module.peft_config["default"].save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+    progress.show_samples(samples)
     finish_run(accelerator, config, metrics)
 
 

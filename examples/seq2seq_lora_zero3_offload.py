@@ -92,7 +92,8 @@ def build_dataloaders(config, tokenizer, accelerator):
     eos = tokenizer.eos_token_id  # some tokenizers add none, and no answer would end
     targets = {label: ids if eos in ids else [*ids, eos] for label, ids in targets.items()}
     fixed = len(tokenizer(head + tail).input_ids)
-    answers, _ = check_labels(targets, tokenizer, config.max_length, fixed, is_shared=False)
+    known, limit = train[config.label_column], config.max_length
+    answers, _ = check_labels(known, targets, tokenizer, limit, fixed, is_shared=False)
 
     def encode(row):
         label = str(row[config.label_column])
@@ -125,7 +126,12 @@ def build_dataloaders(config, tokenizer, accelerator):
     generator = torch.Generator().manual_seed(config.seed)
     sampler = RandomSampler(train, num_samples=max_steps * per_update, generator=generator)
     train_loader = DataLoader(train, batch_size, sampler=sampler, collate_fn=collate_train)
-    valid_loader = DataLoader(valid, config.per_device_eval_batch_size, collate_fn=collate_valid)
+    valid_loader = DataLoader(
+        valid,
+        config.per_device_eval_batch_size,
+        collate_fn=collate_valid,
+        generator=torch.Generator(),  # else an evaluation draws from the generator of dropout
+    )
     return train_loader, valid_loader
 
 
@@ -253,7 +259,6 @@ def main():
                 model.train()
     with tracker.phase("eval"):
         after, samples = evaluate(accelerator, model, tokenizer, valid_loader, config)
-    progress.show_samples(samples)
 
     # 7. Save --------------------------------------------------------------------------------------
     # leave, unless you know why
@@ -270,6 +275,7 @@ def main():
             # only the adapter, without copies of embeddings
             unwrapped.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
             tokenizer.save_pretrained(folder)
+    progress.show_samples(samples)
     finish_run(accelerator, config, metrics)
 
 

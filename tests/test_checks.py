@@ -292,7 +292,7 @@ ARGUMENTS = [  # (flags, expected parts of the line: the culprit, then the remed
     (f"{DATA}/header.csv", "data/header.csv has no rows", "give a file with rows"),
     (f"{DATA}/no_label.csv", "row 7 of train has no label in column 'Label'", "fill it"),
     (f"{DATA}/null.jsonl", "row 4 of train has no label in column 'Label'", "fill it"),
-    (f"{DATA}/one_label.csv", "all rows have the label", "nothing to learn"),
+    (f"{DATA}/one_label.csv", "all training rows have the label", "nothing to learn"),
     (f"{DATA}/spaces.csv", "two labels, 'yes", "become the same text", "rename one"),
     (f"{DATA}/two_rows.csv", "data/two_rows.csv leaves 1 row(s) for train", "give more rows"),
     (f"{DATA}/one_text.csv", "data/one_text.csv leaves 0 row(s) for train", "give more rows"),

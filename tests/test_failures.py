@@ -113,7 +113,9 @@ def test_a_save_without_gathering_fails_loudly(launch, arguments, tmp_path, outp
     assert done.returncode != 0
     (line,) = re.findall("^error: .*", done.stdout, re.MULTILINE)
     assert "lora_A" in line and "(0,)" in line and "gather" in line
-    assert list(output_dir.parent.iterdir()) == []
+    kept = output_dir.with_name(f"{output_dir.name}.unchecked")  # no work is thrown away
+    assert list(output_dir.parent.iterdir()) == [kept] and str(kept) in done.stdout
+    assert {"adapter_model.safetensors", "log.jsonl"} < {file.name for file in kept.iterdir()}
 
 
 def test_a_save_that_the_system_refuses_leaves_nothing(launch, arguments, tmp_path, output_dir):

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from examples import chat_sft
-from utils import chat_settings, checkpoint, flops, launch, loss, packing, results
+from utils import chat_settings, checkpoint, flops, launch, loss, packing, results, run_log, signals
 
 SIZE = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 SIZE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -189,6 +189,8 @@ def test_an_update_reads_from_the_device_once(script):
         if isinstance(node, kinds) and any(is_backward(inner) for inner in ast.walk(node))
     )  # fmt: skip
     parts = [part.test if is_occasional(part) else part for part in loop.body]
+    # the functions of section 3 that the loop calls
+    parts += [functions["compute_loss"], functions["count_targets"]]
     reads = [ast.unparse(read) for part in parts for read in read_calls(part)]
     on_cpu = ("int(targets)", "int(inputs)", "float(len(signals))")
     reads = [read for read in reads if read not in on_cpu]
@@ -216,6 +218,9 @@ READS = {
     loss.chunk_rows: ["int(limit / 4 / vocabulary)"],
     loss.loss_of_chunks: ["int(chunks)", "int(chunks)"],
     results.read_numbers: ["torch.hstack(values).tolist()"],
+    results.Progress.print_epoch: [],
+    run_log.RunLog.check_last_update: [],
+    signals.StopSignals.flags: ["float(number in self.received)"],  # numbers of the CPU
     results.Progress.log: ["read_numbers(self.accelerator.device, *tensors.values())"],
 }
 

@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import save_file
 
-from utils import results
+from utils import results, run_files
 
 
 def settings(folder, overwrite=False):
@@ -67,9 +67,67 @@ def test_a_written_model_is_read_back(tmp_path, capsys, tensors, words):
         assert words in capsys.readouterr().err
 
 
+def test_one_matrix_that_did_not_change_is_a_warning(tmp_path, capsys):
+    written = {"a.lora_B.weight": torch.ones(2, 3), "b.lora_B.weight": torch.zeros(2, 3)}
+    save_file(written, tmp_path / "adapter_model.safetensors")
+    trained = {name.replace(".weight", ".default.weight"): one for name, one in written.items()}
+    results.check_adapter(tmp_path, trained, [1e-3])
+    assert (
+        "1 of 2 lora_B matrices are still 0, as at the start: b.lora_B" in capsys.readouterr().out
+    )
+
+
+def save_model(folder, tensor):
+    save_file({"weight": tensor}, folder / "model.safetensors")
+
+
+METRICS = {"total_parameters": 3, "memory": {}}
+
+
+@pytest.mark.parametrize("error", [OSError("No space left"), ValueError("a font is missing")])
+def test_weights_are_kept_if_a_plot_or_a_log_fails(tmp_path, capsys, monkeypatch, error):
+    def draw(*args):
+        raise error
+
+    monkeypatch.setattr(run_files, "draw_memory", draw)
+    run = settings(tmp_path / "run")
+    with pytest.raises(SystemExit), results.new_folder(run, METRICS, {}) as folder:
+        save_model(folder, torch.ones(3))
+    assert (folder / "model.safetensors").is_file() and not (tmp_path / "run").exists()
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1
+    assert str(folder) in message and str(error) in message
+
+
+@pytest.mark.parametrize("fault", ["check", "body"])
+def test_weights_are_kept_if_the_check_or_the_body_fails(tmp_path, capsys, fault):
+    run = settings(tmp_path / "run")
+    error = SystemExit if fault == "check" else ZeroDivisionError
+    with pytest.raises(error), results.new_folder(run, METRICS, {}) as folder:
+        save_model(folder, torch.ones(3) / 0 if fault == "check" else torch.ones(3))
+        if fault == "body":
+            1 / 0  # noqa: B018
+    kept = tmp_path / "run.unchecked"
+    assert list(tmp_path.iterdir()) == [kept] and (kept / "model.safetensors").is_file()
+    assert str(kept) in capsys.readouterr().err
+
+
+def test_an_update_is_logged_in_single_numbers():
+    accelerator = SimpleNamespace(device=torch.device("cpu"), is_main_process=False)
+    progress = object.__new__(results.Progress)
+    progress.accelerator, progress.updates, progress.epochs_per_update = accelerator, [], 1.0
+    progress.log(loss=torch.tensor(1.5), margin=2, grad_norm=torch.tensor([3.0]))
+    last = progress.updates[-1]
+    assert (last["loss"], last["margin"], last["grad_norm"]) == (1.5, 2, 3.0)
+    for value in (torch.ones(2), "warmup", None):
+        with pytest.raises(ValueError, match="margin is .* single numbers"):
+            progress.log(loss=torch.tensor(1.5), margin=value)
+
+
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
 @pytest.mark.parametrize(
-    "written, words", [(torch.ones(2, 3), None), (torch.zeros(2, 3), "still 0, as at its start")]
+    "written, words",
+    [(torch.ones(2, 3), None), (torch.zeros(2, 3), "1 of 1 lora_B")],
 )
 def test_only_lora_b_must_have_changed_from_zero(tmp_path, capsys, part, written, words):
     save_file({f"layer.{part}.weight": written}, tmp_path / "adapter_model.safetensors")
@@ -90,7 +148,7 @@ def test_the_card_names_a_base_of_the_hub_and_no_path(tmp_path, name, in_card):
     config |= {"label_column": "l", "text_column": "t"}
     run = {"config": config, "scores": {"accuracy": {"before": 0.0, "after": 1.0}}}
     run |= {"strategy": "ddp", "num_processes": 2, "losses": [None, 1.0]}
-    results.write_metrics(tmp_path, run)
+    run_files.write_metrics(tmp_path, run)
     assert ("base_model: " in (tmp_path / "README.md").read_text()) == in_card
     assert json.loads((tmp_path / "metrics.json").read_text())["losses"] == [None, 1.0]
 

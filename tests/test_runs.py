@@ -240,10 +240,12 @@ def repeated(forks, small, tmp_path_factory):
     folder = tmp_path_factory.mktemp("repeated")
     lora = ("causal_lm_lora", *small, "--output_dir", folder / "one")
     full = ("causal_lm_full", *small, "--output_dir")
-    dropout = ("--lora_dropout", 0.3)
+    # two updates are an epoch; the second run also evaluates after it, which must change nothing
+    dropout = ("--lora_dropout", 0.3, "--per_device_train_batch_size", 20, "--max_steps", 4)
+    evaluates = ("--eval_strategy", "epoch")
     runs = [
         (*lora, *dropout),
-        ("causal_lm_lora", *small, *dropout, "--output_dir", folder / "two"),
+        ("causal_lm_lora", *small, *dropout, *evaluates, "--output_dir", folder / "two"),
         ("causal_lm_lora", *small, *dropout, "--output_dir", folder / "three", "--seed", 43),
         (*full, folder / "full"),
     ]

@@ -69,7 +69,7 @@ LIMITS = {
     "lines of a lesson": 350,
     "names of ours that a lesson imports": 12,
     "files of ours that a lesson imports": 6,
-    "lines of code in those files": 1080,
+    "lines of code in those files": 1090,
     "functions before main of a lesson": 6,
     "lines of chat_sft without its Settings": 480,
     "lines of main in chat_sft": 120,
@@ -187,7 +187,7 @@ def test_every_knob_is_read_where_it_acts(name):
 
 
 SEAM = ("errors", "launch", "settings", "model_files", "data", "memory", "engine", "results")
-SEAM += ("plots", "generation", "loading")
+SEAM += ("plots", "generation", "loading", "run_files")
 TASKS = ("text_column", "label_column", "prompt", "accuracy", "perplexity_of", "rouge")
 
 

@@ -45,21 +45,25 @@ def load_data(dataset_name, columns, seed=0, num_processes=1):
     for split in ("train", "validation"):
         if split in dataset:
             check_columns(dataset[split], split, columns)
-    train, valid = dataset["train"], dataset.get("validation")
+    train, valid, repeated = dataset["train"], dataset.get("validation"), 0
     if valid is None and len(train) > 1:
         train, valid = train.train_test_split(test_size=0.2, seed=seed).values()
         held_out = set(valid[names[0]])
+        split = len(train)
         train = train.filter(lambda row: row[names[0]] not in held_out)
-    for split, rows, least in (
-        ("train", train, num_processes),
-        ("validation", valid or (), 1),
-    ):
-        if len(rows) < least:
+        repeated = split - len(train)
+    told = f"{repeated} training rows are left out: their {names[0]!r} is held out, too"
+    sizes = {"train": (len(train), num_processes), "validation": (len(valid or ()), 1)}
+    for split, (count, least) in sizes.items():
+        if count < least:
+            reason = f" ({told})" if repeated else ""
             refuse(
-                f"--dataset_name {dataset_name} leaves {len(rows)} row(s) for {split}, and "
+                f"--dataset_name {dataset_name} leaves {count} row(s) for {split}{reason}, and "
                 f"{num_processes} process(es) need {least}: give more rows, or "
                 "launch with fewer --num_processes"
             )
+    if repeated:
+        say(f"{told}.")
     return train, valid
 
 
@@ -115,7 +119,7 @@ def read_file(file, columns):
     cells = {name: [row.get(name) for row in rows] for name in names}
     for flag, name in columns.items():
         if name in cells:
-            mixed = f"--{flag} {name!r} has values of several types in {file}, convert them to one"
+            mixed = f"--{flag} {name!r} has values in {file} that are not of one type, change them"
             or_refuse(mixed, Dataset.from_dict, {name: cells[name]})
     for name in [name for name in cells if name not in columns.values()]:
         try:
@@ -130,9 +134,10 @@ def read_csv(file):
     """Return the rows of a .csv as dicts of text; empty cells, NA and 01 stay as they are."""
     csv.field_size_limit(sys.maxsize)
     with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.reader(lines)
+        reader = csv.reader(lines, strict=True)  # an open quote at the end of the file is an error
         header, rows = next(reader), []
-        if twice := [name for name in header if header.count(name) > 1]:
+        named = [name for name in header if name]
+        if twice := [name for name in named if header.count(name) > 1]:
             raise ValueError(f"two columns are called {twice[0]!r}; rename one")
         for number, cells in enumerate(filter(None, reader), start=1):
             if len(cells) > len(header):
@@ -141,14 +146,16 @@ def read_csv(file):
                     "be missing"
                 )
             cells += [None] * (len(header) - len(cells))
-            rows.append(dict(zip(header, cells)))
+            if any(cell for name, cell in zip(header, cells) if not name):
+                raise ValueError(f"row {number} has a cell in a column without a name")
+            rows.append({name: cell for name, cell in zip(header, cells) if name})
     return rows
 
 
 def read_json(file):
     """Return the rows of a .json or .jsonl: a list of objects, or one object per line."""
     with file.open(encoding="utf-8-sig") as lines:
-        is_list = next(lines).lstrip().startswith("[")
+        is_list = next(filter(str.strip, lines), "").lstrip().startswith("[")
         lines.seek(0)
         if is_list:
             rows = json.load(lines)
@@ -180,12 +187,13 @@ def check_columns(rows, split, columns):
                     )
 
 
-def check_labels(targets, tokenizer, max_length, prompt_length, is_shared=True):
+def check_labels(train, targets, tokenizer, max_length, prompt_length, is_shared=True):
     """Stop if labels cannot be told apart, or leave no room for text.
 
     For classification; free text as a target needs no such check.
 
     Args:
+        train: the labels of the training rows.
         targets: label -> its token ids, without the end-of-sequence token.
         max_length: tokens of prompt and label together; of the prompt alone if not `is_shared`.
         prompt_length: tokens of the prompt without the row's text.
@@ -194,8 +202,8 @@ def check_labels(targets, tokenizer, max_length, prompt_length, is_shared=True):
         label -> the text that its token ids decode to, which a correct answer must equal; and how
         many tokens of text fit beside the prompt and the longest label.
     """
-    if len(targets) < 2:
-        refuse(f"all rows have the label {next(iter(targets))!r}: there is nothing to learn")
+    if len(set(map(str, train))) < 2:
+        refuse(f"all training rows have the label {train[0]!r}: there is nothing to learn")
     answers, seen = {}, {}
     for label, ids in targets.items():
         answers[label] = answer = tokenizer.decode(ids, skip_special_tokens=True).strip()

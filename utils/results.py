@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -30,7 +31,7 @@ from utils.engine import (
 )
 from utils.errors import fail, first_line
 from utils.loading import base_model, library, load_lines
-from utils.plots import draw_losses, draw_memory, gpu_total
+from utils.run_files import write_beside
 
 LIBRARIES = ("torch", "accelerate", "deepspeed", "peft", "transformers", "datasets", "bitsandbytes")
 CURVES = {"loss": "losses", "learning_rate": "learning_rates", "grad_norm": "grad_norms"}
@@ -63,12 +64,20 @@ class Progress:
         self.updates, self.evaluations, self.bar = [], [], None
 
     def log(self, **values):
-        """Record an update. Tensors among the values are read from the device all at once."""
+        """Record an update. Tensors among the values are read from the device all at once.
+
+        Raises:
+            ValueError: a value is not one number.
+        """
         tensors = {name: one for name, one in values.items() if isinstance(one, torch.Tensor)}
+        for name, value in values.items():
+            if value.numel() != 1 if name in tensors else not isinstance(value, int | float):
+                raise ValueError(f"{name} is {value!r}, but an update is logged in single numbers")
         numbers = read_numbers(self.accelerator.device, *tensors.values())
         step = len(self.updates) + 1
         entry = {"step": step, "epoch": step * self.epochs_per_update}
-        self.updates.append(entry | values | dict(zip(tensors, numbers)))
+        self.updates.append(entry | values | dict(zip(tensors, numbers, strict=True)))
+        self.logged_at = time.perf_counter()
         if not self.accelerator.is_main_process:
             return
         if self.bar is None:
@@ -113,7 +122,9 @@ class Progress:
         tqdm.write(f"{name}: mean loss {loss:.4f}, perplexity exp(loss) {perplexity:.4g}")
 
     def log_scores(self, scores):
-        """Record and print held-out scores that were measured during training."""
+        """Record and print held-out scores, measured since the last update was logged."""
+        # collect_metrics leaves this time out of the seconds of the training
+        self.updates[-1]["evaluation_seconds"] = time.perf_counter() - self.logged_at
         last = {name: self.updates[-1][name] for name in ("step", "epoch")}
         self.evaluations.append(last | scores)
         if self.accelerator.is_main_process:
@@ -162,6 +173,7 @@ def collect_metrics(accelerator, model, config, tracker, scores, updates):
     engine = engine_facts(accelerator, parameters)
     offload = engine["offload_optimizer"]
     is_gpu, seconds = accelerator.device.type == "cuda", tracker.seconds["train"]
+    seconds -= sum(update.get("evaluation_seconds", 0) for update in updates)
     tokens = {
         name: sum(int(update[name]) for update in updates)
         for name in ("target_tokens", "input_tokens")
@@ -198,15 +210,15 @@ def collect_metrics(accelerator, model, config, tracker, scores, updates):
 
 # What is left behind ------------------------------------------------------------------------------
 @contextlib.contextmanager
-def new_folder(config, metrics=None, trained=None, progress=None):
+def new_folder(config, metrics=None, trained=None, progress=None, with_log=True):
     """Yield a folder to save the weights into; at the end it becomes `config.output_dir`.
 
     With metrics the weights are checked after the body, and the model card, memory.png, losses.png,
-    log.jsonl and metrics.json are written beside them. If the weights cannot be written, or are not
-    what was trained, the folder vanishes and output_dir stays as it was. Weights that passed the
-    check are kept, whatever fails after that: the error names their folder. With
-    overwrite_output_dir the files that an earlier run lists in its metrics.json are replaced;
-    others stay. A full disk ends the run with one line, `error: ...`.
+    log.jsonl and metrics.json are written beside them. Weights that were written are kept, whatever
+    fails: as `<output_dir>.unchecked` if the body or the check fails, in the hidden folder if
+    something fails after that. The console names the folder. Only if the weights themselves cannot
+    be written, as on a full disk, nothing is left. With overwrite_output_dir the files that an
+    earlier run lists in its metrics.json are replaced; others stay.
 
     Args:
         config: its output_dir and overwrite_output_dir are read.
@@ -214,27 +226,46 @@ def new_folder(config, metrics=None, trained=None, progress=None):
         trained: name -> parameter, for every trainable parameter, before FSDP1 flattens it. The
             written adapter must hold each with its full shape.
         progress: the run's `Progress`, for log.jsonl and losses.png.
+        with_log: write log.jsonl; a script that writes it while it trains does not need this.
     """
     target = Path(config.output_dir)
     folder = target.parent / f".{target.name}.{os.getpid()}"
-    checked = False
+    written = False
     try:
         folder.mkdir(parents=True)
         yield folder
+        written = True
         if metrics is not None:
             check_files(folder, metrics, trained)
-        checked = True
-    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for that
+        if written:
+            keep_unchecked(folder, target, metrics, progress, with_log)
+            fail(f"the written files cannot be read back: {error}")
+        shutil.rmtree(folder, ignore_errors=True)
         fail(f"nothing was saved in {target}: {error}")
-    finally:
-        if not checked:
-            shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        keep_unchecked(folder, target, metrics, progress, with_log)
+        raise
     try:
         if metrics is not None:
-            write_beside(folder, metrics, progress)
+            write_beside(folder, metrics, progress, with_log)
         move_into_place(folder, target, config.overwrite_output_dir)
     except Exception as error:  # a plot, a full disk, a folder that cannot be replaced
         fail(f"{target} was not completed, the weights are in {folder}: {first_line(error)}")
+
+
+def keep_unchecked(folder, target, metrics, progress, with_log):
+    """Keep the weights of a run that failed while they were saved or checked, and say where."""
+    if metrics is None or not any(folder.rglob("*.safetensors")):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    kept = target.with_name(f"{target.name}.unchecked")
+    if kept.exists():
+        kept = target.with_name(f"{kept.name}.{os.getpid()}")
+    folder.replace(kept)
+    with contextlib.suppress(Exception):  # what can be written beside them is
+        write_beside(kept, metrics, progress, with_log)
+    print(f"The files are kept, unchecked, in {kept}", file=sys.stderr, flush=True)
 
 
 def move_into_place(folder, target, overwrite):
@@ -251,15 +282,6 @@ def move_into_place(folder, target, overwrite):
         (target / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
         file.replace(target / file.relative_to(folder))
     shutil.rmtree(folder)
-
-
-def write_beside(folder, metrics, progress):
-    """Write the log, the plots, the model card and the metrics beside the weights."""
-    if progress is not None:
-        write_log(folder / "log.jsonl", progress)
-        draw_losses(progress).savefig(folder / "losses.png", format="png")
-    draw_memory(metrics["memory"], gpu_total()).savefig(folder / "memory.png", format="png")
-    write_metrics(folder, metrics)
 
 
 def earlier_files(target):
@@ -290,9 +312,10 @@ def check_adapter(folder, trained, learning_rates):
     Args:
         folder: where `save_pretrained` wrote adapter_model.safetensors.
         trained: name -> parameter, for every trainable parameter.
-        learning_rates: those of all updates. If one is above 0, every lora_B must differ from its
-            initial value, 0.
+        learning_rates: those of all updates. If one is above 0, a lora_B must differ from its
+            initial value, 0. Those that do not are printed.
     """
+    moved, unmoved = [], []
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         keys = set(file.keys())
         for name, parameter in trained.items():
@@ -307,8 +330,15 @@ def check_adapter(folder, trained, learning_rates):
                 )
             if not torch.isfinite(tensor).all():
                 fail(f"the written adapter has NaN or infinity in {key}: lower --learning_rate")
-            if "lora_B" in key and any(learning_rates) and not tensor.any():
-                fail(f"the written adapter's {key} is still 0, as at its start: it was not trained")
+            if "lora_B" in key:
+                (moved if tensor.any() else unmoved).append(key)
+    if unmoved and any(learning_rates):
+        told = (
+            f"{len(unmoved)} of {len(moved + unmoved)} lora_B matrices are still 0, as at the start"
+        )
+        if not moved:
+            fail(f"{told}: nothing was trained")
+        print(f"Warning: {told}: {', '.join(unmoved)}")
 
 
 def check_model(folder, num_elements):
@@ -326,39 +356,6 @@ def check_model(folder, num_elements):
             f"the written model holds {found} of {num_elements} elements: every process must "
             "gather before one saves"
         )
-
-
-def write_log(path, progress):
-    """Write a line of JSON per update and per evaluation, in their order."""
-    entries = sorted((*progress.updates, *progress.evaluations), key=lambda entry: entry["step"])
-    lines = [
-        json.dumps({k: v if math.isfinite(v) else None for k, v in entry.items()})
-        for entry in entries
-    ]
-    path.write_text("".join(f"{line}\n" for line in lines))
-
-
-def write_metrics(folder, metrics):
-    """Write README.md, the model card, and metrics.json with the size of every other file."""
-    config, scores = metrics["config"], metrics["scores"]
-    name = config["model_name_or_path"]
-    # the Hub refuses a card whose base model is a path
-    base_model = "" if Path(name).is_dir() else f"base_model: {name}\n"
-    data = f" on `{config['dataset_name']}`" if "dataset_name" in config else ""
-    told = [
-        f"Held-out {score}: {value['before']:.4f} before training, {value['after']:.4f} after.\n"
-        for score, value in scores.items()
-    ]
-    (folder / "README.md").write_text(
-        f"---\n{base_model}library_name: {library(folder)}\n---\n\n"
-        f"Trained by `{Path(sys.argv[0]).name}` from `{name}`{data}, with {metrics['strategy']} on "
-        f"{metrics['num_processes']} process(es), {len(metrics['losses'])} updates.\n\n"
-        f"{''.join(told)}All settings and measurements are in metrics.json.\n\n"
-        f"```python\n{load_lines(folder, config['output_dir'], metrics)}\n```\n"
-    )
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    metrics["saved"] = {str(file.relative_to(folder)): file.stat().st_size for file in files}
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
 
 
 # The end ------------------------------------------------------------------------------------------

@@ -1,0 +1,52 @@
+"""Write what lies beside the weights of a run: log.jsonl, plots, model card and metrics.json."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+from utils.loading import library, load_lines
+from utils.plots import draw_losses, draw_memory, gpu_total
+
+
+def write_beside(folder, metrics, progress, with_log):
+    """Write the log, the plots, the model card and the metrics beside the weights."""
+    if progress is not None:
+        if with_log:
+            write_log(folder / "log.jsonl", progress)
+        draw_losses(progress).savefig(folder / "losses.png", format="png")
+    draw_memory(metrics["memory"], gpu_total()).savefig(folder / "memory.png", format="png")
+    write_metrics(folder, metrics)
+
+
+def write_log(path, progress):
+    """Write a line of JSON per update and per evaluation, in their order."""
+    entries = sorted((*progress.updates, *progress.evaluations), key=lambda entry: entry["step"])
+    lines = [
+        json.dumps({k: v if math.isfinite(v) else None for k, v in entry.items()})
+        for entry in entries
+    ]
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def write_metrics(folder, metrics):
+    """Write README.md, the model card, and metrics.json with the size of every other file."""
+    config, scores = metrics["config"], metrics["scores"]
+    name = config["model_name_or_path"]
+    # the Hub refuses a card whose base model is a path
+    base_model = "" if Path(name).is_dir() else f"base_model: {name}\n"
+    data = f" on `{config['dataset_name']}`" if "dataset_name" in config else ""
+    told = [
+        f"Held-out {score}: {value['before']:.4f} before training, {value['after']:.4f} after.\n"
+        for score, value in scores.items()
+    ]
+    (folder / "README.md").write_text(
+        f"---\n{base_model}library_name: {library(folder)}\n---\n\n"
+        f"Trained by `{Path(sys.argv[0]).name}` from `{name}`{data}, with {metrics['strategy']} on "
+        f"{metrics['num_processes']} process(es), {len(metrics['losses'])} updates.\n\n"
+        f"{''.join(told)}All settings and measurements are in metrics.json.\n\n"
+        f"```python\n{load_lines(folder, config['output_dir'], metrics)}\n```\n"
+    )
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    metrics["saved"] = {str(file.relative_to(folder)): file.stat().st_size for file in files}
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
