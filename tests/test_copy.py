@@ -126,6 +126,7 @@ def test_copied_text(copies, name):
     original = (ROOT / "examples" / f"{name}.py").read_text()
     assert "sys.path" not in text and "parents[1]" not in text
     docstring = ast.get_docstring(ast.parse(text))
+    assert "examples/" not in docstring
     assert not re.search("^(Base|Changes):", docstring, re.MULTILINE)
     [run] = re.findall("^Run: +(.*)$", docstring, re.MULTILINE)
     assert f"examples/{name}.py".join(run.split(f"{name}.py")) in original.replace("\\\n", "")

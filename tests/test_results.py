@@ -1,10 +1,12 @@
 """Tests of utils/results.py: output folders lose no run, and written models are checked."""
 
 import json
+import math
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -110,6 +112,12 @@ def test_weights_are_kept_if_the_check_or_the_body_fails(tmp_path, capsys, fault
     kept = tmp_path / "run.unchecked"
     assert list(tmp_path.iterdir()) == [kept] and (kept / "model.safetensors").is_file()
     assert str(kept) in capsys.readouterr().err
+
+
+def test_a_score_that_is_not_a_number_does_not_stop_a_finished_run(capsys):
+    assert [results.as_number(score) for score in (torch.tensor(0.5), np.float32(0.5))] == [0.5] * 2
+    assert math.isnan(results.as_number([0.5, 1.0]))
+    assert "a score is [0.5, 1.0], not one number" in capsys.readouterr().out
 
 
 def test_an_update_is_logged_in_single_numbers():

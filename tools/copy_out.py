@@ -153,6 +153,7 @@ def adapt(text, launch):
     run = shlex.join(launch.command)
     if launch.config != launch.measured:
         run += f"\nNote:    Needs and Expect were measured with {launch.measured.as_posix()}"
+    head = head.replace("\\\n", "")  # a Run line on two lines
     head = re.sub(r"^(Run: +).*$", lambda match: match[1] + run, head, flags=re.M)
     return head + "".join(lines[end:])
 

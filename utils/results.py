@@ -126,6 +126,7 @@ class Progress:
         # collect_metrics leaves this time out of the seconds of the training
         self.updates[-1]["evaluation_seconds"] = time.perf_counter() - self.logged_at
         last = {name: self.updates[-1][name] for name in ("step", "epoch")}
+        scores = {name: as_number(score) for name, score in scores.items()}
         self.evaluations.append(last | scores)
         if self.accelerator.is_main_process:
             told = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
@@ -138,6 +139,18 @@ class Progress:
             width = max(len(repr(prediction)) for prediction, _ in samples[:10])
             for prediction, label in samples[:10]:
                 print(f"  prediction {prediction!r:<{width}}  label {label!r}")
+
+
+def as_number(score):
+    """Return a score as a float, also a tensor or a number of numpy; NaN if it is not one number.
+
+    What a script returns as a score must not stop a run after its training.
+    """
+    try:
+        return float(score)
+    except (TypeError, ValueError, RuntimeError):
+        tqdm.write(f"Warning: a score is {score!r}, not one number, and is recorded as NaN")
+        return math.nan
 
 
 def read_numbers(device, *values):
@@ -199,7 +212,10 @@ def collect_metrics(accelerator, model, config, tracker, scores, updates):
             for key, plural in CURVES.items()
             if updates and key in updates[0]
         },
-        "scores": {name: {"before": a, "after": b} for name, (a, b) in scores.items()},
+        "scores": {
+            name: {"before": as_number(before), "after": as_number(after)}
+            for name, (before, after) in scores.items()
+        },
         **tokens,
         "train_seconds": seconds,
     }
