@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import save_file
 
-from utils import results, run_files
+from utils import loading, results, run_files
 
 
 def settings(folder, overwrite=False):
@@ -118,6 +118,19 @@ def test_a_score_that_is_not_a_number_does_not_stop_a_finished_run(capsys):
     assert [results.as_number(score) for score in (torch.tensor(0.5), np.float32(0.5))] == [0.5] * 2
     assert math.isnan(results.as_number([0.5, 1.0]))
     assert "a score is [0.5, 1.0], not one number" in capsys.readouterr().out
+
+
+def test_a_model_that_is_not_of_transformers_does_not_stop_a_finished_run():
+    assert loading.base_model(torch.nn.Linear(2, 2)) == {"own_class": "", "num_labels": 2}
+
+
+def test_metrics_of_a_score_that_is_no_number_are_json(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"task_type": "CAUSAL_LM"}')
+    run = {"config": {"model_name_or_path": ".", "output_dir": "o"}, "losses": [1.0]}
+    run |= {"scores": {"f1": {"before": 0.5, "after": math.nan}}, "strategy": "ddp"}
+    run_files.write_metrics(tmp_path, run | {"num_processes": 2})
+    text = (tmp_path / "metrics.json").read_text()
+    assert json.loads(text)["scores"] == {"f1": {"before": 0.5, "after": None}}
 
 
 def test_an_update_is_logged_in_single_numbers():

@@ -23,7 +23,9 @@ def base_model(unwrapped):
     model = unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped
     kinds = [kind for kind in type(model).__mro__ if issubclass(kind, PreTrainedModel)]
     # FSDP2 derives a class of its own from the model's
-    kind = next(kind for kind in kinds if not kind.__module__.startswith("torch."))
+    kind = next((kind for kind in kinds if not kind.__module__.startswith("torch.")), None)
+    if kind is None:  # not a model of transformers
+        return {"own_class": "", "num_labels": 2}
     module = kind.__module__
     if module == "__main__":
         module = Path(sys.argv[0]).stem

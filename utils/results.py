@@ -29,7 +29,7 @@ from utils.engine import (
     strategy,
     trained_dtype,
 )
-from utils.errors import fail, first_line
+from utils.errors import fail, first_line, say
 from utils.loading import base_model, library, load_lines
 from utils.run_files import write_beside
 
@@ -149,7 +149,7 @@ def as_number(score):
     try:
         return float(score)
     except (TypeError, ValueError, RuntimeError):
-        tqdm.write(f"Warning: a score is {score!r}, not one number, and is recorded as NaN")
+        say(f"Warning: a score is {score!r}, not one number, and is recorded as NaN")
         return math.nan
 
 

@@ -49,4 +49,9 @@ def write_metrics(folder, metrics):
     )
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     metrics["saved"] = {str(file.relative_to(folder)): file.stat().st_size for file in files}
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    finite = {  # JSON has no NaN
+        name: {when: one if math.isfinite(one) else None for when, one in score.items()}
+        for name, score in scores.items()
+    }
+    text = json.dumps(metrics | {"scores": finite}, indent=1)
+    (folder / "metrics.json").write_text(text + "\n")
