@@ -221,7 +221,7 @@ def test_without_a_split_called_train_the_first_is_taken(folder):
 # What is refused ----------------------------------------------------------------------------------
 GOOD = json.dumps({"messages": PAIR})
 FILES = {  # file -> what it holds; what the sentence says
-    "nothing.txt": ("", "no .json, .jsonl, .csv, .parquet file"),
+    "nothing.txt": ("", "not a .json, .jsonl, .csv, .parquet file"),
     "empty.jsonl": ("", "is empty"),
     "empty.csv": ("", "is empty"),
     "blank.jsonl": ("\n\n", "has no rows"),
@@ -229,17 +229,17 @@ FILES = {  # file -> what it holds; what the sentence says
     "header.csv": ("question,answer\n", "has no rows"),
     "broken.jsonl": (
         f'{GOOD}\n{GOOD}\n\n{{"messages": [\n{GOOD}\n',
-        "broken.jsonl, line 4 is no JSON object",
+        "broken.jsonl, line 4 is not a JSON object",
     ),
-    "number.jsonl": (f"{GOOD}\n5\n", "number.jsonl, line 2 is no JSON object (it is no {...})"),
-    "late.jsonl": (f"{GOOD}\n" * 3000 + "{", "late.jsonl, line 3001 is no JSON object"),
-    "lines.json": (f'{GOOD}\n{{"messages": [\n{GOOD}\n', "lines.json, line 2 is no JSON object"),
+    "number.jsonl": (f"{GOOD}\n5\n", "number.jsonl, line 2 is not a JSON object (it is not {...})"),
+    "late.jsonl": (f"{GOOD}\n" * 3000 + "{", "late.jsonl, line 3001 is not a JSON object"),
+    "lines.json": (f'{GOOD}\n{{"messages": [\n{GOOD}\n', "lines.json, line 2 is not a JSON object"),
     "list_broken.json": (f"[{GOOD}, {GOOD}", "list_broken.json cannot be read"),
     "ragged.csv": ("question,answer\na,b\na,b,c\n", "line 3, saw 3"),
     "latin.csv": (b"text\ncaf\xe9\n", "utf-8"),
     "latin.jsonl": (
         GOOD.encode() + b'\n{"text": "caf\xe9"}\n',
-        "latin.jsonl, line 2 is no UTF-8 text",
+        "latin.jsonl, line 2 is not UTF-8 text",
     ),
     "no.parquet": ("PAR", "Parquet"),
 }
@@ -269,7 +269,7 @@ def test_a_broken_line_in_a_folder_is_named(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     (tmp_path / "test.jsonl").write_text(json.dumps(ROWS[0]) + "\n{")
     with pytest.raises(
-        DataError, match=r"test.jsonl, line 2 is no JSON object \(.*column 2\): mend it"
+        DataError, match=r"test.jsonl, line 2 is not a JSON object \(.*column 2\): fix it"
     ):
         read_splits(str(tmp_path))
 
@@ -332,9 +332,9 @@ MESSAGES = [  # messages; what the sentence says of row 7
     (turns("x", None), "message 2 (assistant) has no text"),
     (turns("x", ["part"]), "message 2 (assistant) has no text"),
     (turns("x", 5), "message 2 (assistant) has no text"),
-    ([*PAIR, {"role": "user"}], 'message 3 is no {"role": ..., "content": ...}'),
-    ([{"content": "x"}], 'message 1 is no {"role": ..., "content": ...}'),
-    (["x"], 'message 1 is no {"role": ..., "content": ...}'),
+    ([*PAIR, {"role": "user"}], 'message 3 is not {"role": ..., "content": ...}'),
+    ([{"content": "x"}], 'message 1 is not {"role": ..., "content": ...}'),
+    (["x"], 'message 1 is not {"role": ..., "content": ...}'),
     ([], "has an empty messages"),
     (None, "has an empty messages"),
     ("x", "holds a str, not a list of messages"),

@@ -191,7 +191,7 @@ def test_two_processes_killed_in_a_save_resume_bit_for_bit(launch, single, small
     rename = "                    unfinished.rename(folder)"
     dies = "                    step == 4 and __import__('os')._exit(9)"
     killed = plant(tmp_path, SCRIPT, (rename, f"{dies}\n{rename}"))
-    # the first time, there is no checkpoint yet and the run starts from scratch
+    # the first time, there is not a checkpoint yet and the run starts from scratch
     resume = ("--checkpoint_dir", checkpoints, "--resume_from_checkpoint", "True")
     assert "Resumed" not in run(killed, "run", *resume, code=None)
     assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-2", "unfinished-4"]

@@ -91,7 +91,7 @@ def as_lesson(config):
 
 
 def check_choices(config):
-    """Stop where a flag has none of its values."""
+    """Stop if a flag has none of its values."""
     for name, known in CHOICES.items():
         value = getattr(config, name)
         if value not in known:
@@ -99,7 +99,7 @@ def check_choices(config):
 
 
 def check_template_choice(template):
-    """Stop where --chat_template_format names no template of ours and no file that can be read."""
+    """Stop if --chat_template_format names no template of ours and no file that can be read."""
     if template in ("none", *TEMPLATES):
         return
     if not template.endswith(".jinja") or not Path(template).is_file():
@@ -111,7 +111,7 @@ def check_template_choice(template):
 
 
 def check_combinations(config):
-    """Stop where flags contradict each other, or where one needs another."""
+    """Stop if flags contradict each other, or where one needs another."""
     if config.bf16 and config.fp16:
         refuse("--bf16 and --fp16 contradict each other: give one of them")
     quantizes = config.use_4bit_quantization or config.use_8bit_quantization
@@ -143,11 +143,11 @@ def check_combinations(config):
 
 
 def check_trackers(report_to):
-    """Stop where --report_to names a tracker that is unknown or not installed."""
+    """Stop if --report_to names a tracker that is unknown or not installed."""
     for name in report_to.split(",") if report_to != "none" else ():
         if name not in LoggerType.list() or importlib.util.find_spec(name) is None:
             refuse(
-                f"--report_to {report_to}: {name!r} is not installed, or is no tracker of "
+                f"--report_to {report_to}: {name!r} is not installed, or is not a tracker of "
                 "accelerate: install it, or give none"
             )
 
@@ -252,7 +252,7 @@ def resumes(config):
 
 
 def check_run_folder(config):
-    """Stop where output_dir holds another run or foreign files. The run to resume may be there."""
+    """Stop if output_dir holds another run or foreign files. The run to resume may be there."""
     if config.hub_model_id:
         or_refuse("--hub_model_id", validate_repo_id, config.hub_model_id)
     folder, wanted = Path(config.output_dir), config.resume_from_checkpoint

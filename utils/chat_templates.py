@@ -92,7 +92,7 @@ def render(tokenizer, messages, first, where):
             return tokenizer.apply_chat_template(part, tokenize=False, **options)
         except Exception as error:  # a template may raise anything
             raise DataError(
-                f"{where}: the chat template raises an error ({error}): mend it, or take another"
+                f"{where}: the chat template raises an error ({error}): fix it, or take another"
             ) from error
 
     text, spans = apply_template(messages), []

@@ -238,7 +238,7 @@ def save_checkpoint(accelerator, output_dir, step, optimizer, state, write_weigh
 
     Args:
         step: number of updates made.
-        optimizer: as prepared.
+        optimizer: from `prepare`.
         state: what the run needs to resume, as JSON can hold it; `read_state` returns it.
         write_weights: called with the folder on the main process; writes the trained weights as
             peft or transformers load them.
@@ -376,7 +376,7 @@ def read_state(folder, needed=()):
         files, _ = state.pop("files").items(), [state[name] for name in ("step", *needed)]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(
-            f"{folder} is no checkpoint, its state.json cannot be read ({error})"
+            f"{folder} is not a checkpoint, its state.json cannot be read ({error})"
         ) from error
     if pickles := [file.name for file in folder.iterdir() if file.suffix in PICKLES]:
         raise CheckpointError(
@@ -397,7 +397,7 @@ def load_checkpoint(accelerator, folder, optimizer):
 
     Args:
         folder: the checkpoint.
-        optimizer: as prepared.
+        optimizer: from `prepare`.
 
     Raises:
         CheckpointError: the files are of another number of processes, or of other parameters.

@@ -92,7 +92,7 @@ def check_name(dataset_name):
     path = Path(dataset_name)
     if os.path.isfile(path):  # unlike Path.is_file it does not raise for a name that is too long
         if path.suffix not in FORMATS:
-            raise DataError(f"--dataset_name {path} is no {', '.join(FORMATS)} file: convert it")
+            raise DataError(f"--dataset_name {path} is not a {', '.join(FORMATS)} file: convert it")
         if not path.stat().st_size:
             raise DataError(f"--dataset_name {path} is empty: give a file with rows")
     is_path = path.suffix in FORMATS or dataset_name.count("/") > 1 or dataset_name[0] in "./~"
@@ -190,7 +190,7 @@ def json_files(path):
 
 
 def check_utf8(path):
-    """Raise DataError for the first line of JSON that is no UTF-8.
+    """Raise DataError for the first line of JSON that is not UTF-8.
 
     Arrow would find it only in the middle of the run.
     """
@@ -201,12 +201,12 @@ def check_utf8(path):
                     line.decode()
                 except UnicodeDecodeError as error:
                     raise DataError(
-                        f"{file}, line {number} is no UTF-8 text ({error}): convert it"
+                        f"{file}, line {number} is not UTF-8 text ({error}): convert it"
                     ) from error
 
 
 def find_broken_line(path):
-    """Raise DataError for the first line of JSON lines that is no JSON object, if there is one."""
+    """Raise DataError for the first line that is not a JSON object."""
     for file in json_files(path):
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
@@ -214,11 +214,13 @@ def find_broken_line(path):
                 if reason and number == 1 and file.suffix == ".json":
                     break  # one value on several lines; the libraries say where it is broken
                 if reason:
-                    raise DataError(f"{file}, line {number} is no JSON object ({reason}): mend it")
+                    raise DataError(
+                        f"{file}, line {number} is not a JSON object ({reason}): fix it"
+                    )
 
 
 def reason_of(line):
-    """Return why a line is no JSON object; "" for an object and for a blank line."""
+    """Return why a line is not a JSON object; "" for an object and for a blank line."""
     if not line.strip():
         return ""
     try:
@@ -227,7 +229,7 @@ def reason_of(line):
         return f"{error.msg}, column {error.colno}"
     except ValueError as error:  # no UTF-8
         return str(error)
-    return "" if is_object else "it is no {...}"
+    return "" if is_object else "it is not {...}"
 
 
 # Rows ---------------------------------------------------------------------------------------------
@@ -325,7 +327,7 @@ def check_message(entry, before, where):
     """
     keys = set(entry) if isinstance(entry, dict) else set()
     if not keys & {"role", "from"} or not keys & {"content", "value"}:
-        raise DataError(f'{where} is no {{"role": ..., "content": ...}}: mend it')
+        raise DataError(f'{where} is not {{"role": ..., "content": ...}}: fix it')
     if entry.get("tool_calls"):
         raise DataError(f"{where} calls tools, which no template here writes: drop the row")
     role = entry.get("role") or entry.get("from")

@@ -59,7 +59,7 @@ def count_elements(model, trainable_only=False):
 
 
 def check_sharding(accelerator, model):
-    """Print the bytes of parameters per process; fail where a strategy has not sharded them.
+    """Print the bytes of parameters per process; fail if a strategy has not sharded them.
 
     Read from the live parameters, because libraries replicate some of them without a word.
     Collective.

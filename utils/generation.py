@@ -32,7 +32,7 @@ def generating(accelerator, model, layerwise=False):
       one that stayed gathered would keep its old values after the next update.
 
     Args:
-        accelerator, model: as prepared.
+        accelerator, model: from `prepare`.
         layerwise: gather a layer at a time, even if the full model fits.
     """
     if isinstance(model, FSDP | FSDPModule) or hasattr(next(model.parameters()), "ds_id"):

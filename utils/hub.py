@@ -22,7 +22,7 @@ from huggingface_hub.utils import build_hf_headers, disable_progress_bars
 
 SIGN_OF_LIFE = 10  # seconds in which the Hub must answer a first request
 SILENCE = 60  # seconds that may pass between two bytes of an upload
-# hf_xet raises ConnectionError; a gateway that fails may answer with a page that is no JSON
+# hf_xet raises ConnectionError; a gateway that fails may answer with a page that is not JSON
 TEMPORARY = (TimeoutException, NetworkError, RemoteProtocolError, ConnectionError, JSONDecodeError)
 
 

@@ -217,7 +217,7 @@ def chunk_rows(hidden, vocabulary, chunk_bytes):
 
 
 def loss_of_chunks(head, rows, labels, scale, softcap, chunk):
-    """Return loss and number of correct rows of a head that is no plain linear layer. Collective.
+    """Return loss and correct rows of a head that is not a plain linear layer. Collective.
 
     Each chunk is recomputed in the backward, so that no logits are kept.
 

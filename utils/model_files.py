@@ -23,7 +23,7 @@ LINEAR = ("Linear", "Conv1D")
 
 
 def check_model(config, auto_model, base):
-    """Stop where `config.model_name_or_path` is no usable model, or its layers do not fit a flag.
+    """Stop if `config.model_name_or_path` is not a usable model, or its layers do not fit a flag.
 
     Args:
         config: the script's Config. Read are model_name_or_path, dtype, attn_implementation and, if
@@ -68,7 +68,7 @@ def check_model(config, auto_model, base):
 
 
 def check_place(name, culprit):
-    """Stop where a model's name is neither a folder with its files nor a Hub id in reach."""
+    """Stop if a model's name is neither a folder with its files nor a Hub id in reach."""
     folder = Path(name)
     if or_refuse(culprit, folder.is_dir):
         if not (folder / "config.json").is_file():
@@ -78,7 +78,7 @@ def check_place(name, culprit):
             )
         check_weight_files(folder, culprit)
     elif folder.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
-        refuse(f"{culprit} is no folder and no Hub id: check the path")
+        refuse(f"{culprit} is neither a folder nor a Hub id: check the path")
     else:
         check_hub(culprit)
 
@@ -100,7 +100,7 @@ def check_hub(culprit):
 
 
 def check_weight_files(folder, culprit):
-    """Stop where safetensors are missing or truncated, judged by their headers."""
+    """Stop if safetensors are missing or truncated, judged by their headers."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         unreadable = f"{culprit}: {index.name}"
@@ -122,7 +122,7 @@ def check_weight_files(folder, culprit):
 
 
 def check_kind(class_name, model_config, culprit):
-    """Stop where a script for causal models gets a sequence-to-sequence one, or the reverse."""
+    """Stop if a script for causal models gets a sequence-to-sequence one, or the reverse."""
     kinds = {"CausalLM": "a causal language model", "Seq2Seq": "a sequence-to-sequence model"}
     for part, kind in kinds.items():
         if part in class_name and model_config.is_encoder_decoder != (part == "Seq2Seq"):
@@ -143,7 +143,7 @@ def build_skeleton(config, auto_model, model_config, culprit):
 
 
 def check_weight_names(folder, culprit, skeleton):
-    """Stop where the files hold none of the model's weights, or weights of other shapes."""
+    """Stop if the files hold none of the model's weights, or weights of other shapes."""
     shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     prefix = f"{skeleton.base_model_prefix}."
     # as the base model is saved on its own
@@ -167,7 +167,7 @@ def check_weight_names(folder, culprit, skeleton):
 
 
 def check_layers(config, culprit, skeleton):
-    """Stop where the model lacks the layers that the launch config or the flags name."""
+    """Stop if the model lacks the layers that the launch config or the flags name."""
     strategy, flags = launched_strategy(), vars(config)
     if strategy.startswith("fsdp"):
         check_wrap_classes(culprit, skeleton)
@@ -183,7 +183,7 @@ def check_layers(config, culprit, skeleton):
 
 
 def check_wrap_classes(culprit, skeleton):
-    """Stop where FSDP's wrap policy finds none of its layer classes in the model."""
+    """Stop if FSDP's wrap policy finds none of its layer classes in the model."""
     classes = {type(module).__name__ for module in skeleton.modules()}
     if named := os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP"):
         missing = sorted(set(named.split(",")) - classes)
@@ -198,7 +198,7 @@ def check_wrap_classes(culprit, skeleton):
 
 
 def check_target_modules(target_modules, skeleton):
-    """Stop where a LoRA target names no linear layer."""
+    """Stop if a LoRA target names no linear layer."""
     modules = dict(skeleton.named_modules())
     for target in target_modules:
         found = [
@@ -219,7 +219,7 @@ def check_target_modules(target_modules, skeleton):
 
 
 def check_modules_to_save(config, skeleton):
-    """Stop where a layer to train in full does not exist, has no weights, or is a LoRA target."""
+    """Stop if a layer to train in full does not exist, has no weights, or is a LoRA target."""
     modules = dict(skeleton.named_modules(remove_duplicate=False))
     heads = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
     ends = {name.rpartition(".")[2] for name, module in modules.items() if module in heads}
@@ -247,7 +247,7 @@ def check_modules_to_save(config, skeleton):
 
 
 def check_quantization(config, culprit, saved, base):
-    """Stop where quantized weights would be trained, cast, or copied to every process.
+    """Stop if quantized weights would be trained, cast, or copied to every process.
 
     Args:
         saved: the checkpoint's own `quantization_config`; empty where it is not quantized.
@@ -293,7 +293,7 @@ def check_quantization(config, culprit, saved, base):
 
 
 def check_storage(config, culprit, saved, strategy):
-    """Stop where the dtype that holds the packed 4-bit weights does not fit the strategy."""
+    """Stop if the dtype that holds the packed 4-bit weights does not fit the strategy."""
     precision = launched_precision()
     if saved:
         storage = saved.get("bnb_4bit_quant_storage", "uint8")

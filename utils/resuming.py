@@ -64,7 +64,7 @@ def identify(config, accelerator, facts):
 
 
 def check_resumed(folder, state, identity, max_steps):
-    """Stop where this run cannot resume the checkpoint.
+    """Stop if this run cannot resume the checkpoint.
 
     Args:
         folder, state: from `find_run`; without a folder nothing is checked.

@@ -71,7 +71,7 @@ class RunLog:
         self.path.write_text("".join(kept))
 
     def check_last_update(self, last_good):
-        """Stop where the last update's loss is NaN, infinite or 0, or its gradient norm is NaN.
+        """Stop if the last update's loss is NaN, infinite or 0, or its gradient norm is NaN.
 
         Args:
             last_good: the checkpoint to name in the error, or None. Its weights are finite.
