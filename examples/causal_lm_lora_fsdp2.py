@@ -29,7 +29,7 @@ from utils.data import check_labels, load_data
 from utils.generation import generating
 from utils.launch import device_map, start_accelerator
 from utils.memory import MemoryTracker
-from utils.results import Progress, collect_metrics, finish_run, new_folder
+from utils.results import Progress, WeightFiles, collect_metrics, finish_run, new_folder
 from utils.settings import read_settings
 
 
@@ -209,6 +209,7 @@ def main():
     tracker = MemoryTracker()
     with tracker.phase("load"):
         model = build_model(config, tokenizer)
+        files = WeightFiles(accelerator, config, model, tokenizer)
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         for module in model.modules():
             if isinstance(module, ModulesToSaveWrapper):
@@ -257,6 +258,8 @@ def main():
             loss, rate = accelerator.reduce(step_loss), scheduler.get_last_lr()[0]
             counts = {"target_tokens": step_targets, "input_tokens": step_inputs}
             progress.log(loss=loss, learning_rate=rate, grad_norm=grad_norm, **counts)
+            if len(progress.updates) == 1:  # stops now, and not at the end, if saving fails
+                progress.try_saving(files, gather_weights(accelerator, model))
             scheduler.step()
             if config.eval_strategy == "epoch" and progress.is_between_epochs():
                 scores, _ = evaluate(accelerator, model, tokenizer, valid_loader, config)
@@ -264,23 +267,25 @@ def main():
                 model.train()
     with tracker.phase("eval"):
         after, samples = evaluate(accelerator, model, tokenizer, valid_loader, config)
-
-    # 7. Save --------------------------------------------------------------------------------------
-    # leave, unless you know why
-    unwrapped = accelerator.unwrap_model(model)
-    trainable = {n: p for n, p in unwrapped.named_parameters() if p.requires_grad}
-    # only the trainable parameters are gathered, the frozen base stays sharded
-    state_dict = {name: p.full_tensor().cpu() for name, p in trainable.items()}
+    weights = gather_weights(accelerator, model)
     scores = {name: (before[name], after[name]) for name in after}
     metrics = collect_metrics(accelerator, model, config, tracker, scores, progress.updates)
     if accelerator.is_main_process:
         # checks the written files at the end, and adds the metrics, the log and the plots
-        with new_folder(config, metrics, trainable, progress) as folder:
-            # only the adapter, without copies of embeddings
-            unwrapped.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
-            tokenizer.save_pretrained(folder)
+        with new_folder(config, metrics, files, progress) as folder:
+            files.write(folder, weights)
     progress.show_samples(samples)
     finish_run(accelerator, config, metrics)
+
+
+# 7. Save ------------------------------------------------------------------------------------------
+# leave, unless you know why
+def gather_weights(accelerator, model):
+    """Return name -> trained parameter, in full. Every process must call it: they all gather."""
+    unwrapped = accelerator.unwrap_model(model)
+    trainable = {n: p for n, p in unwrapped.named_parameters() if p.requires_grad}
+    # only the trainable parameters are gathered, the frozen base stays sharded
+    return {name: p.full_tensor().cpu() for name, p in trainable.items()}
 
 
 if __name__ == "__main__":

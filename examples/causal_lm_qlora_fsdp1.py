@@ -16,7 +16,6 @@ import torch
 from accelerate.utils import set_seed
 from peft import LoraConfig, TaskType, get_peft_model
 from peft.utils.other import fsdp_auto_wrap_policy
-from safetensors.torch import save_file
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, RandomSampler
@@ -29,7 +28,7 @@ from utils.data import check_labels, load_data
 from utils.generation import generating
 from utils.launch import adamw, start_accelerator
 from utils.memory import MemoryTracker
-from utils.results import Progress, collect_metrics, finish_run, name_in_file, new_folder
+from utils.results import Progress, WeightFiles, collect_metrics, finish_run, new_folder
 from utils.settings import read_settings
 
 
@@ -218,7 +217,7 @@ def main():
     tracker = MemoryTracker()
     with tracker.phase("load"):
         model = build_model(config, tokenizer)
-        trainable = {n: p.to("meta") for n, p in model.named_parameters() if p.requires_grad}
+        files = WeightFiles(accelerator, config, model, tokenizer)
         # PEFT's policy: a unit for each decoder layer, and one for each LoRA matrix
         accelerator.state.fsdp_plugin.auto_wrap_policy = fsdp_auto_wrap_policy(model)
         model = accelerator.prepare(model)
@@ -267,6 +266,8 @@ def main():
             loss, rate = accelerator.reduce(step_loss), scheduler.get_last_lr()[0]
             counts = {"target_tokens": step_targets, "input_tokens": step_inputs}
             progress.log(loss=loss, learning_rate=rate, grad_norm=grad_norm, **counts)
+            if len(progress.updates) == 1:  # stops now, and not at the end, if saving fails
+                progress.try_saving(files, gather_weights(accelerator, model))
             scheduler.step()
             if config.eval_strategy == "epoch" and progress.is_between_epochs():
                 scores, _ = evaluate(accelerator, model, tokenizer, valid_loader, config)
@@ -274,27 +275,29 @@ def main():
                 model.train()
     with tracker.phase("eval"):
         after, samples = evaluate(accelerator, model, tokenizer, valid_loader, config)
+    weights = gather_weights(accelerator, model)
+    scores = {name: (before[name], after[name]) for name in after}
+    metrics = collect_metrics(accelerator, model, config, tracker, scores, progress.updates)
+    if accelerator.is_main_process:
+        # checks the written files at the end, and adds the metrics, the log and the plots
+        with new_folder(config, metrics, files, progress) as folder:
+            files.write(folder, weights)
+    progress.show_samples(samples)
+    finish_run(accelerator, config, metrics)
 
-    # 7. Save --------------------------------------------------------------------------------------
-    # leave, unless you know why
-    state_dict = {}
+
+# 7. Save ------------------------------------------------------------------------------------------
+# leave, unless you know why
+def gather_weights(accelerator, model):
+    """Return name -> trained parameter, in full. Every process must call it: they all gather."""
+    weights = {}
     for path, unit in model.named_modules():
         # only units that are trained: the frozen base stays sharded
         if isinstance(unit, FSDP) and all(p.requires_grad for p in unit.parameters()):
             with FSDP.summon_full_params(unit, writeback=False):
                 for name, parameter in unit.module.named_parameters(path):
-                    state_dict[name_in_file(name)] = parameter.detach().cpu().clone()
-    scores = {name: (before[name], after[name]) for name in after}
-    metrics = collect_metrics(accelerator, model, config, tracker, scores, progress.updates)
-    if accelerator.is_main_process:
-        # checks the written files at the end, and adds the metrics, the log and the plots
-        with new_folder(config, metrics, trainable, progress) as folder:
-            # written directly: PEFT does not find its layers inside FSDP1's units
-            save_file(state_dict, folder / "adapter_model.safetensors")
-            model.module.peft_config["default"].save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-    progress.show_samples(samples)
-    finish_run(accelerator, config, metrics)
+                    weights[name] = parameter.detach().cpu().clone()
+    return weights
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from peft import LoraConfig, TaskType, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import fsdp_auto_wrap_policy
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
@@ -39,7 +38,6 @@ from utils.checkpoint import CheckpointError, gather_trained, keep_newest, load_
 from utils.checkpoint import remove_checkpoints, save_checkpoint
 from utils.conversations import DataError, as_document, read_splits, shape_of
 from utils.documents import Data, build_documents, build_held_out, preview, probe, read_stream
-from utils.engine import full_shape
 from utils.errors import fail, fail_together, refusing, say
 from utils.flops import flop_per_token
 from utils.generation import generating
@@ -49,7 +47,7 @@ from utils.launch import launched_strategy, move_quant_states, shards_parameters
 from utils.loss import add_token_loss, check_token_loss
 from utils.memory import MemoryTracker
 from utils.packing import build_loader, pack, shuffled_sequences, stream_sequences
-from utils.results import Progress, collect_metrics, end_run, name_in_file, new_folder, print_saved
+from utils.results import Progress, WeightFiles, collect_metrics, end_run, new_folder, print_saved
 from utils.results import print_scores
 from utils.resuming import check_resumed, find_run, identify, remove_earlier_run, restore_progress
 from utils.run_log import RunLog, is_due, tracker_options
@@ -392,13 +390,8 @@ def build_optimizer(config, model):
 
 
 def prepare(config, accelerator, model):
-    """Return the model and optimizer under the launched strategy, and the trainable shapes.
-
-    The latter are name -> meta tensor with the full shape of the trainable parameter.
-    """
+    """Return the model and optimizer under the launched strategy."""
     strategy = launched_strategy()
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    shapes = {name: torch.empty(full_shape(p), device="meta") for name, p in trainable.items()}
     if config.torch_compile:  # per layer: all layers share one compilation, and keep their names
         layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
         if not layers:
@@ -416,7 +409,7 @@ def prepare(config, accelerator, model):
         model = accelerator.prepare(model)
         optimizer = accelerator.prepare(build_optimizer(config, model))
         move_quant_states(model, accelerator.device)  # the scales are not parameters
-        return model, optimizer, shapes
+        return model, optimizer
     if strategy == "fsdp2":
         for module in model.modules():
             if isinstance(module, ModulesToSaveWrapper):
@@ -426,7 +419,7 @@ def prepare(config, accelerator, model):
     if strategy == "fsdp2":
         move_quant_states(model, accelerator.device)
         register_fsdp_forward_method(model, "generate")  # gathers the root unit, as forward does
-    return model, optimizer, shapes
+    return model, optimizer
 
 
 def uncompiled(config):
@@ -507,50 +500,6 @@ def log_evaluation(config, accelerator, model, tokenizer, data, log):
         show_answers(config, accelerator, model, tokenizer, data.prompts)
 
 
-def write_weights(folder, accelerator, model, tokenizer, state_dict):
-    """Write the tokenizer and the adapter or full model, for peft and transformers to load."""
-    unwrapped = accelerator.unwrap_model(model)
-    tokenizer.save_pretrained(folder)
-    if hasattr(unwrapped, "peft_config"):
-        save_file(state_dict, folder / "adapter_model.safetensors", {"format": "pt"})
-        unwrapped.peft_config["default"].save_pretrained(folder)
-    else:
-        unwrapped.save_pretrained(folder, state_dict=state_dict)
-
-
-def save(config, accelerator, model, tokenizer, optimizer, log, identity, last_good):
-    """Write a checkpoint of the last update and return its folder; stop if that fails."""
-    progress, step = log.progress, len(log.progress.updates)
-    state = {"updates": progress.updates, "evaluations": progress.evaluations}
-    state |= {"seconds": log.seconds, "identity": identity}
-    state_dict = gather_trained(accelerator, model, name_in_file)
-    if not all(value.isfinite().all() for value in state_dict.values()):
-        progress.close()
-        fail(
-            f"weights are NaN or infinite after update {step}: lower --learning_rate; the last "
-            f"good checkpoint is {last_good or 'none'}"
-        )
-    weights = {"model": model, "tokenizer": tokenizer, "state_dict": state_dict}
-    write = partial(write_weights, accelerator=accelerator, **weights)
-    try:
-        return save_checkpoint(accelerator, config.output_dir, step, optimizer, state, write)
-    except (OSError, SafetensorError, CheckpointError) as error:
-        progress.close()
-        fail(
-            f"no checkpoint of update {step} could be written ({error}); the last good one is "
-            f"{last_good or 'none'}"
-        )
-
-
-def keep_or_remove(config, hub, folder, is_kept):
-    """Push a checkpoint and remove the oldest ones; or remove it, if it was only a trial."""
-    if is_kept:
-        push_checkpoint(hub, config.hub_strategy, folder)
-        keep_newest(config.output_dir, config.save_total_limit)
-    else:
-        remove_checkpoints([folder])
-
-
 def main():
     # 5. Setup -------------------------------------------------------------------------------------
     # leave, unless you know why
@@ -571,7 +520,9 @@ def main():
     with tracker.phase("load"):
         model = build_model(config, tokenizer, num_added)
         flop = flop_per_token(model)
-        model, optimizer, shapes = prepare(config, accelerator, model)
+        checkpoints = 1 if config.save_strategy == "no" else 2  # a new one beside the last
+        files = WeightFiles(accelerator, config, model, tokenizer, checkpoints)
+        model, optimizer = prepare(config, accelerator, model)
         progress = Progress(accelerator, model, config, max_steps, data.num_sequences)
         restore_progress(progress, state)
         warmup = int(config.warmup_ratio * max_steps)
@@ -594,7 +545,7 @@ def main():
     # leave, unless you know why
     signals, stopped_by, saved, step = StopSignals(), [], resumed, start
     evaluate_now = partial(log_evaluation, config, accelerator, model, tokenizer, data, log)
-    save_now = partial(save, config, accelerator, model, tokenizer, optimizer, log, identity)
+    save_now = partial(save, config, accelerator, model, files, optimizer, log, identity)
     if data.valid_batches and not resumed:
         evaluate_now()
     with tracker.phase("train"):
@@ -649,12 +600,9 @@ def main():
         if not saved or saved.name != f"checkpoint-{step}":
             save_now(saved)
         say_stopped(stopped_by, step, max_steps)
-
-    # 7. Save --------------------------------------------------------------------------------------
-    # leave, unless you know why
     if not is_stopped:
         # only the trainable parameters are gathered, a frozen base stays sharded
-        state_dict = gather_trained(accelerator, model, name_in_file)
+        weights = gather_trained(accelerator, model)
         tracker.seconds["train"] = log.seconds  # updates only, also those before a resume
         scores, updates = log.scores(), progress.updates
         metrics = collect_metrics(accelerator, model, config, tracker, scores, updates)
@@ -662,8 +610,8 @@ def main():
         if accelerator.is_main_process:
             # checks the written files at the end, and adds the metrics and memory.png
             target = replace(config, overwrite_output_dir=True)
-            with new_folder(target, metrics, shapes, progress, with_log=False) as folder:
-                write_weights(folder, accelerator, model, tokenizer, state_dict)
+            with new_folder(target, metrics, files, progress, with_log=False) as folder:
+                files.write(folder, weights)
             print_scores(metrics)
             print_saved(config, metrics)
             if hub:
@@ -671,6 +619,40 @@ def main():
     end_run(accelerator)
     if hub:  # on this process only: no collective times out during a long upload
         hub.finish()
+
+
+# 7. Save ------------------------------------------------------------------------------------------
+# leave, unless you know why
+def save(config, accelerator, model, files, optimizer, log, identity, last_good):
+    """Write a checkpoint of the last update and return its folder; stop if that fails."""
+    progress, step = log.progress, len(log.progress.updates)
+    state = {"updates": progress.updates, "evaluations": progress.evaluations}
+    state |= {"seconds": log.seconds, "identity": identity}
+    weights = gather_trained(accelerator, model)
+    if not all(value.isfinite().all() for value in weights.values()):
+        progress.close()
+        fail(
+            f"weights are NaN or infinite after update {step}: lower --learning_rate; the last "
+            f"good checkpoint is {last_good or 'none'}"
+        )
+    write = partial(files.write, state_dict=weights)
+    try:
+        return save_checkpoint(accelerator, config.output_dir, step, optimizer, state, write)
+    except (OSError, SafetensorError, CheckpointError) as error:
+        progress.close()
+        fail(
+            f"no checkpoint of update {step} could be written ({error}); the last good one is "
+            f"{last_good or 'none'}"
+        )
+
+
+def keep_or_remove(config, hub, folder, is_kept):
+    """Push a checkpoint and remove the oldest ones; or remove it, if it was only a trial."""
+    if is_kept:
+        push_checkpoint(hub, config.hub_strategy, folder)
+        keep_newest(config.output_dir, config.save_total_limit)
+    else:
+        remove_checkpoints([folder])
 
 
 if __name__ == "__main__":

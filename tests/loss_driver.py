@@ -22,7 +22,6 @@ from utils.checkpoint import gather_trained
 from utils.launch import launched_strategy, start_accelerator
 from utils.loss import add_token_loss, check_token_loss
 from utils.packing import join
-from utils.results import name_in_file
 
 LORA = {"use_peft_lora": True, "lora_target_modules": "q_proj,down_proj"}
 CASES = {  # name -> model, new tokens, settings; the embedding of qwen2 is tied to its head
@@ -94,7 +93,7 @@ def train(accelerator, folder, case, whose, **options):
     reason = check_token_loss(
         accelerator, model, join(pair), [join([document]) for document in pair]
     )
-    before = gather_trained(accelerator, model, name_in_file)
+    before = gather_trained(accelerator, model)
     batches, losses = [batch for part in zip(*map(micro_batches, whose)) for batch in part], []
     accumulated = accelerator.gradient_accumulation_steps
     for start in range(0, len(batches), accumulated):
@@ -109,7 +108,7 @@ def train(accelerator, folder, case, whose, **options):
                 optimizer.step()
                 optimizer.zero_grad()
         losses.append(accelerator.reduce(step_loss).item())
-    after = gather_trained(accelerator, model, name_in_file)
+    after = gather_trained(accelerator, model)
     accelerator.free_memory()
     return losses, before, after, reason
 

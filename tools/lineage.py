@@ -34,7 +34,7 @@ CONTEXT = 3  # unchanged lines around a change, as in git
 
 def banner(number: int, name: str) -> str:
     """Return the comment that opens a section: dashes up to column 100, indented inside main()."""
-    indent = " " * 4 if number >= 5 else ""
+    indent = " " * 4 if number in (5, 6) else ""
     return f"{indent}# {number}. {name} ".ljust(100, "-")
 
 

@@ -36,19 +36,16 @@ class CheckpointError(Exception):
     """A checkpoint cannot be written or read, or belongs to another run; the message says which."""
 
 
-def gather_trained(accelerator, model, name_in_file):
+def gather_trained(accelerator, model):
     """Return name -> full trainable parameter in full precision; {} on all but the main process.
 
-    Collective.
-
-    Args:
-        name_in_file: function of a parameter's name in the wrapped model; returns that in the file.
+    Collective. The names are those in the prepared model, with the wrappers of FSDP1.
     """
     state_dict = {}
 
     def keep(name, value):
         if accelerator.is_main_process:
-            state_dict[name_in_file(name)] = value.detach().cpu().clone()
+            state_dict[name] = value.detach().cpu().clone()
 
     if isinstance(model, FSDP):
         # one unit at a time, and none of a frozen base

@@ -1,11 +1,9 @@
-"""Log a run, write its results, and check the written files."""
+"""Log a run, and write its weights and results."""
 
 import contextlib
-import json
 import math
 import os
 import shutil
-import sys
 import time
 from dataclasses import asdict
 from importlib.metadata import version
@@ -15,7 +13,8 @@ from pathlib import Path
 import torch
 from accelerate.utils import DistributedType
 from huggingface_hub import HfApi
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -29,9 +28,11 @@ from utils.engine import (
     strategy,
     trained_dtype,
 )
-from utils.errors import fail, first_line, say
-from utils.loading import base_model, library, load_lines
-from utils.run_files import write_beside
+from utils.errors import fail, fail_together, first_line, refuse, say
+from utils.loading import base_model, load_lines
+from utils.run_files import write_adapter_config, write_beside
+from utils.saving import AdapterLayout, check_adapter, check_model, free_bytes, holding_signals
+from utils.saving import keep_unchecked, move_into_place, plain_name, share
 
 LIBRARIES = ("torch", "accelerate", "deepspeed", "peft", "transformers", "datasets", "bitsandbytes")
 CURVES = {"loss": "losses", "learning_rate": "learning_rates", "grad_norm": "grad_norms"}
@@ -78,6 +79,7 @@ class Progress:
         entry = {"step": step, "epoch": step * self.epochs_per_update}
         self.updates.append(entry | values | dict(zip(tensors, numbers, strict=True)))
         self.logged_at = time.perf_counter()
+        self.check_gradients()
         if not self.accelerator.is_main_process:
             return
         if self.bar is None:
@@ -90,6 +92,39 @@ class Progress:
             self.print_epoch()
         if step == self.max_steps:
             self.close()
+
+    def check_gradients(self):
+        """Fail if the gradient norm was 0 in each of the first updates: then nothing is trained."""
+        count, norms = len(self.updates), [one.get("grad_norm") for one in self.updates[:3]]
+        if count == min(3, self.max_steps) and not any(norm != 0 for norm in norms):
+            self.close()
+            fail_together(
+                self.accelerator,
+                f"the gradient norm is 0 in the first {count} update(s), so no parameter is "
+                "trained: check that compute_loss depends on the trainable parameters, and that "
+                "the batches have labels",
+            )
+
+    def try_saving(self, files, weights):
+        """Write the weights and delete them again, so that a run that cannot be saved stops early.
+
+        Args:
+            files: the run's `WeightFiles`.
+            weights: what `files.write` takes; used on the main process alone.
+        """
+        if self.accelerator.is_main_process:
+            try:
+                files.try_writing(weights)
+            except SystemExit:
+                self.close()
+                raise
+        self.leave_out_time()
+
+    def leave_out_time(self):
+        """Do not count the time since the last update as training, in `collect_metrics`."""
+        now, last = time.perf_counter(), self.updates[-1]
+        last["pause_seconds"] = last.get("pause_seconds", 0.0) + now - self.logged_at
+        self.logged_at = now
 
     def close(self):
         """Close the bar, before an error is printed or the run ends early."""
@@ -123,8 +158,7 @@ class Progress:
 
     def log_scores(self, scores):
         """Record and print held-out scores, measured since the last update was logged."""
-        # collect_metrics leaves this time out of the seconds of the training
-        self.updates[-1]["evaluation_seconds"] = time.perf_counter() - self.logged_at
+        self.leave_out_time()
         last = {name: self.updates[-1][name] for name in ("step", "epoch")}
         scores = {name: as_number(score) for name, score in scores.items()}
         self.evaluations.append(last | scores)
@@ -186,7 +220,7 @@ def collect_metrics(accelerator, model, config, tracker, scores, updates):
     engine = engine_facts(accelerator, parameters)
     offload = engine["offload_optimizer"]
     is_gpu, seconds = accelerator.device.type == "cuda", tracker.seconds["train"]
-    seconds -= sum(update.get("evaluation_seconds", 0) for update in updates)
+    seconds -= sum(update.get("pause_seconds", 0) for update in updates)
     tokens = {
         name: sum(int(update[name]) for update in updates)
         for name in ("target_tokens", "input_tokens")
@@ -225,153 +259,125 @@ def collect_metrics(accelerator, model, config, tracker, scores, updates):
 
 
 # What is left behind ------------------------------------------------------------------------------
+class WeightFiles:
+    """The weights that a run saves: under which keys, with which shapes, and how they are written.
+
+    Made from the model before `prepare`, while every process has all of it. After `prepare` PEFT
+    would read shards, or wait for processes that do not take part.
+
+    Stops the run if a trainable parameter would not be saved, or if the disk has too little space.
+
+    Args:
+        accelerator: made by `start_accelerator`.
+        config: its output_dir is read.
+        model: a model of PEFT, of which the adapter is saved; or a model that is saved in full.
+        tokenizer: is saved beside the weights; None saves none.
+        checkpoints: number of checkpoints, with the weights and the state of AdamW, that are on the
+            disk at once.
+    """
+
+    def __init__(self, accelerator, config, model, tokenizer, checkpoints=0):
+        self.accelerator, self.model, self.tokenizer = accelerator, model, tokenizer
+        self.target = Path(config.output_dir)
+        self.is_adapter = hasattr(model, "peft_config")
+        self.base = model.get_base_model() if self.is_adapter else model
+        self.base_class = type(self.base)  # FSDP2 replaces it by one of its own
+        self.adapter = AdapterLayout(model) if self.is_adapter else None
+        self.total_parameters = count_elements(model)
+        parts = self.adapter.tensors if self.is_adapter else model.parameters()
+        needed = sum(math.prod(full_shape(one)) * one.element_size() for one in parts)
+        state = 12 * count_elements(model, trainable_only=True)  # values, two means, in float32
+        needed, free = needed + checkpoints * (needed + state), free_bytes(self.target)
+        told = f"saving needs {needed:,} bytes in {self.target}, {free:,} are free"
+        if needed > free:
+            refuse(f"{told}: free some, or give an --output_dir on another disk")
+        accelerator.print(f"{told[0].upper()}{told[1:]}.")
+
+    def write(self, folder, state_dict):
+        """Write the weights, what loads them, and the tokenizer. For one process.
+
+        Args:
+            folder: where to write.
+            state_dict: name -> trained parameter, in full; for a full model all of its state.
+        """
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+        state_dict = {plain_name(name): value for name, value in state_dict.items()}
+        if not self.is_adapter:
+            self.model.save_pretrained(folder, state_dict=state_dict)
+            share(folder)
+            return
+        tensors = self.adapter.file_content(state_dict)
+        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+        write_adapter_config(folder, self.model.peft_config["default"], self.base_class)
+        if getattr(self.base, "generation_config", None) is not None:
+            self.base.generation_config.save_pretrained(folder)  # with the tokens that end a text
+        share(folder)
+
+    def check(self, folder, learning_rates=()):
+        """Open the written files and fail unless they hold all that was trained."""
+        if self.is_adapter:
+            check_adapter(folder, self.adapter, learning_rates)
+        else:
+            check_model(folder, self.total_parameters)
+
+    def try_writing(self, state_dict):
+        """Write the weights as `write` does, check and delete them. For one process."""
+        folder = self.target.parent / f".{self.target.name}.{os.getpid()}.trial"
+        try:
+            folder.mkdir(parents=True)
+            self.write(folder, state_dict)
+            self.check(folder)
+        except Exception as error:  # of the disk, PEFT, transformers or safetensors
+            fail(f"the weights cannot be saved, tried after the first update: {first_line(error)}")
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextlib.contextmanager
-def new_folder(config, metrics=None, trained=None, progress=None, with_log=True):
+def new_folder(config, metrics=None, files=None, progress=None, with_log=True):
     """Yield a folder to save the weights into; at the end it becomes `config.output_dir`.
 
     With metrics the weights are checked after the body, and the model card, memory.png, losses.png,
     log.jsonl and metrics.json are written beside them. Weights that were written are kept, whatever
     fails: as `<output_dir>.unchecked` if the body or the check fails, in the hidden folder if
     something fails after that. The console names the folder. Only if the weights themselves cannot
-    be written, as on a full disk, nothing is left. With overwrite_output_dir the files that an
-    earlier run lists in its metrics.json are replaced; others stay.
+    be written, as on a full disk, nothing is left. SIGINT and SIGTERM are handled after the body.
+    With overwrite_output_dir the files that an earlier run lists in its metrics.json are replaced;
+    others stay.
 
     Args:
         config: its output_dir and overwrite_output_dir are read.
         metrics: from `collect_metrics`.
-        trained: name -> parameter, for every trainable parameter, before FSDP1 flattens it. The
-            written adapter must hold each with its full shape.
+        files: the run's `WeightFiles`, which check what was written.
         progress: the run's `Progress`, for log.jsonl and losses.png.
         with_log: write log.jsonl; a script that writes it while it trains does not need this.
     """
     target = Path(config.output_dir)
     folder = target.parent / f".{target.name}.{os.getpid()}"
-    written = False
-    try:
-        folder.mkdir(parents=True)
-        yield folder
-        written = True
-        if metrics is not None:
-            check_files(folder, metrics, trained)
-    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for that
-        if written:
+    with holding_signals():
+        written = False
+        try:
+            folder.mkdir(parents=True)
+            yield folder
+            written = True
+            if metrics is not None:
+                files.check(folder, metrics.get("learning_rates", ()))
+        except (OSError, SafetensorError) as error:  # safetensors has an error of its own for that
+            if written:
+                keep_unchecked(folder, target, metrics, progress, with_log)
+                fail(f"the written files cannot be read back: {error}")
+            shutil.rmtree(folder, ignore_errors=True)
+            fail(f"nothing was saved in {target}: {error}")
+        except BaseException:
             keep_unchecked(folder, target, metrics, progress, with_log)
-            fail(f"the written files cannot be read back: {error}")
-        shutil.rmtree(folder, ignore_errors=True)
-        fail(f"nothing was saved in {target}: {error}")
-    except BaseException:
-        keep_unchecked(folder, target, metrics, progress, with_log)
-        raise
-    try:
-        if metrics is not None:
-            write_beside(folder, metrics, progress, with_log)
-        move_into_place(folder, target, config.overwrite_output_dir)
-    except Exception as error:  # a plot, a full disk, a folder that cannot be replaced
-        fail(f"{target} was not completed, the weights are in {folder}: {first_line(error)}")
-
-
-def keep_unchecked(folder, target, metrics, progress, with_log):
-    """Keep the weights of a run that failed while they were saved or checked, and say where."""
-    if metrics is None or not any(folder.rglob("*.safetensors")):
-        shutil.rmtree(folder, ignore_errors=True)
-        return
-    kept = target.with_name(f"{target.name}.unchecked")
-    if kept.exists():
-        kept = target.with_name(f"{kept.name}.{os.getpid()}")
-    folder.replace(kept)
-    with contextlib.suppress(Exception):  # what can be written beside them is
-        write_beside(kept, metrics, progress, with_log)
-    print(f"The files are kept, unchecked, in {kept}", file=sys.stderr, flush=True)
-
-
-def move_into_place(folder, target, overwrite):
-    """Rename the folder to the target, or replace the files of the run that the target holds."""
-    if not target.exists():
-        folder.replace(target)
-        return
-    if not overwrite:
-        spare = folder.replace(target.with_name(f"{target.name}.{os.getpid()}"))
-        fail(f"another process created {target} during the run, the results are in {spare}")
-    for name in (*earlier_files(target), "metrics.json"):
-        (target / name).unlink(missing_ok=True)
-    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
-        (target / file.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
-        file.replace(target / file.relative_to(folder))
-    shutil.rmtree(folder)
-
-
-def earlier_files(target):
-    """Return the files that an earlier run lists as its own; none in an empty folder."""
-    metrics = target / "metrics.json"
-    return json.loads(metrics.read_text())["saved"] if metrics.is_file() else ()
-
-
-def check_files(folder, metrics, trained):
-    """Open the written weights and fail if they differ from what was trained."""
-    if library(folder) == "peft":
-        check_adapter(folder, trained, metrics.get("learning_rates", [1.0]))
-    else:
-        check_model(folder, metrics["total_parameters"])
-
-
-def name_in_file(name):
-    """Return a trained parameter's key in PEFT's files: its name without adapter and wrappers."""
-    wrappers = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-    for part in (*wrappers, ".modules_to_save.default", ".default"):
-        name = name.replace(part, "")
-    return name
-
-
-def check_adapter(folder, trained, learning_rates):
-    """Open the written adapter and fail unless it holds all that was trained.
-
-    Args:
-        folder: where `save_pretrained` wrote adapter_model.safetensors.
-        trained: name -> parameter, for every trainable parameter.
-        learning_rates: those of all updates. If one is above 0, a lora_B must differ from its
-            initial value, 0. Those that do not are printed.
-    """
-    moved, unmoved = [], []
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        keys = set(file.keys())
-        for name, parameter in trained.items():
-            key, shape = name_in_file(name), full_shape(parameter)
-            if key not in keys:
-                fail(f"the written adapter lacks {key}: every process must gather before one saves")
-            tensor = file.get_tensor(key)
-            if tuple(tensor.shape) != shape:
-                fail(
-                    f"the written adapter's {key} has shape {tuple(tensor.shape)}, not {shape}: "
-                    "gather it before saving"
-                )
-            if not torch.isfinite(tensor).all():
-                fail(f"the written adapter has NaN or infinity in {key}: lower --learning_rate")
-            if "lora_B" in key:
-                (moved if tensor.any() else unmoved).append(key)
-    if unmoved and any(learning_rates):
-        told = (
-            f"{len(unmoved)} of {len(moved + unmoved)} lora_B matrices are still 0, as at the start"
-        )
-        if not moved:
-            fail(f"{told}: nothing was trained")
-        print(f"Warning: {told}: {', '.join(unmoved)}")
-
-
-def check_model(folder, num_elements):
-    """Open the written model and fail unless it holds every parameter, and all are finite."""
-    found = 0
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():
-                tensor = file.get_tensor(key)
-                found += tensor.numel()
-                if not torch.isfinite(tensor).all():
-                    fail(f"the written model has NaN or infinity in {key}: lower --learning_rate")
-    if found < num_elements:  # saved buffers are counted, too
-        fail(
-            f"the written model holds {found} of {num_elements} elements: every process must "
-            "gather before one saves"
-        )
+            raise
+        try:
+            if metrics is not None:
+                write_beside(folder, metrics, progress, with_log)
+            move_into_place(folder, target, config.overwrite_output_dir)
+        except Exception as error:  # a plot, a full disk, a folder that cannot be replaced
+            fail(f"{target} was not completed, the weights are in {folder}: {first_line(error)}")
 
 
 # The end ------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Write what lies beside the weights of a run: log.jsonl, plots, model card and metrics.json."""
 
+import copy
 import json
 import math
 import sys
@@ -19,6 +20,20 @@ def write_beside(folder, metrics, progress, with_log):
     write_metrics(folder, metrics)
 
 
+def write_adapter_config(folder, peft_config, base_class):
+    """Write adapter_config.json as PEFT's save_pretrained does.
+
+    Args:
+        peft_config: of the adapter. It has the name of the base model.
+        base_class: class of the base model. Without a task type PEFT needs it to load the adapter.
+    """
+    peft_config, mapping = copy.copy(peft_config), None
+    peft_config.inference_mode = True
+    if peft_config.task_type is None:
+        mapping = {"base_model_class": base_class.__name__, "parent_library": base_class.__module__}
+    peft_config.save_pretrained(folder, auto_mapping_dict=mapping)
+
+
 def write_log(path, progress):
     """Write a line of JSON per update and per evaluation, in their order."""
     entries = sorted((*progress.updates, *progress.evaluations), key=lambda entry: entry["step"])
@@ -35,7 +50,7 @@ def write_metrics(folder, metrics):
     name = config["model_name_or_path"]
     # the Hub refuses a card whose base model is a path
     base_model = "" if Path(name).is_dir() else f"base_model: {name}\n"
-    data = f" on `{config['dataset_name']}`" if "dataset_name" in config else ""
+    data = f" (--dataset_name `{config['dataset_name']}`)" if "dataset_name" in config else ""
     told = [
         f"Held-out {score}: {value['before']:.4f} before training, {value['after']:.4f} after.\n"
         for score, value in scores.items()

@@ -9,7 +9,6 @@ import os
 import sys
 import time
 import traceback
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +19,6 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import (
     GatheredParameters,
-    extract_model_from_parallel,
     gather_object,
     set_seed,
 )
@@ -30,9 +28,7 @@ from accelerate.utils.launch import (
     prepare_simple_launcher_cmd_env,
 )
 from peft.utils.other import fsdp_auto_wrap_policy
-from safetensors.torch import save_file
 from torch._dynamo.utils import counters
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, RandomSampler
@@ -40,7 +36,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 from utils.engine import bytes_held, held_part, stepping_optimizer
 from utils.launch import launched_strategy, start_accelerator
-from utils.results import name_in_file
+from utils.results import WeightFiles
+from utils.saving import plain_name
 
 VOCABULARY = 256
 ROWS_PER_UPDATE = 16  # the full data set, so that the losses of all updates can be compared
@@ -187,7 +184,7 @@ def update(job, found, enter):
     """Train as the scripts do.
 
     Returns:
-        the accelerator, the prepared model, and the names of the trainable parameters.
+        the accelerator, the prepared model, the names of the trainable parameters, and the files.
     """
     row = SimpleNamespace(**job["row"])
     set_environment(job)
@@ -201,6 +198,8 @@ def update(job, found, enter):
     model = build_base(row, job["model"])
     peft_config = getattr(peft, row.config)(task_type="CAUSAL_LM", **row.options)
     model = peft.get_peft_model(model, peft_config)
+    target = SimpleNamespace(output_dir=Path(job["folder"]) / "adapter")
+    files = WeightFiles(accelerator, target, model, tokenizer=None)
     _, full = bytes_held(list(model.parameters()))  # before FSDP1 replaces them by shards
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     data = make_data(row)
@@ -238,7 +237,7 @@ def update(job, found, enter):
     found["bytes"] = [sum(pair) for pair in zip(found["bytes"], copies)]
     found["losses"], found["grad_norms"] = losses, norms
     found["graphs"] = counters["stats"]["unique_graphs"]  # made by torch.compile
-    return accelerator, model, names
+    return accelerator, model, names, files
 
 
 def kept_copies(model):
@@ -253,14 +252,16 @@ def kept_copies(model):
 
 def train(job, found, enter):
     """Train, and save the adapter, and its logits and tensors for the comparison."""
-    accelerator, model, names = update(job, found, enter)
+    accelerator, model, names, files = update(job, found, enter)
     enter("reloads")
     model.eval()
     with torch.no_grad():
         logits = model(input_ids=probe_batch().to(accelerator.device)).logits.cpu()
     state_dict = gather(accelerator, model, names)
-    save(accelerator, model, state_dict, job)
     if accelerator.is_main_process:
+        files.target.mkdir()
+        files.write(files.target, state_dict)
+        files.check(files.target)
         torch.save({"logits": logits, "trained": state_dict}, Path(job["folder"]) / "compare.pt")
         (Path(job["folder"]) / "saved").touch()
     accelerator.wait_for_everyone()
@@ -280,11 +281,6 @@ def prepare(accelerator, row, model, loader):
     return accelerator.prepare(model, optimizer, loader)
 
 
-def clean(name):
-    """Return a parameter's name without the wrappers of FSDP1 and torch.compile."""
-    return name.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
-
-
 def gather(accelerator, model, names):
     """Return name -> full tensor, on the CPU, of the trainable parameters. Collective."""
     if launched_strategy() == "fsdp1":
@@ -292,7 +288,7 @@ def gather(accelerator, model, names):
         return {name: state_dict[name] for name in names}
     unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
     trained = {
-        clean(name): parameter
+        plain_name(name): parameter
         for name, parameter in unwrapped.named_parameters()
         if parameter.requires_grad
     }
@@ -313,50 +309,16 @@ def gather_fsdp1(accelerator, model):
             continue
         if mixed or all(parameter.requires_grad for parameter in unit.parameters()):
             with FSDP.summon_full_params(unit, writeback=False, recurse=mixed):
-                for name, parameter in unit.module.named_parameters(clean(path)):
-                    state_dict[clean(name)] = parameter.detach().cpu().clone()
+                for name, parameter in unit.module.named_parameters(plain_name(path)):
+                    state_dict[plain_name(name)] = parameter.detach().cpu().clone()
         if mixed:
             return state_dict  # the root came first
     return state_dict
 
 
-def save(accelerator, model, state_dict, job):
-    """Write the adapter from one process. Collective.
-
-    PEFT saves a prompt as the output of its encoder, which every process must run, with full
-    parameters.
-    """
-    folder, strategy = Path(job["folder"]) / "adapter", launched_strategy()
-    unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
-    config = unwrapped.peft_config["default"]
-    if strategy == "fsdp1" and isinstance(config, peft.LoraConfig):
-        # as the scripts do it: PEFT finds no parameters inside the units of FSDP1
-        if accelerator.is_main_process:
-            config.save_pretrained(folder)
-            state_dict = {name_in_file(name): tensor for name, tensor in state_dict.items()}
-            save_file(state_dict, folder / "adapter_model.safetensors")
-        return
-    if config.peft_type not in PROMPTS:
-        if strategy == "fsdp1":
-            unwrapped = extract_model_from_parallel(model, keep_torch_compile=False, recursive=True)
-        if accelerator.is_main_process:
-            unwrapped.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
-        return
-    if strategy == "fsdp2":
-        for unit in unwrapped.modules():
-            if isinstance(unit, FSDPModule):
-                unit.unshard()
-    prompt = list(unwrapped.prompt_encoder.parameters())
-    with GatheredParameters(prompt) if strategy == "zero3" else nullcontext():
-        main = accelerator.is_main_process
-        unwrapped.save_pretrained(
-            folder, state_dict=state_dict, save_embedding_layers=False, is_main_process=main
-        )
-
-
 def save_state(job, found, enter):
     """Train again, and write a checkpoint with the optimizer's state, by accelerate."""
-    accelerator, model, _ = update(job, {}, enter)
+    accelerator, model, *_ = update(job, {}, enter)
     enter("state")
     if launched_strategy() == "fsdp1":
         state = FSDP.optim_state_dict(model, accelerator._optimizers[0].optimizer)
