@@ -28,7 +28,7 @@ from utils.data import check_labels, load_data
 from utils.generation import generating
 from utils.launch import adamw, start_accelerator
 from utils.memory import MemoryTracker
-from utils.results import Progress, WeightFiles, collect_metrics, finish_run, new_folder
+from utils.results import Progress, WeightFiles, collect_metrics, finish_run
 from utils.settings import read_settings
 
 
@@ -238,6 +238,7 @@ def main():
     # 6. Training loop -----------------------------------------------------------------------------
     # leave, unless you know why
     before, _ = evaluate(accelerator, model, tokenizer, valid_loader, config)
+    files.try_writing(gather_weights(accelerator, model))  # stops now if saving fails
     with tracker.phase("train"):
         model.train()
         batches = iter(train_loader)
@@ -266,8 +267,6 @@ def main():
             loss, rate = accelerator.reduce(step_loss), scheduler.get_last_lr()[0]
             counts = {"target_tokens": step_targets, "input_tokens": step_inputs}
             progress.log(loss=loss, learning_rate=rate, grad_norm=grad_norm, **counts)
-            if len(progress.updates) == 1:  # stops now, and not at the end, if saving fails
-                progress.try_saving(files, gather_weights(accelerator, model))
             scheduler.step()
             if config.eval_strategy == "epoch" and progress.is_between_epochs():
                 scores, _ = evaluate(accelerator, model, tokenizer, valid_loader, config)
@@ -280,7 +279,7 @@ def main():
     metrics = collect_metrics(accelerator, model, config, tracker, scores, progress.updates)
     if accelerator.is_main_process:
         # checks the written files at the end, and adds the metrics, the log and the plots
-        with new_folder(config, metrics, files, progress) as folder:
+        with files.new_folder(metrics, progress) as folder:
             files.write(folder, weights)
     progress.show_samples(samples)
     finish_run(accelerator, config, metrics)

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -47,7 +47,7 @@ from utils.launch import launched_strategy, move_quant_states, shards_parameters
 from utils.loss import add_token_loss, check_token_loss
 from utils.memory import MemoryTracker
 from utils.packing import build_loader, pack, shuffled_sequences, stream_sequences
-from utils.results import Progress, WeightFiles, collect_metrics, end_run, new_folder, print_saved
+from utils.results import Progress, WeightFiles, collect_metrics, end_run, print_saved
 from utils.results import print_scores
 from utils.resuming import check_resumed, find_run, identify, remove_earlier_run, restore_progress
 from utils.run_log import RunLog, is_due, tracker_options
@@ -609,8 +609,7 @@ def main():
         metrics["evaluations"] = progress.evaluations
         if accelerator.is_main_process:
             # checks the written files at the end, and adds the metrics and memory.png
-            target = replace(config, overwrite_output_dir=True)
-            with new_folder(target, metrics, files, progress, with_log=False) as folder:
+            with files.new_folder(metrics, progress, with_log=False, overwrite=True) as folder:
                 files.write(folder, weights)
             print_scores(metrics)
             print_saved(config, metrics)

@@ -301,7 +301,7 @@ def test_other_data_optimizer_and_score(run):
     assert scores["perplexity"]["after"] < scores["perplexity"]["before"]
     for moment in ("before", "after"):
         assert scores["top5_accuracy"][moment] > scores["token_accuracy"][moment]
-    assert "on `made-up sums`" in (folder / "README.md").read_text()
+    assert "(--dataset_name `made-up sums`)" in (folder / "README.md").read_text()
     assert "assets/chat" not in output
     # AdamW's first update moves every element by the learning rate; lora_B starts at 0
     adapter = load_file(folder / "adapter_model.safetensors")

@@ -106,9 +106,25 @@ def test_ctrl_c_ends_the_launch(launch, arguments, tmp_path, output_dir):
     assert list(output_dir.parent.iterdir()) == []
 
 
-def test_a_save_without_gathering_fails_loudly(launch, arguments, tmp_path, output_dir):
-    gather = "    with GatheredParameters(list(trainable.values())):"
-    copy = plant(tmp_path, OFFLOAD, (gather, "    if True:"))
+GATHER = "    with GatheredParameters(list(trainable.values())):"
+WEIGHTS = "    weights = gather_weights(accelerator, model)\n"
+
+
+def test_a_save_without_gathering_ends_before_the_training(launch, arguments, tmp_path, output_dir):
+    copy = plant(tmp_path, OFFLOAD, (GATHER, "    if True:"))
+    done = launch(copy, "zero3", *arguments, output_dir, processes=2, code=None)
+    assert done.returncode != 0
+    (line,) = re.findall("^error: .*", done.stdout, re.MULTILINE)
+    assert "lora_A" in line and "(0,)" in line and "gather" in line
+    assert "epoch 1" not in done.stdout
+    assert list(output_dir.parent.iterdir()) == []
+
+
+def test_a_save_that_fails_only_at_the_end_keeps_the_files(launch, arguments, tmp_path, output_dir):
+    # gathers for the trial, and not at the end
+    once = "    gathered = [] if hasattr(gather_weights, 'tried') else list(trainable.values())\n"
+    once += "    gather_weights.tried = True\n    with GatheredParameters(gathered):"
+    copy = plant(tmp_path, OFFLOAD, (GATHER, once))
     done = launch(copy, "zero3", *arguments, output_dir, processes=2, code=None)
     assert done.returncode != 0
     (line,) = re.findall("^error: .*", done.stdout, re.MULTILINE)
@@ -118,15 +134,24 @@ def test_a_save_without_gathering_fails_loudly(launch, arguments, tmp_path, outp
     assert {"adapter_model.safetensors", "log.jsonl"} < {file.name for file in kept.iterdir()}
 
 
-def test_a_save_that_the_system_refuses_leaves_nothing(launch, arguments, tmp_path, output_dir):
+@pytest.mark.parametrize(
+    "place, words",
+    [
+        ("    files.try_writing(", "cannot be saved, tried before the training"),
+        (WEIGHTS, "nothing was saved in"),
+    ],
+    ids=["from the start", "at the end"],
+)
+def test_a_save_that_the_system_refuses_leaves_nothing(
+    launch, arguments, tmp_path, output_dir, place, words
+):
     # no file may grow beyond 10 kB: for the weights, this is like a full disk
     limit = "    import resource\n    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
-    save = "    unwrapped = accelerator.unwrap_model(model)\n"
-    copy = plant(tmp_path, "causal_lm_lora", (save, limit + save))
+    copy = plant(tmp_path, "causal_lm_lora", (place, limit + place))
     done = launch(copy, "ddp", *arguments, output_dir, processes=2, code=None)
     assert done.returncode != 0
     (line,) = re.findall("^error: .*", done.stdout, re.MULTILINE)
-    assert f"nothing was saved in {output_dir}" in line and "File too large" in line
+    assert words in line and "File too large" in line
     assert list(output_dir.parent.iterdir()) == []
 
 

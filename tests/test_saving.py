@@ -21,7 +21,7 @@ SHARDED = {  # config -> script
     "fsdp1": "causal_lm_lora_fsdp1",
     "fsdp2": "causal_lm_lora_fsdp2",
 }
-SAVE = f"{'    # 7. Save ':-<100}\n"
+SAVE = "    weights = gather_weights(accelerator, model)\n"
 END = "    finish_run(accelerator, config, metrics)\n"
 STEP = "                    optimizer.step()\n"
 # Planted before optimizer.step(): trainable parameters have gradients, which are sharded under

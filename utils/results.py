@@ -9,6 +9,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from accelerate.utils import DistributedType
@@ -105,27 +106,6 @@ class Progress:
                 "the batches have labels",
             )
 
-    def try_saving(self, files, weights):
-        """Write the weights and delete them again, so that a run that cannot be saved stops early.
-
-        Args:
-            files: the run's `WeightFiles`.
-            weights: what `files.write` takes; used on the main process alone.
-        """
-        if self.accelerator.is_main_process:
-            try:
-                files.try_writing(weights)
-            except SystemExit:
-                self.close()
-                raise
-        self.leave_out_time()
-
-    def leave_out_time(self):
-        """Do not count the time since the last update as training, in `collect_metrics`."""
-        now, last = time.perf_counter(), self.updates[-1]
-        last["pause_seconds"] = last.get("pause_seconds", 0.0) + now - self.logged_at
-        self.logged_at = now
-
     def close(self):
         """Close the bar, before an error is printed or the run ends early."""
         if self.bar is not None:
@@ -158,7 +138,8 @@ class Progress:
 
     def log_scores(self, scores):
         """Record and print held-out scores, measured since the last update was logged."""
-        self.leave_out_time()
+        # collect_metrics leaves this time out of the seconds of the training
+        self.updates[-1]["evaluation_seconds"] = time.perf_counter() - self.logged_at
         last = {name: self.updates[-1][name] for name in ("step", "epoch")}
         scores = {name: as_number(score) for name, score in scores.items()}
         self.evaluations.append(last | scores)
@@ -220,7 +201,7 @@ def collect_metrics(accelerator, model, config, tracker, scores, updates):
     engine = engine_facts(accelerator, parameters)
     offload = engine["offload_optimizer"]
     is_gpu, seconds = accelerator.device.type == "cuda", tracker.seconds["train"]
-    seconds -= sum(update.get("pause_seconds", 0) for update in updates)
+    seconds -= sum(update.get("evaluation_seconds", 0) for update in updates)
     tokens = {
         name: sum(int(update[name]) for update in updates)
         for name in ("target_tokens", "input_tokens")
@@ -269,7 +250,7 @@ class WeightFiles:
 
     Args:
         accelerator: made by `start_accelerator`.
-        config: its output_dir is read.
+        config: its output_dir and overwrite_output_dir are read.
         model: a model of PEFT, of which the adapter is saved; or a model that is saved in full.
         tokenizer: is saved beside the weights; None saves none.
         checkpoints: number of checkpoints, with the weights and the state of AdamW, that are on the
@@ -278,7 +259,7 @@ class WeightFiles:
 
     def __init__(self, accelerator, config, model, tokenizer, checkpoints=0):
         self.accelerator, self.model, self.tokenizer = accelerator, model, tokenizer
-        self.target = Path(config.output_dir)
+        self.config, self.target = config, Path(config.output_dir)
         self.is_adapter = hasattr(model, "peft_config")
         self.base = model.get_base_model() if self.is_adapter else model
         self.base_class = type(self.base)  # FSDP2 replaces it by one of its own
@@ -288,10 +269,11 @@ class WeightFiles:
         needed = sum(math.prod(full_shape(one)) * one.element_size() for one in parts)
         state = 12 * count_elements(model, trainable_only=True)  # values, two means, in float32
         needed, free = needed + checkpoints * (needed + state), free_bytes(self.target)
-        told = f"saving needs {needed:,} bytes in {self.target}, {free:,} are free"
         if needed > free:
-            refuse(f"{told}: free some, or give an --output_dir on another disk")
-        accelerator.print(f"{told[0].upper()}{told[1:]}.")
+            refuse(
+                f"--output_dir {self.target}: saving needs {needed:,} bytes, and {free:,} are free "
+                "on that disk: free some, or give a folder on another one"
+            )
 
     def write(self, folder, state_dict):
         """Write the weights, what loads them, and the tokenizer. For one process.
@@ -300,18 +282,17 @@ class WeightFiles:
             folder: where to write.
             state_dict: name -> trained parameter, in full; for a full model all of its state.
         """
+        state_dict = {plain_name(name): value for name, value in state_dict.items()}
+        if self.is_adapter:
+            tensors = self.adapter.file_content(state_dict)
+            save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+            write_adapter_config(folder, self.model.peft_config["default"], self.base_class)
+            if getattr(self.base, "generation_config", None) is not None:
+                self.base.generation_config.save_pretrained(folder)  # names the end tokens
+        else:
+            self.model.save_pretrained(folder, state_dict=state_dict)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
-        state_dict = {plain_name(name): value for name, value in state_dict.items()}
-        if not self.is_adapter:
-            self.model.save_pretrained(folder, state_dict=state_dict)
-            share(folder)
-            return
-        tensors = self.adapter.file_content(state_dict)
-        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-        write_adapter_config(folder, self.model.peft_config["default"], self.base_class)
-        if getattr(self.base, "generation_config", None) is not None:
-            self.base.generation_config.save_pretrained(folder)  # with the tokens that end a text
         share(folder)
 
     def check(self, folder, learning_rates=()):
@@ -321,15 +302,27 @@ class WeightFiles:
         else:
             check_model(folder, self.total_parameters)
 
+    def new_folder(self, metrics, progress, with_log=True, overwrite=False):
+        """Return `new_folder` for this run. With `overwrite` output_dir may hold files already."""
+        overwrite = overwrite or self.config.overwrite_output_dir
+        target = SimpleNamespace(output_dir=self.target, overwrite_output_dir=overwrite)
+        return new_folder(target, metrics, self, progress, with_log)
+
     def try_writing(self, state_dict):
-        """Write the weights as `write` does, check and delete them. For one process."""
+        """Write the weights as `write` does, check and delete them, so that a fault shows early.
+
+        Call it after an evaluation, as at the end of the run: after an update DeepSpeed still has
+        small parameters gathered, and a script that does not gather would pass.
+        """
+        if not self.accelerator.is_main_process:
+            return
         folder = self.target.parent / f".{self.target.name}.{os.getpid()}.trial"
         try:
             folder.mkdir(parents=True)
             self.write(folder, state_dict)
             self.check(folder)
         except Exception as error:  # of the disk, PEFT, transformers or safetensors
-            fail(f"the weights cannot be saved, tried after the first update: {first_line(error)}")
+            fail(f"the weights cannot be saved, tried before the training: {first_line(error)}")
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -363,14 +356,14 @@ def new_folder(config, metrics=None, files=None, progress=None, with_log=True):
             written = True
             if metrics is not None:
                 files.check(folder, metrics.get("learning_rates", ()))
-        except (OSError, SafetensorError) as error:  # safetensors has an error of its own for that
-            if written:
-                keep_unchecked(folder, target, metrics, progress, with_log)
-                fail(f"the written files cannot be read back: {error}")
-            shutil.rmtree(folder, ignore_errors=True)
-            fail(f"nothing was saved in {target}: {error}")
-        except BaseException:
-            keep_unchecked(folder, target, metrics, progress, with_log)
+        except BaseException as error:
+            kept = keep_unchecked(folder, target, metrics, progress, with_log)
+            if isinstance(error, OSError | SafetensorError) or "(os error " in str(error):
+                done = "read back" if written else "written"
+                told = (
+                    f"not all files could be {done}" if kept else f"nothing was saved in {target}"
+                )
+                fail(f"{told}: {first_line(error)}")
             raise
         try:
             if metrics is not None:

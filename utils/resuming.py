@@ -6,7 +6,7 @@ from utils.checkpoint import CheckpointError, check_same_run, checkpoints, find_
 from utils.checkpoint import read_state, remove_checkpoints
 from utils.errors import refusing, say
 from utils.launch import launched_precision, launched_strategy
-from utils.results import earlier_files
+from utils.saving import earlier_files
 
 START = {"step": 0, "updates": [], "evaluations": [], "seconds": 0.0, "identity": {}}
 # Settings that may differ between a run and the one whose checkpoint it resumes: they do not change

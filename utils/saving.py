@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from utils.engine import full_shape
 from utils.errors import fail, refuse
@@ -39,7 +39,7 @@ class AdapterLayout:
         names: key -> name of the trained parameter.
         fixed: key -> tensor that is saved but not trained, on the CPU.
         before: key -> `fingerprint` of the trained parameter.
-        prompt: of a prompt method, what `encode_prompt` needs; else None.
+        encoder: of a prompt method, what `encode_prompt` needs; else None.
         is_converted: whether the method saves tensors by a rule of its own.
     """
 
@@ -59,10 +59,10 @@ class AdapterLayout:
         self.before = {key: fingerprint(saved[key]) for key in self.names}
         others = {key: one for key, one in saved.items() if key not in self.names}
         self.fixed = {k: v.detach().cpu().clone() for k, v in others.items() if id(v) in known}
-        self.prompt = copy_prompt(model)
+        self.encoder = copy_encoder(model)
         self.is_converted = set(others) - set(self.fixed) - {PROMPT_KEY} != set()
         lost = sorted(set(trained.values()) - set(self.names.values()))
-        if lost and self.prompt is None and not self.is_converted:
+        if lost and self.encoder is None and not self.is_converted:
             refuse(
                 f"{len(lost)} trainable parameters are not part of the adapter that PEFT saves, "
                 f"the first is {lost[0]}: freeze them, or name their layers in modules_to_save"
@@ -85,13 +85,13 @@ class AdapterLayout:
             )
         else:
             tensors = {key: state_dict[name] for key, name in self.names.items()} | self.fixed
-        if self.prompt is not None:
-            tensors[PROMPT_KEY] = encode_prompt(self.prompt, state_dict)
+        if self.encoder is not None:
+            tensors[PROMPT_KEY] = encode_prompt(self.encoder, state_dict)
         # clones: safetensors refuses tensors that share their memory
         return {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
 
 
-def copy_prompt(model):
+def copy_encoder(model):
     """Return what `encode_prompt` needs of a model with a prompt method; None for other models."""
     config = model.peft_config["default"]
     if not config.is_prompt_learning:
@@ -102,13 +102,13 @@ def copy_prompt(model):
     return SimpleNamespace(**parts, peft_config={"default": config})
 
 
-def encode_prompt(prompt, state_dict):
+def encode_prompt(encoder, state_dict):
     """Return the prompt that PEFT saves: the output of its encoder with the trained weights.
 
     Computed on a copy of the encoder. The one in the model may be sharded.
 
     Args:
-        prompt: from `copy_prompt`.
+        encoder: from `copy_encoder`.
         state_dict: name -> full trained parameter.
     """
     values = {
@@ -118,8 +118,8 @@ def encode_prompt(prompt, state_dict):
     }
     from peft import PeftModel  # a large import
 
-    prompt.prompt_encoder["default"].load_state_dict(values, strict=False)
-    return PeftModel.get_prompt_embedding_to_save(prompt, "default")
+    encoder.prompt_encoder["default"].load_state_dict(values, strict=False)
+    return PeftModel.get_prompt_embedding_to_save(encoder, "default")
 
 
 def fingerprint(tensor):
@@ -202,10 +202,14 @@ def holding_signals():
 
 
 def keep_unchecked(folder, target, metrics, progress, with_log):
-    """Keep the weights of a run that failed while they were saved or checked, and say where."""
-    if metrics is None or not any(folder.rglob("*.safetensors")):
+    """Keep the weights of a run that failed while they were saved or checked, and say where.
+
+    Returns:
+        the folder, or None if there is no file of weights that can be read. Then nothing is kept.
+    """
+    if metrics is None or not any(is_readable(file) for file in folder.rglob("*.safetensors")):
         shutil.rmtree(folder, ignore_errors=True)
-        return
+        return None
     kept = target.with_name(f"{target.name}.unchecked")
     if kept.exists():
         kept = target.with_name(f"{kept.name}.{os.getpid()}")
@@ -213,6 +217,16 @@ def keep_unchecked(folder, target, metrics, progress, with_log):
     with contextlib.suppress(Exception):  # what can be written beside them is
         write_beside(kept, metrics, progress, with_log)
     print(f"The files are kept, unchecked, in {kept}", file=sys.stderr, flush=True)
+    return kept
+
+
+def is_readable(file):
+    """Return whether a .safetensors file is complete, judged by its header."""
+    try:
+        with safe_open(file, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def move_into_place(folder, target, overwrite):
