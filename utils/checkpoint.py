@@ -262,6 +262,9 @@ def save_checkpoint(accelerator, output_dir, step, optimizer, state, write_weigh
             "same folder"
         )
     save_file(tensors, file, {"numbers": json.dumps(numbers)})
+    mask = os.umask(0)
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)  # safetensors writes with 0600, whatever the umask says
     flush(file)
     files = dict(gather_object([(file.name, digest(file))]))
     if accelerator.is_main_process:

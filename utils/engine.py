@@ -146,12 +146,14 @@ def stepping_optimizer(optimizer):
 def engine_facts(accelerator, parameters):
     """Return what the live optimizer and engine say of themselves. Collective.
 
-    Keys: optimizer (class name); adamw_mode; offload_optimizer and offload_param ("none", "cpu",
-    "nvme"); parameters_held (elements of parameters per process, with padding); bytes_held (per
-    process, dtype -> bytes); frozen_gradients (number of frozen parameters that have a gradient).
+    Keys: optimizer (class name); adamw_mode (null if it is no Adam); offload_optimizer and
+    offload_param ("none", "cpu", "nvme"); parameters_held (elements of parameters per process, with
+    padding); bytes_held (per process, dtype -> bytes); frozen_gradients (number of frozen
+    parameters that have a gradient).
     """
     optimizer = stepping_optimizer(accelerator._optimizers[0])
     name = type(optimizer).__name__
+    is_adam = "Adam" in name
     facts = {"offload_optimizer": "none", "offload_param": "none"}
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         engine = accelerator.deepspeed_engine_wrapped.engine
@@ -166,7 +168,7 @@ def engine_facts(accelerator, parameters):
     gradients = sum(not p.requires_grad and p.grad is not None for p in parameters)
     return facts | {
         "optimizer": name,
-        "adamw_mode": getattr(optimizer, "adam_w_mode", "AdamW" in name),
+        "adamw_mode": getattr(optimizer, "adam_w_mode", "AdamW" in name) if is_adam else None,
         "parameters_held": gather_object([sum(held_part(p).numel() for p in parameters)]),
         "bytes_held": bytes_held(parameters)[0],
         "frozen_gradients": sum(gather_object([gradients])),

@@ -33,7 +33,7 @@ from utils.errors import fail, fail_together, first_line, refuse, say
 from utils.loading import base_model, load_lines
 from utils.run_files import write_adapter_config, write_beside
 from utils.saving import AdapterLayout, check_adapter, check_model, free_bytes, holding_signals
-from utils.saving import keep_unchecked, move_into_place, plain_name, share
+from utils.saving import has_weights, keep_unchecked, move_into_place, plain_name, share
 
 LIBRARIES = ("torch", "accelerate", "deepspeed", "peft", "transformers", "datasets", "bitsandbytes")
 CURVES = {"loss": "losses", "learning_rate": "learning_rates", "grad_norm": "grad_norms"}
@@ -357,7 +357,10 @@ def new_folder(config, metrics=None, files=None, progress=None, with_log=True):
             if metrics is not None:
                 files.check(folder, metrics.get("learning_rates", ()))
         except BaseException as error:
-            kept = keep_unchecked(folder, target, metrics, progress, with_log)
+            kept = None
+            if metrics is not None and (written or has_weights(folder)):
+                kept = keep_unchecked(folder, target, metrics, progress, with_log)
+            shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, OSError | SafetensorError) or "(os error " in str(error):
                 done = "read back" if written else "written"
                 told = (

@@ -202,14 +202,7 @@ def holding_signals():
 
 
 def keep_unchecked(folder, target, metrics, progress, with_log):
-    """Keep the weights of a run that failed while they were saved or checked, and say where.
-
-    Returns:
-        the folder, or None if there is no file of weights that can be read. Then nothing is kept.
-    """
-    if metrics is None or not any(is_readable(file) for file in folder.rglob("*.safetensors")):
-        shutil.rmtree(folder, ignore_errors=True)
-        return None
+    """Keep the weights of a run that failed while it was saved; print and return the folder."""
     kept = target.with_name(f"{target.name}.unchecked")
     if kept.exists():
         kept = target.with_name(f"{kept.name}.{os.getpid()}")
@@ -220,13 +213,12 @@ def keep_unchecked(folder, target, metrics, progress, with_log):
     return kept
 
 
-def is_readable(file):
-    """Return whether a .safetensors file is complete, judged by its header."""
-    try:
-        with safe_open(file, framework="pt"):
+def has_weights(folder):
+    """Return whether a .safetensors file in the folder is complete, judged by its header."""
+    for file in folder.rglob("*.safetensors"):
+        with contextlib.suppress(OSError, SafetensorError), safe_open(file, framework="pt"):
             return True
-    except (OSError, SafetensorError):
-        return False
+    return False
 
 
 def move_into_place(folder, target, overwrite):
