@@ -101,7 +101,7 @@ def assert_slices(tensors):
 
 
 def test_offloaded_slices_are_saved(launch, bases, tmp_path):
-    copy = plant(tmp_path, SHARDED["zero3_offload"], (SAVE, SAVE + FILL))
+    copy = plant(tmp_path, SHARDED["zero3_offload"], (SAVE, FILL + SAVE))
     launch(copy, "zero3_offload", *flags(bases, "llama", tmp_path / "run"), processes=2)
     assert_slices(load_file(tmp_path / "run" / "adapter_model.safetensors"))
 
@@ -111,7 +111,7 @@ def test_offloaded_slices_are_saved(launch, bases, tmp_path):
 def test_slices_full_layers_and_new_tokens_are_saved_reloaded_and_merged(
     launch, bases, tmp_path, config, base
 ):
-    copy = plant(tmp_path, SHARDED[config], (SAVE, SAVE + DUMP[config] + WRITE + FILL))
+    copy = plant(tmp_path, SHARDED[config], (SAVE, DUMP[config] + WRITE + FILL + SAVE))
     full = ("--modules_to_save", "lm_head", "embed_tokens")
     # FSDP's own activation checkpointing adds another wrapper, whose name is a part of the keys
     checkpointing = ("--fsdp_activation_checkpointing", "true")
