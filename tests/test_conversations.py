@@ -329,7 +329,6 @@ MESSAGES = [  # messages; what the sentence says of row 7
     (turns("x", [["y"]]), "message 2 has a part of the kind list"),
     (turns("x", 2.5), "message 2 (assistant) has no text, but float: convert it"),
     (turns("x", True), "message 2 (assistant) has no text, but bool: convert it"),
-    ([*PAIR, {"role": "user"}], 'message 3 is not {"role": ..., "content": ...}'),
     ([{"content": "x"}], 'message 1 is not {"role": ..., "content": ...}'),
     (["x"], 'message 1 is not {"role": ..., "content": ...}'),
     ([PAIR[0], PAIR[1] | {"weight": 0.5}], "message 2 has {'weight': 0.5}: it must be 0 or 1"),

@@ -1,6 +1,5 @@
 """Chat templates: which one is used, and which tokens and which date it writes."""
 
-import contextlib
 import copy
 import re
 from datetime import datetime
@@ -60,6 +59,11 @@ def build_tokenizer(config, is_chat):
         return tokenizer, 0
     if choice not in TEMPLATES and (choice != "none" or tokenizer.chat_template):
         take_template(tokenizer, choice)
+        if last_token(tokenizer) not in (None, *tokenizer.added_tokens_decoder):
+            say(
+                "The chat template ends an answer without a special token, so the model does not "
+                "learn where to stop: give --append_concat_token true, or a template that does."
+            )
         return tokenizer, 0
     if choice == "none":
         choice = "chatml"
@@ -88,19 +92,19 @@ def take_template(tokenizer, choice):
     elif choice.endswith(".jinja"):
         tokenizer.chat_template = Path(choice).read_text()
     elif choice != "none":
-        has = f"has {', '.join(named)}" if named else "names none"
+        has = f"has {', '.join(sorted(named))}" if named else "names none"
         refuse(
             f"--chat_template_format is {choice!r}: choose {', '.join(TEMPLATES)}, none, a .jinja "
             f"file or a template of the tokenizer, which {has}"
         )
     elif named and "default" not in named:
         refuse(
-            f"the tokenizer has several chat templates and none is called default: name one of "
-            f"{', '.join(named)} in --chat_template_format"
+            "the tokenizer has several chat templates and none is called default: name one of "
+            f"{', '.join(sorted(named))} in --chat_template_format"
         )
     elif named:
         for_tools = ", and tool_use for rows with tools" if "tool_use" in named else ""
-        say(f"Of the chat templates {', '.join(named)} default is used{for_tools}.")
+        say(f"Of the chat templates {', '.join(sorted(named))} default is used{for_tools}.")
 
 
 def turn_ends(tokenizer):
@@ -108,13 +112,17 @@ def turn_ends(tokenizer):
 
     The model learns to end its answers with them, so generation must stop there.
     """
-    ends = {tokenizer.eos_token_id}
+    return {tokenizer.eos_token_id} | {last_token(tokenizer)} & {*tokenizer.added_tokens_decoder}
+
+
+def last_token(tokenizer):
+    """Return the id of the token that ends an answer in the chat template; None: it is unknown."""
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    with contextlib.suppress(Exception):  # no template, or one that needs more than this
+    try:
         text = tokenizer.apply_chat_template(chat, tokenize=False).rstrip()
-        last = tokenizer(text, add_special_tokens=False)["input_ids"][-1]
-        ends |= {last} & tokenizer.added_tokens_decoder.keys()
-    return ends - {None}
+    except Exception:  # there is no template, or one that needs more than this
+        return None
+    return tokenizer(text, add_special_tokens=False)["input_ids"][-1]
 
 
 DATE = re.compile(r"""strftime_now\(\s*(["'])(.+?)\1\s*\)""")

@@ -243,7 +243,7 @@ def read_message(entry, where, notes):
     keys = dict(entry) if isinstance(entry, dict) else {}
     said = keys.pop("role", None) or keys.pop("from", None)
     content = keys.pop("content", None) or keys.pop("value", None) or ""
-    if said is None or not (content or keys or {"content", "value"} & set(entry)):
+    if said is None:
         raise DataError(f'{where} is not {{"role": ..., "content": ...}}: fix it')
     if not isinstance(said, str):
         raise DataError(f"{where} has the role {said!r}: it must be text")
@@ -252,8 +252,11 @@ def read_message(entry, where, notes):
     if role != said:
         notes.append(note(f"role {said} read as {role}", "messages"))
     elif role not in KNOWN_ROLES:
-        notes.append(note(f"role {role}, which has no label", "messages"))
-    if isinstance(content, dict | list):
+        notes.append(note(f"messages of the role {role}, which have no label", "messages"))
+    if isinstance(content, dict | list) and role == "tool" and not is_parts(content):
+        notes.append(note("results of tools as data, written as JSON", "messages"))
+        content = json.dumps(content, ensure_ascii=False)
+    elif isinstance(content, dict | list):
         content = join_parts(content, where, notes)
     content = as_text(content, f"{where} ({role}) has no text")
     weights = {key: keys.pop(key) for key in WEIGHTS if key in keys}
@@ -269,8 +272,20 @@ def read_message(entry, where, notes):
     elif weights and role != "assistant" and any(weights.values()):
         name = " and ".join(weights)
         notes.append(note(f"key {name} of messages that are not the assistant's", "messages"))
+    elif not content.strip() and role != "assistant":
+        notes.append(note(f"messages of the role {role} without text", "messages"))
     has_label = role == "assistant" and not is_empty and all(weights.values())
-    return message(role, content) | {key: keys[key] for key in keys if keys[key] != []}, has_label
+    # some templates write an empty answer beside tool calls, if there is an empty content
+    one = {"role": role} if "tool_calls" in keys and not content else message(role, content)
+    return one | {key: keys[key] for key in keys if keys[key] != []}, has_label
+
+
+def is_parts(content):
+    """Return whether content consists of parts, as texts and images are given."""
+    parts = [content] if isinstance(content, dict) else content
+    return all(
+        isinstance(part, str) or (isinstance(part, dict) and "type" in part) for part in parts
+    )
 
 
 def join_parts(content, where, notes):

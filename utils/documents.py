@@ -102,6 +102,8 @@ def encode(row, index, config, tokenizer, shape, split, code=""):
     if is_chat:
         texts, unwritten = render(tokenizer, parts, where, learns_all)
         notes += parts.notes + unwritten
+        if learns_all:
+            notes = [one.replace("which have no label", "all trained on") for one in notes]
         if not parts.learned and not learns_all:
             notes.append(note("rows without a turn to learn, which are left out", "rows"))
     else:
@@ -133,11 +135,6 @@ def encode_text(text, spans, config, tokenizer, is_chat):
         labels = label_spans(ids, tokens["offset_mapping"], spans)
     if adds_end:
         end = tokenizer.eos_token_id
-        if end is None:
-            raise DataError(
-                "the tokenizer has no eos token to end a document with: give "
-                "--append_concat_token false"
-            )
         if ids[-1:] == [end]:  # some tokenizers have added it, without a place in the text
             ids, labels = ids[:-1], labels[:-1]
         ids, labels = [*ids, end], [*labels, end]
@@ -207,6 +204,7 @@ def build_documents(config, accelerator, rows, split, unread=(), **encoding):
     if LINE not in rows.column_names:  # else every row has its own columns
         used = used_columns(encoding["shape"])
         unused = [name for name in rows.column_names if name not in used]
+        unused = unused if len(unused) < len(rows.column_names) else []  # without any, no rows
         rows = rows.remove_columns(unused)
     options = {"with_indices": True, "remove_columns": rows.column_names, "fn_kwargs": encoding}
     workers = min(len(os.sched_getaffinity(0)), len(rows) // ROWS_PER_WORKER)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import datasets
 
-from utils.conversations import BROKEN, COLUMNS, DataError
+from utils.conversations import BROKEN, CHATS, COLUMNS, DataError
 
 LINE = "line"  # the column that holds the rows as text
 
@@ -82,6 +82,8 @@ def rows_of(value, file):
         lists = [key for key, rows in value.items() if rows and is_rows(rows)]
         columns = [list(v.values()) if isinstance(v, dict) else v for v in value.values()]
         is_table = all(isinstance(column, list) for column in columns)
+        texts = (text for key in CHATS if key in value for text in value[key])
+        is_chat = is_table and any(isinstance(text, str) for text in texts)
         if any(isinstance(value.get(column), str) or column in lists for column in COLUMNS):
             value = [value]
         elif len(lists) > 1:
@@ -92,7 +94,7 @@ def rows_of(value, file):
         elif lists:
             names = [key for key in value if key != lists[0]]
             value = value[lists[0]]
-        elif is_table and len(set(map(len, columns))) == 1:
+        elif is_table and not is_chat and len(set(map(len, columns))) == 1:
             value = [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
         else:
             value = [value]

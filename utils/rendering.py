@@ -63,12 +63,10 @@ def render(tokenizer, chat, where, learns_all=False):
 
 def apply_template(tokenizer, tools, where, messages, add_generation_prompt=False):
     """Return what the template writes, and the spans that it marks with {% generation %}."""
-    forms, errors = [messages], []
-    if any("tool_calls" in message for message in messages):
-        forms.append(with_text_arguments(messages))  # which some templates want, not objects
     template = tokenizer.get_chat_template(None, tools)
     options = {"tools": tools, "add_generation_prompt": add_generation_prompt}
-    for form in forms:
+    errors = []
+    for form in forms_of(messages):
         try:
             if not GENERATION.search(template):
                 return tokenizer.apply_chat_template(form, tokenize=False, **options), []
@@ -85,22 +83,29 @@ def apply_template(tokenizer, tools, where, messages, add_generation_prompt=Fals
     ) from errors[0]
 
 
-def with_text_arguments(messages):
-    """Return the messages with the arguments of tool calls as JSON text."""
+def forms_of(messages):
+    """Yield the messages in the forms that templates want: of tool calls there are several.
 
-    def as_text(call):
-        function = call.get("function", {})
-        if isinstance(function.get("arguments"), dict):
-            arguments = json.dumps(function["arguments"], ensure_ascii=False)
-            function = function | {"arguments": arguments}
-        return call | {"function": function}
+    The arguments may be objects or JSON text, and the content beside them absent or empty.
+    """
+    yield messages
+    if any("tool_calls" in message for message in messages):
+        as_text = [with_text_arguments(message) for message in messages]
+        yield as_text
+        for form in (messages, as_text):
+            yield [{"content": ""} | message for message in form]
 
-    return [
-        message | {"tool_calls": [as_text(call) for call in message["tool_calls"]]}
-        if "tool_calls" in message
-        else message
-        for message in messages
-    ]
+
+def with_text_arguments(message):
+    """Return a message with the arguments of its tool calls as JSON text."""
+    calls = []
+    for call in message.get("tool_calls", []):
+        function = call.get("function")
+        if isinstance(function, dict) and isinstance(function.get("arguments"), dict):
+            text = json.dumps(function["arguments"], ensure_ascii=False)
+            call = call | {"function": function | {"arguments": text}}
+        calls.append(call)
+    return message | {"tool_calls": calls} if calls else message
 
 
 def find_turn(write, messages, number, turn, where, notes):
@@ -131,7 +136,7 @@ def find_turn(write, messages, number, turn, where, notes):
         unit = "turns"
         notes.append(note("answers that begin otherwise than the prompt for generation", unit))
         return [(common, len(through))]
-    content = messages[number]["content"].strip()
+    content = messages[number].get("content", "").strip()
     start = through.rfind(content) if content else -1
     if start < 0:
         raise DataError(
@@ -153,7 +158,7 @@ def find_unwritten(tokenizer, chat, where, texts):
     names = {key for message in chat.messages for key in message} - {"role", "content"}
     for name in sorted(names):
         without = [
-            {key: value for key, value in message.items() if key != name}
+            {"content": ""} | {key: value for key, value in message.items() if key != name}
             for message in chat.messages
         ]
         holders = [message for message in chat.messages if name in message]
@@ -174,7 +179,7 @@ def find_unwritten(tokenizer, chat, where, texts):
     notes += [
         note("messages whose text the template changes or leaves out", "messages")
         for message in chat.messages
-        if not is_written(message["content"], texts)
+        if not is_written(message.get("content", ""), texts)
     ]
     if chat.tools:
         without_tools = partial(apply_template, tokenizer, None, where)

@@ -74,6 +74,7 @@ def read_splits(dataset_name, config_name="", splits="", streaming=False):
             f"--splits {splits} names {len(wanted)} splits: give one to train on, and one to "
             "evaluate on"
         )
+    dataset_name = os.path.expanduser(dataset_name)
     check_name(dataset_name)
     use_writable_cache()
     try:
