@@ -9,13 +9,14 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
+import torch
 from conftest import ROOT
 from models import make_tokenizer
 from test_conversations import settings, trained, turns, write_jsonl
 from transformers import AutoTokenizer
 
 from examples import chat_sft
-from utils import chat_templates, documents, resuming
+from utils import chat_templates, checkpoint, documents, resuming
 from utils.chat_templates import build_tokenizer, pin_date, turn_ends
 from utils.conversations import DataError
 from utils.documents import build_documents, code_digest, preview, read_stream
@@ -76,6 +77,11 @@ LAST_END = (  # ends the conversation, and no turn
 )
 COUNTED = (  # every message is written anew when another follows
     "{% for m in messages %}{{ loop.length }} {{ m.role }}: {{ m.content }}" + END + "{% endfor %}"
+)
+PARTS = (  # as LLaVA: content is a list of parts
+    "{% for m in messages %}{{ m.role }}: {% for part in m.content | selectattr('type', 'equalto', "
+    "'text') %}{{ part.text }}{% endfor %}" + END + "{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 KEYS = (  # writes the keys name and reasoning_content, and trims
     "{% for m in messages %}{{ m.role }} {{ m.name }}: {{ m.reasoning_content }}"
@@ -301,6 +307,11 @@ def test_conversations_without_an_answer_are_left_out_and_counted(train):
     assert "rows with an empty messages, which are left out (2 rows)" in done.said
 
 
+def test_a_column_of_conversations_is_named(train):
+    done = train([{"dialog": ONE, "system": "Be brief."}], dataset_text_field="dialog")
+    assert done.labels == PLAIN and "Be brief." in done.texts[0]
+
+
 def test_counts_are_those_of_the_rows(train):
     rows = [{"messages": ONE}, {"messages": ONE, "id": 1}, {"messages": ONE, "id": 2, "x": 1}]
     assert "column id (2 rows); column x (1 rows)." in train(rows).said
@@ -447,6 +458,7 @@ SEEN = {  # id -> template, messages; labels of each document; what is said
         [["r First.</s>", "Second.</s>"]],
         [],
     ),
+    "parts": ((PARTS, TWO), [["First.</s>", "Second.</s>"]], []),
     "trimmed": ((KEYS, turns(" one? \n", " First. ")), [["First.</s>"]], []),
 }
 
@@ -580,6 +592,27 @@ def test_generation_stops_where_the_template_ends_an_answer():
     assert turn_ends(tokenizer) == {tokenizer.eos_token_id, end}
 
 
+def test_a_checkpoint_holds_a_folder_of_templates(tmp_path, monkeypatch):
+    values = {"is_main_process": True, "process_index": 0, "num_processes": 1, "scaler": None}
+    values |= {"distributed_type": "NO", "wait_for_everyone": lambda: None}
+    monkeypatch.setattr(checkpoint, "gather_object", list)
+    weight = torch.nn.Parameter(torch.ones(2))
+    tokenizer = make_tokenizer("Qwen2Tokenizer", "qwen2")
+    tokenizer.chat_template = {"default": KEYS, "tool_use": QWEN3}
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    whose = (SimpleNamespace(**values), tmp_path, 1, optimizer, {}, tokenizer.save_pretrained)
+    folder = checkpoint.save_checkpoint(*whose)
+    assert checkpoint.read_state(folder)["step"] == 1 and checkpoint.checkpoints(tmp_path) == [
+        folder
+    ]
+    assert AutoTokenizer.from_pretrained(folder).chat_template == tokenizer.chat_template
+    write(folder / "additional_chat_templates/tool_use.jinja", "x")
+    with pytest.raises(
+        checkpoint.CheckpointError, match="tool_use.jinja is missing or is not what"
+    ):
+        checkpoint.read_state(folder)
+
+
 # Dates --------------------------------------------------------------------------------------------
 class Later(datetime.datetime):
     @classmethod
@@ -703,6 +736,7 @@ FILES = {  # id -> files; what to read; number of rows; what is not read
     ),
     "a list of texts": ({"x.json": '["a", "b"]'}, "x.json", 2, []),
     "a list of conversations": ({"x.json": json.dumps([ONE, ONE])}, "x.json", 2, []),
+    "conversations in an object": ({"x.json": json.dumps({"data": [ONE, ONE]})}, "x.json", 2, []),
     "a list after a blank line": ({"x.json": "\n " + json.dumps([DATA])}, "x.json", 1, []),
     "a list in .jsonl": ({"x.jsonl": json.dumps([DATA] * 2)}, "x.jsonl", 2, []),
     "blank lines": ({"x.jsonl": f"\n{LINES}\n \n{LINES}"}, "x.jsonl", 2, []),
@@ -801,6 +835,14 @@ def test_a_configuration_is_chosen(tmp_path):
         read_splits(str(tmp_path / "set"))
     splits = read_splits(str(tmp_path / "set"), "extra")
     assert len(splits.train) == 2 and splits.unread == ["files main.jsonl (read: extra.jsonl)"]
+
+
+def test_a_home_folder_and_a_url(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "x.jsonl", LINES)
+    assert len(read_splits("~/x.jsonl").train) == 1
+    with pytest.raises(DataError, match="is a URL: download the file"):
+        read_splits("https://example.org/x.jsonl")
 
 
 # Caches -------------------------------------------------------------------------------------------

@@ -355,7 +355,8 @@ OTHERS = [  # row, shape; what the sentence says
     ({"question": "x", "answer": "x", "history": "x"}, QUESTIONS, "history that is not pairs"),
     ({"question": "x", "answer": "x", "tools": "x"}, QUESTIONS, "tools that are not a list"),
     ({"question": "x", "answer": "x", "system": ["x"]}, QUESTIONS, "no text in system, but list"),
-    ({"text": ["x"]}, ("text",), "no text in text, but list"),
+    ({"text": ["x"]}, ("text",), "message 1 is not {"),
+    ({"text": 5.5}, ("text",), "no text in text, but float"),
 ]
 
 

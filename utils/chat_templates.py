@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from torch import distributed
 from transformers import AddedToken, AutoTokenizer
 
 from utils.errors import refuse, say
@@ -104,7 +105,7 @@ def take_template(tokenizer, choice):
         )
     elif named:
         for_tools = ", and tool_use for rows with tools" if "tool_use" in named else ""
-        say(f"Of the chat templates {', '.join(sorted(named))} default is used{for_tools}.")
+        say(f"Of the chat templates ({', '.join(sorted(named))}) default is used{for_tools}.")
 
 
 def turn_ends(tokenizer):
@@ -132,7 +133,7 @@ def pin_date(tokenizer, date):
     """Return a tokenizer whose chat template writes this date for today's, and the date.
 
     A template that writes today's date would make other documents of the data when a run is
-    resumed on a later day.
+    resumed on a later day. Collective.
 
     Args:
         date: of the first start, in ISO format; None at the first start.
@@ -145,7 +146,10 @@ def pin_date(tokenizer, date):
     texts = own if isinstance(own, dict) else {"": own or ""}
     if not any(DATE.search(text) for text in texts.values()):
         return tokenizer, None
-    date = date or datetime.now().isoformat(timespec="seconds")
+    dates = [date or datetime.now().isoformat(timespec="seconds")]
+    if distributed.is_initialized():  # all processes write the same, also around midnight
+        distributed.broadcast_object_list(dates)
+    [date] = dates
     now = datetime.fromisoformat(date)
     pinned = {
         name: DATE.sub(lambda match: repr(now.strftime(match[2])), text)

@@ -7,7 +7,7 @@ These columns are known, and the first that fits is used:
     prompt, completion          two strings, or two lists of messages
     instruction (input) output  also response instead of output; and question, query or prompt with
                                 answer or response
-    text                        or any other column, by its name
+    text                        or any other column of texts or conversations, by its name
 
 Beside conversations, the column system (or system_prompt) is the first message, and tools are the
 tools that the assistant may call; beside instructions, history holds earlier turns.
@@ -113,8 +113,7 @@ def used_columns(shape):
     """Return the columns that are read of rows of a shape."""
     if shape in INSTRUCTIONS:
         return (*shape, "input", "history", "tools", *SYSTEM)
-    is_text = len(shape) == 1 and shape[0] not in CHATS
-    return shape if is_text else (*shape, "tools", *SYSTEM)
+    return (*shape, "tools", *SYSTEM)
 
 
 def holds_chats(rows, shape):
@@ -124,7 +123,9 @@ def holds_chats(rows, shape):
             as_messages(row.get(column)) for row in islice(rows, BEGINNING) for column in shape
         )
         return any(isinstance(value, list) for value in values)
-    return shape[0] in CHATS or shape in INSTRUCTIONS
+    if len(shape) == 1 and shape[0] not in CHATS:  # named by --dataset_text_field
+        return any(isinstance(row.get(shape[0]), list) for row in islice(rows, BEGINNING))
+    return True
 
 
 def as_document(row, shape, where):
@@ -142,7 +143,7 @@ def as_document(row, shape, where):
     row = without_nulls(dict(row))
     if BROKEN in row:
         raise DataError(f"{where} {row[BROKEN]}: fix it")
-    if shape[0] in CHATS:
+    if shape[0] in CHATS or (len(shape) == 1 and isinstance(row.get(shape[0]), list)):
         return read_chat(row, shape[0], where)
     if shape in INSTRUCTIONS:
         return read_instruction(row, shape, where)

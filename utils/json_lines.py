@@ -13,7 +13,7 @@ from pathlib import Path
 
 import datasets
 
-from utils.conversations import BROKEN, CHATS, COLUMNS, DataError
+from utils.conversations import BROKEN, COLUMNS, DataError
 
 LINE = "line"  # the column that holds the rows as text
 
@@ -50,7 +50,8 @@ def as_lines(file, unread):
     """
     with file.open("rb") as lines:
         first = next((line for line in lines if line.strip()), b"")
-        if not reason_of(first) and any(line.strip() for line in lines):
+        is_value = file.suffix.lower() == ".json" and not any(line.strip() for line in lines)
+        if not reason_of(first) and not is_value:
             return file
     try:
         value = json.loads(file.read_bytes().decode("utf-8-sig"))
@@ -79,12 +80,12 @@ def rows_of(value, file):
     """
     names = []
     if isinstance(value, dict):
-        lists = [key for key, rows in value.items() if rows and is_rows(rows)]
+        lists = [key for key, rows in value.items() if rows and (is_rows(rows) or is_chats(rows))]
+        is_row = any({"role", "from"} & set(value[key][0]) for key in lists if is_rows(value[key]))
+        is_row |= any(isinstance(value.get(column), str) for column in COLUMNS)
         columns = [list(v.values()) if isinstance(v, dict) else v for v in value.values()]
         is_table = all(isinstance(column, list) for column in columns)
-        texts = (text for key in CHATS if key in value for text in value[key])
-        is_chat = is_table and any(isinstance(text, str) for text in texts)
-        if any(isinstance(value.get(column), str) or column in lists for column in COLUMNS):
+        if is_row:
             value = [value]
         elif len(lists) > 1:
             raise DataError(
@@ -94,7 +95,7 @@ def rows_of(value, file):
         elif lists:
             names = [key for key in value if key != lists[0]]
             value = value[lists[0]]
-        elif is_table and not is_chat and len(set(map(len, columns))) == 1:
+        elif is_table and len(set(map(len, columns))) == 1:
             value = [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
         else:
             value = [value]
@@ -106,6 +107,11 @@ def rows_of(value, file):
 def is_rows(values):
     """Return whether this is a list of JSON objects."""
     return isinstance(values, list) and all(isinstance(value, dict) for value in values)
+
+
+def is_chats(values):
+    """Return whether this is a list of lists of JSON objects."""
+    return isinstance(values, list) and all(value and is_rows(value) for value in values)
 
 
 def as_row(value, number, file):

@@ -65,17 +65,24 @@ def apply_template(tokenizer, tools, where, messages, add_generation_prompt=Fals
     """Return what the template writes, and the spans that it marks with {% generation %}."""
     template = tokenizer.get_chat_template(None, tools)
     options = {"tools": tools, "add_generation_prompt": add_generation_prompt}
-    errors = []
+    written, errors = [], []
     for form in forms_of(messages):
         try:
-            if not GENERATION.search(template):
-                return tokenizer.apply_chat_template(form, tokenize=False, **options), []
-            marking = {"chat_template": template, "return_assistant_tokens_mask": True}
-            marking |= options | tokenizer.special_tokens_map
-            [text], [spans] = render_jinja_template([form], **marking)
-            return text, [(begin, end) for begin, end in spans if begin < end]
+            if GENERATION.search(template):
+                marking = {"chat_template": template, "return_assistant_tokens_mask": True}
+                marking |= options | tokenizer.special_tokens_map
+                [text], [spans] = render_jinja_template([form], **marking)
+            else:
+                text, spans = tokenizer.apply_chat_template(form, tokenize=False, **options), []
         except Exception as error:  # a template may raise anything
             errors.append(error)
+            continue
+        written.append((text, [(begin, end) for begin, end in spans if begin < end]))
+        contents = [message.get("content", "").strip() for message in messages]
+        if not any(contents) or any(content and content in text for content in contents):
+            return written[-1]
+    if written:  # a template that writes no content as it stands
+        return written[0]
     reason = " ".join(str(errors[0]).split()) or type(errors[0]).__name__
     raise DataError(
         f"{where}: the chat template raises an error ({reason}): fix the row or the template, or "
@@ -84,9 +91,10 @@ def apply_template(tokenizer, tools, where, messages, add_generation_prompt=Fals
 
 
 def forms_of(messages):
-    """Yield the messages in the forms that templates want: of tool calls there are several.
+    """Yield the messages in the forms that templates want.
 
-    The arguments may be objects or JSON text, and the content beside them absent or empty.
+    The arguments of tool calls may be objects or JSON text, and the content beside them absent or
+    empty. Content may be text, or a list of parts, as templates of vision-language models want it.
     """
     yield messages
     if any("tool_calls" in message for message in messages):
@@ -94,6 +102,12 @@ def forms_of(messages):
         yield as_text
         for form in (messages, as_text):
             yield [{"content": ""} | message for message in form]
+    yield [
+        message | {"content": [{"type": "text", "text": message["content"]}]}
+        if message.get("content")
+        else message
+        for message in messages
+    ]
 
 
 def with_text_arguments(message):

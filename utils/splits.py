@@ -98,6 +98,8 @@ def check_name(dataset_name):
     """Raise DataError where the name is no file that can be read, no folder and no Hub id."""
     if not dataset_name:
         raise DataError("--dataset_name is empty: give a file, a folder or a Hub id")
+    if "://" in dataset_name:
+        raise DataError(f"--dataset_name {dataset_name} is a URL: download the file and name it")
     path = Path(dataset_name)
     if os.path.isfile(path):  # unlike Path.is_file it does not raise for a name that is too long
         if not format_of(path):
