@@ -16,6 +16,7 @@ from test_conversations import settings, trained, turns, write_jsonl
 from transformers import AutoTokenizer
 
 from examples import chat_sft
+from tools.merge_adapter.write import copy_tokenizer
 from utils import chat_templates, checkpoint, documents, resuming
 from utils.chat_templates import build_tokenizer, pin_date, turn_ends
 from utils.conversations import DataError
@@ -189,7 +190,7 @@ ROWS = {  # id -> row; its labels; what is in the first text or said
     "weight 0": (
         {"messages": [TWO[0], TWO[1] | {"weight": 0}, *TWO[2:]]},
         [["Second." + E]],
-        ["First.", "turns with weight 0 or train false, which have no label (1 turns)"],
+        ["First.", "turns with weight 0 or false, which have no label (1 turns)"],
     ),
     "train false": (
         {"messages": [*TWO[:3], TWO[3] | {"train": False}]},
@@ -199,7 +200,22 @@ ROWS = {  # id -> row; its labels; what is in the first text or said
     "training false": (
         {"messages": [*TWO[:3], TWO[3] | {"training": False}]},
         [["First." + E]],
-        ["train false, which have no label (1 turns)"],
+        ["training 0 or false, which have no label (1 turns)"],
+    ),
+    "loss_mask 0": (
+        {"messages": [*TWO[:3], TWO[3] | {"loss_mask": 0}]},
+        [["First." + E]],
+        ["loss_mask 0 or false, which have no label (1 turns)"],
+    ),
+    "loss false": (
+        {"messages": [*TWO[:3], TWO[3] | {"loss": False}]},
+        [["First." + E]],
+        ["loss 0 or false, which have no label (1 turns)"],
+    ),
+    "loss as a number": (
+        {"messages": [ONE[0], ONE[1] | {"loss": 0.25}]},
+        PLAIN,
+        ["key loss (1 messages)"],
     ),
     "weight 1 of a question": (
         {"messages": [ONE[0] | {"weight": 1}, ONE[1] | {"weight": 1}]},
@@ -324,7 +340,7 @@ def test_a_system_column_beside_prompts_of_text_is_named(train):
 
 def test_weights_have_no_effect_where_all_is_trained_on(train):
     done = train([{"messages": [*TWO[:3], TWO[3] | {"weight": 0}]}], train_on="all")
-    assert "weight 0 or train false, all trained on (1 turns)" in done.said
+    assert "weight 0 or false, all trained on (1 turns)" in done.said
 
 
 WRONG = {  # id -> row; the sentence
@@ -592,7 +608,7 @@ def test_generation_stops_where_the_template_ends_an_answer():
     assert turn_ends(tokenizer) == {tokenizer.eos_token_id, end}
 
 
-def test_a_checkpoint_holds_a_folder_of_templates(tmp_path, monkeypatch):
+def test_a_checkpoint_and_a_merge_hold_a_folder_of_templates(tmp_path, monkeypatch):
     values = {"is_main_process": True, "process_index": 0, "num_processes": 1, "scaler": None}
     values |= {"distributed_type": "NO", "wait_for_everyone": lambda: None}
     monkeypatch.setattr(checkpoint, "gather_object", list)
@@ -606,6 +622,10 @@ def test_a_checkpoint_holds_a_folder_of_templates(tmp_path, monkeypatch):
         folder
     ]
     assert AutoTokenizer.from_pretrained(folder).chat_template == tokenizer.chat_template
+    (tmp_path / "merged").mkdir()
+    copy_tokenizer(tmp_path / "merged", [folder])
+    merged = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert merged.chat_template == tokenizer.chat_template
     write(folder / "additional_chat_templates/tool_use.jinja", "x")
     with pytest.raises(
         checkpoint.CheckpointError, match="tool_use.jinja is missing or is not what"
@@ -922,11 +942,12 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_row_of_a_stream_that_cannot_be_trained_on_is_left_out(stream, name):
+def test_a_row_of_a_stream_that_cannot_be_trained_on_is_left_out(stream, monkeypatch, name):
     """After training has started no row stops the run."""
+    monkeypatch.setattr("utils.splits.BEGINNING", 3)
     bad = BROKEN[name].encode() if isinstance(BROKEN[name], str) else BROKEN[name]
-    count, said = stream(LINES.encode() * 1001 + bad + LINES.encode(), shuffle=False)
-    assert count == 1002 and "Left out: row 1002 of the stream" in said
+    count, said = stream(LINES.encode() * 3 + bad + LINES.encode(), shuffle=False)
+    assert count == 4 and "Left out: row 4 of the stream" in said
     assert "rows that cannot be trained on, which are left out (1 rows)" in said
 
 

@@ -42,7 +42,8 @@ ROLES = {
     "developer": "system",
 }
 KNOWN_ROLES = ("system", "user", "assistant", "tool")
-WEIGHTS = ("weight", "train", "training")  # keys of a message: 0 or false for no label
+# keys of a message: 0 or false for no label; loss counts only as true or false
+WEIGHTS = ("weight", "train", "training", "loss_mask", "loss")
 SPOKEN = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 BROKEN = "broken row"  # a column that holds why a row of a stream cannot be read
 BEGINNING = 1000  # rows that are looked at for the names of columns
@@ -260,14 +261,18 @@ def read_message(entry, where, notes):
     elif isinstance(content, dict | list):
         content = join_parts(content, where, notes)
     content = as_text(content, f"{where} ({role}) has no text")
-    weights = {key: keys.pop(key) for key in WEIGHTS if key in keys}
+    names = [key for key in WEIGHTS if key in keys]
+    names = [key for key in names if key != "loss" or isinstance(keys[key], bool)]
+    weights = {key: keys.pop(key) for key in names}
     if any(weight not in (0, 1) for weight in weights.values()):
         raise DataError(f"{where} has {weights}: it must be 0 or 1, false or true")
     if "tool_calls" in keys:
         keys["tool_calls"] = read_tool_calls(keys["tool_calls"], where)
     is_empty = not content.strip() and not set(SPOKEN) & set(keys)
     if role == "assistant" and not all(weights.values()):
-        notes.append(note("turns with weight 0 or train false, which have no label", "turns"))
+        notes.append(
+            note(f"turns with {' and '.join(weights)} 0 or false, which have no label", "turns")
+        )
     elif role == "assistant" and is_empty:
         notes.append(note("turns of the assistant without text, which have no label", "turns"))
     elif weights and role != "assistant" and any(weights.values()):
