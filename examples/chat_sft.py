@@ -264,7 +264,7 @@ class Config:
 # 2. Data ------------------------------------------------------------------------------------------
 # yours to change
 def read_rows(config):
-    """Return the rows to train and evaluate on, the columns used, and whether it is chat."""
+    """Return the `Splits` of the data: the rows to train and evaluate on, and what they are."""
     source = (config.dataset_name, config.dataset_config)
     with refusing(DataError):
         splits = read_splits(*source, config.splits, config.streaming)
@@ -274,13 +274,14 @@ def read_rows(config):
             f"--dataset_text_field {config.dataset_text_field} is unused: the data has "
             f"{' and '.join(shape)}."
         )
-    return splits, shape, holds_chats(splits.train, shape)
+    return splits._replace(shape=shape, is_chat=holds_chats(splits.train, shape))
 
 
-def build_dataloaders(config, accelerator, tokenizer, rows, shape, state):
+def build_dataloaders(config, accelerator, tokenizer, rows, state):
     """Return the `Data` of a run that begins with the state of a checkpoint, or of a new run."""
-    train, valid, unread = rows
-    pinned, date = pin_date(tokenizer, state["identity"].get("template_date"))
+    train, valid, unread, shape, is_chat = rows
+    date = state["identity"].get("template_date")
+    pinned, date = pin_date(tokenizer, date) if is_chat else (tokenizer, None)
     encoding = {"tokenizer": pinned, "shape": shape}
     limit, workers = config.max_length, config.dataloader_num_workers
     with refusing(DataError):
@@ -561,15 +562,15 @@ def main():
     # 5. Setup -------------------------------------------------------------------------------------
     # leave, unless you know why
     config = read_chat_settings(Config, AutoModelForCausalLM)
-    rows, shape, is_chat = read_rows(config)
+    rows = read_rows(config)
     resumed, start, state = find_run(config)
-    tokenizer, num_added = build_tokenizer(config, is_chat)
+    tokenizer, num_added = build_tokenizer(config, rows.is_chat)
     if num_added:  # weights that one process reads and then resizes would not reach the others
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     accumulated = config.gradient_accumulation_steps
     options = {"tf32": config.tf32, "deterministic": config.deterministic}
     accelerator = start_accelerator(accumulated, **options, **tracker_options(config))
-    data = build_dataloaders(config, accelerator, tokenizer, rows, shape, state)
+    data = build_dataloaders(config, accelerator, tokenizer, rows, state)
     max_steps, identity = data.max_steps, identify(config, accelerator, data)
     check_resumed(resumed, state, identity, max_steps)
     set_seed(config.seed)

@@ -123,11 +123,11 @@ def train(tmp_path, capsys):
             template = str(tmp_path / "own.jinja")
         values |= {"model_name_or_path": str(model), "dataset_name": str(path)}
         config = settings(chat_template_format=template, **values)
-        splits, shape, is_chat = chat_sft.read_rows(config)
-        tokenizer, _ = build_tokenizer(config, is_chat)
+        splits = chat_sft.read_rows(config)
+        tokenizer, _ = build_tokenizer(config, splits.is_chat)
         accelerator = SimpleNamespace(local_main_process_first=nullcontext)
         whose = (config, accelerator, splits.train, "train", splits.unread)
-        found, facts = build_documents(*whose, tokenizer=tokenizer, shape=shape)
+        found, facts = build_documents(*whose, tokenizer=tokenizer, shape=splits.shape)
         labels = [[text.strip() for text in trained(tokenizer, one)] for one in found]
         texts = [preview(tokenizer, document) for document in found]
         said = capsys.readouterr().out
@@ -961,5 +961,5 @@ def test_the_beginning_of_a_stream_is_checked(tmp_path):
 )
 def test_a_stream_is_sliced_by_numbers_of_rows(tmp_path, splits, counts):
     path = write(tmp_path / "x.jsonl", LINES * 5)
-    train, held_out, _ = read_splits(str(path), splits=splits, streaming=True)
+    train, held_out, *_ = read_splits(str(path), splits=splits, streaming=True)
     assert (len(list(train)), len(held_out or [])) == counts

@@ -180,13 +180,13 @@ ALONE = [
 
 @pytest.mark.parametrize("name", ALONE)
 def test_a_file_is_one_split_and_its_text_stays_as_it_stands(folder, name):
-    rows, held_out, _ = read_splits(str(folder / name))
+    rows, held_out, *_ = read_splits(str(folder / name))
     assert list(rows) == ROWS and held_out is None
 
 
 @pytest.mark.parametrize("name", ["jsonl", "csv", "parquet", "splits"])
 def test_a_folder_has_splits(folder, name):
-    rows, held_out, _ = read_splits(str(folder / name))
+    rows, held_out, *_ = read_splits(str(folder / name))
     assert (list(rows), list(held_out)) == (ROWS[:15], ROWS[15:])
 
 
@@ -194,7 +194,7 @@ def test_a_folder_has_splits(folder, name):
     "name", ["rows.json", "rows.jsonl", "rows.csv", "rows.parquet", "jsonl", "csv", "parquet"]
 )
 def test_sources_are_streamed(folder, name):
-    rows, held_out, _ = read_splits(str(folder / name), streaming=True)
+    rows, held_out, *_ = read_splits(str(folder / name), streaming=True)
     assert not hasattr(rows, "__len__") and (held_out is None or len(held_out) == 5)
     assert list(rows) + list(held_out or []) == ROWS
 
@@ -230,7 +230,7 @@ def test_splits_are_named_and_sliced(folder, splits):
 
 
 def test_without_a_split_called_train_the_first_is_taken(folder):
-    rows, held_out, _ = read_splits(str(folder / "named"))
+    rows, held_out, *_ = read_splits(str(folder / "named"))
     assert list(rows) == ROWS[:15] and held_out is None
     assert list(read_splits(str(folder / "named"), splits="two,one").held_out) == ROWS[:15]
 

@@ -43,11 +43,21 @@ BEGINNING = 1000  # rows of a stream that are looked at before training
 
 
 class Splits(NamedTuple):
-    """The rows to train on, those to evaluate on or None, and names of what is not read."""
+    """What is read of a data set.
+
+    Fields:
+        train: the rows to train on.
+        held_out: those to evaluate on, or None.
+        unread: names of what is not read.
+        shape: the columns that say what a row is (`shape_of` in conversations.py).
+        is_chat: whether the rows are conversations.
+    """
 
     train: object
     held_out: object
     unread: list[str]
+    shape: tuple = ()
+    is_chat: bool = False
 
 
 def read_splits(dataset_name, config_name="", splits="", streaming=False):
