@@ -33,10 +33,10 @@ from transformers.optimization import get_scheduler
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds utils/
 from utils.chat_settings import read_chat_settings
-from utils.chat_templates import build_tokenizer
+from utils.chat_templates import build_tokenizer, pin_date, turn_ends
 from utils.checkpoint import CheckpointError, gather_trained, keep_newest, load_checkpoint
 from utils.checkpoint import remove_checkpoints, save_checkpoint
-from utils.conversations import DataError, as_document, read_splits, shape_of
+from utils.conversations import DataError, holds_chats, shape_of
 from utils.documents import Data, build_documents, build_held_out, preview, probe, read_stream
 from utils.errors import fail, fail_together, refusing, say
 from utils.flops import flop_per_token
@@ -52,6 +52,7 @@ from utils.results import print_scores
 from utils.resuming import check_resumed, find_run, identify, remove_earlier_run, restore_progress
 from utils.run_log import RunLog, is_due, tracker_options
 from utils.signals import StopSignals, say_stopped
+from utils.splits import read_splits
 
 
 # 1. Settings --------------------------------------------------------------------------------------
@@ -79,6 +80,9 @@ class Config:
         default="assets/chat",
         help="Hub id, folder, or .json, .jsonl, .csv or .parquet file",
     )
+    dataset_config: str = HfArg(
+        default="", help="configuration of a data set that has several, such as main"
+    )
     dataset_text_field: str = HfArg(
         default="", help="column of plain text, for data without conversations; default: text"
     )
@@ -93,7 +97,8 @@ class Config:
     )
     chat_template_format: str = HfArg(
         default="none",
-        help="chat template: chatml, zephyr or a .jinja file; none: that of the tokenizer",
+        help="chat template: chatml, zephyr, a .jinja file, or the name of one of the tokenizer's; "
+        "none: the tokenizer's only or default one",
     )
     train_on: str = HfArg(
         default="assistant",
@@ -257,36 +262,38 @@ class Config:
 # 2. Data ------------------------------------------------------------------------------------------
 # yours to change
 def read_rows(config):
-    """Return (training rows, held-out rows or None), the columns used, and whether it is chat."""
+    """Return the `Splits` of the data: the rows to train and evaluate on, and what they are."""
+    source = (config.dataset_name, config.dataset_config)
     with refusing(DataError):
-        splits = read_splits(config.dataset_name, config.splits, config.streaming)
-        shape = shape_of(splits[0], config.dataset_text_field)
-        kind = as_document(next(iter(splits[0])), shape, "row 1 of train")[0]
+        splits = read_splits(*source, config.splits, config.streaming)
+        shape = shape_of(splits.train, config.dataset_text_field)
     if config.dataset_text_field and shape != (config.dataset_text_field,):
         say(
             f"--dataset_text_field {config.dataset_text_field} is unused: the data has "
             f"{' and '.join(shape)}."
         )
-    return splits, shape, kind == "chat"
+    return splits._replace(shape=shape, is_chat=holds_chats(splits.train, shape))
 
 
-def build_dataloaders(config, accelerator, tokenizer, rows, shape, step):
-    """Return the `Data` of a run whose next update is `step` + 1."""
-    train, valid = rows
-    encoding = {"tokenizer": tokenizer, "shape": shape}
+def build_dataloaders(config, accelerator, tokenizer, rows, state):
+    """Return the `Data` of a run that begins with the state of a checkpoint, or of a new run."""
+    train, valid, unread, shape, is_chat = rows
+    date = state["identity"].get("template_date")
+    pinned, date = pin_date(tokenizer, date) if is_chat else (tokenizer, None)
+    encoding = {"tokenizer": pinned, "shape": shape}
     limit, workers = config.max_length, config.dataloader_num_workers
     with refusing(DataError):
         if config.streaming:
-            read = partial(read_stream, config, train, **encoding)
+            read = partial(read_stream, config, train, unread, **encoding)
             sequences = partial(stream_sequences, read, limit, config.packing)
-            documents, examples = None, list(islice(read(0), 2))
+            documents, examples = None, list(islice(read(0, is_strict=True), 2))
             num_sequences, facts = math.inf, ""
             if workers > 1:  # datasets would split the files of a stream among them
                 say(f"--dataloader_num_workers {workers}: a stream is read by one worker.")
                 workers = 1
         else:
             name = "the training split"
-            documents, facts = build_documents(config, accelerator, train, name, **encoding)
+            documents, facts = build_documents(config, accelerator, train, name, unread, **encoding)
             examples = list(islice(documents, 2))
             lengths = [len(ids) for ids in documents["input_ids"]]
             packed = pack(lengths, limit, config.packing)
@@ -306,9 +313,9 @@ def build_dataloaders(config, accelerator, tokenizer, rows, shape, step):
         per_update = size * config.gradient_accumulation_steps * accelerator.num_processes
         max_steps = math.ceil(config.num_train_epochs * (num_sequences / per_update))
     whose = (accelerator.process_index, accelerator.num_processes)
-    start = step * config.gradient_accumulation_steps  # in micro-batches of a process
-    train_loader = build_loader(sequences, documents, size, start, *whose, workers)
-    return Data(train_loader, num_sequences, max_steps, examples, facts, valid_batches, prompts)
+    start = state["step"] * config.gradient_accumulation_steps  # in micro-batches of a process
+    loader = build_loader(sequences, documents, size, start, *whose, workers)
+    return Data(loader, num_sequences, max_steps, examples, facts, date, valid_batches, prompts)
 
 
 # 3. Model -----------------------------------------------------------------------------------------
@@ -340,7 +347,7 @@ def build_model(config, tokenizer, num_added):
         modules_to_save = [name.rpartition(".")[2] for name in names]
         say(f"{num_added} new tokens: {', '.join(modules_to_save)} are trained and saved in full.")
     known = model.generation_config.eos_token_id or []  # one or several
-    ends = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
+    ends = {*turn_ends(tokenizer), *(known if isinstance(known, list) else [known])}
     model.generation_config.eos_token_id = sorted(ends)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": config.use_reentrant})
@@ -504,16 +511,16 @@ def main():
     # 5. Setup -------------------------------------------------------------------------------------
     # leave, unless you know why
     config = read_chat_settings(Config, AutoModelForCausalLM)
-    rows, shape, is_chat = read_rows(config)
+    rows = read_rows(config)
     resumed, start, state = find_run(config)
-    tokenizer, num_added = build_tokenizer(config, is_chat)
+    tokenizer, num_added = build_tokenizer(config, rows.is_chat)
     if num_added:  # weights that one process reads and then resizes would not reach the others
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     accumulated = config.gradient_accumulation_steps
     options = {"tf32": config.tf32, "deterministic": config.deterministic}
     accelerator = start_accelerator(accumulated, **options, **tracker_options(config))
-    data = build_dataloaders(config, accelerator, tokenizer, rows, shape, start)
-    max_steps, identity = data.max_steps, identify(config, accelerator, data.facts)
+    data = build_dataloaders(config, accelerator, tokenizer, rows, state)
+    max_steps, identity = data.max_steps, identify(config, accelerator, data)
     check_resumed(resumed, state, identity, max_steps)
     set_seed(config.seed)
     tracker = MemoryTracker()

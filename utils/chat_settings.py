@@ -17,7 +17,6 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig
 from transformers.utils import is_liger_kernel_available
 
-from utils.chat_templates import TEMPLATES
 from utils.errors import or_refuse, refuse, say
 from utils.launch import launched_precision, launched_strategy, shards_parameters, uses_gpu
 from utils.model_files import DTYPES, HALF, check_model
@@ -99,15 +98,12 @@ def check_choices(config):
 
 
 def check_template_choice(template):
-    """Stop if --chat_template_format names no template of ours and no file that can be read."""
-    if template in ("none", *TEMPLATES):
-        return
-    if not template.endswith(".jinja") or not Path(template).is_file():
-        refuse(
-            f"--chat_template_format is {template!r}: choose {', '.join(TEMPLATES)}, none or a "
-            ".jinja file"
-        )
-    or_refuse(f"--chat_template_format {template} cannot be read", Path(template).read_text)
+    """Stop if --chat_template_format names a file that cannot be read.
+
+    Whether another name is a template of the tokenizer, `build_tokenizer` checks.
+    """
+    if template.endswith(".jinja"):
+        or_refuse(f"--chat_template_format {template} cannot be read", Path(template).read_text)
 
 
 def check_combinations(config):

@@ -1,11 +1,14 @@
-"""Chat templates, and where in a conversation that a template has rendered the assistant speaks."""
+"""Chat templates: which one is used, and which tokens and which date it writes."""
 
+import copy
+import re
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from torch import distributed
 from transformers import AddedToken, AutoTokenizer
 
-from utils.conversations import DataError
 from utils.errors import refuse, say
 
 
@@ -55,14 +58,17 @@ def build_tokenizer(config, is_chat):
         if choice != "none":
             say(f"--chat_template_format {choice} is unused: the data holds no conversations.")
         return tokenizer, 0
-    if choice == "none" and tokenizer.chat_template:
+    if choice not in TEMPLATES and (choice != "none" or tokenizer.chat_template):
+        take_template(tokenizer, choice)
+        if last_token(tokenizer) not in (None, *tokenizer.added_tokens_decoder):
+            say(
+                "The chat template ends an answer without a special token, so the model does not "
+                "learn where to stop: give --append_concat_token true, or a template that does."
+            )
         return tokenizer, 0
     if choice == "none":
         choice = "chatml"
         say("The tokenizer has no chat template, so chatml is used.")
-    if choice not in TEMPLATES:
-        tokenizer.chat_template = Path(choice).read_text()
-        return tokenizer, 0
     template = TEMPLATES[choice]
     tokenizer.chat_template = template.text
     tokens = [AddedToken(token, special=True) for token in template.tokens]
@@ -71,35 +77,85 @@ def build_tokenizer(config, is_chat):
     return tokenizer, num_added
 
 
-def render(tokenizer, messages, first, where):
-    """Return a conversation as the template writes it, and the spans of the assistant's turns.
+def take_template(tokenizer, choice):
+    """Give a tokenizer the template in a .jinja file, or one of its own; stop if there is none.
 
     Args:
-        messages: dicts with role and content.
-        first: index of the first message that may be trained on.
-        where: the name of the row in an error.
+        choice: a .jinja file; the name of one of the tokenizer's templates; or none, for its only
+            one or the one called default.
+    """
+    own = tokenizer.chat_template
+    named = own if isinstance(own, dict) else {}
+    if choice in named:
+        others = ", ".join(name for name in named if name != choice)
+        tokenizer.chat_template = named[choice]
+        say(f"The chat template {choice} is used and saved, without the others ({others}).")
+    elif choice.endswith(".jinja"):
+        tokenizer.chat_template = Path(choice).read_text()
+    elif choice != "none":
+        has = f"has {', '.join(sorted(named))}" if named else "names none"
+        refuse(
+            f"--chat_template_format is {choice!r}: choose {', '.join(TEMPLATES)}, none, a .jinja "
+            f"file or a template of the tokenizer, which {has}"
+        )
+    elif named and "default" not in named:
+        refuse(
+            "the tokenizer has several chat templates and none is called default: name one of "
+            f"{', '.join(sorted(named))} in --chat_template_format"
+        )
+    elif named:
+        for_tools = ", and tool_use for rows with tools" if "tool_use" in named else ""
+        say(f"Of the chat templates ({', '.join(sorted(named))}) default is used{for_tools}.")
+
+
+def turn_ends(tokenizer):
+    """Return the ids of the tokens that end an answer: eos, and what the chat template writes.
+
+    The model learns to end its answers with them, so generation must stop there.
+    """
+    return {tokenizer.eos_token_id} | {last_token(tokenizer)} & {*tokenizer.added_tokens_decoder}
+
+
+def last_token(tokenizer):
+    """Return the id of the token that ends an answer in the chat template; None: it is unknown."""
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False).rstrip()
+    except Exception:  # there is no template, or one that needs more than this
+        return None
+    return tokenizer(text, add_special_tokens=False)["input_ids"][-1]
+
+
+DATE = re.compile(r"""strftime_now\(\s*(["'])(.+?)\1\s*\)""")
+
+
+def pin_date(tokenizer, date):
+    """Return a tokenizer whose chat template writes this date for today's, and the date.
+
+    A template that writes today's date would make other documents of the data when a run is
+    resumed on a later day. Collective.
+
+    Args:
+        date: of the first start, in ISO format; None at the first start.
 
     Returns:
-        The text, and a list with (begin, end) in characters for each turn of the assistant. A span
-        is None where the template rewrites earlier turns, as Qwen3's does.
-
-    Raises:
-        DataError: the template raises.
+        The tokenizer itself and None, where the template writes no date. Otherwise a copy: the
+        tokenizer that is saved still writes today's.
     """
-
-    def apply_template(part, **options):
-        try:
-            return tokenizer.apply_chat_template(part, tokenize=False, **options)
-        except Exception as error:  # a template may raise anything
-            raise DataError(
-                f"{where}: the chat template raises an error ({error}): fix it, or take another"
-            ) from error
-
-    text, spans = apply_template(messages), []
-    for number, message in enumerate(messages):
-        if message["role"] == "assistant" and number >= first:
-            before = apply_template(messages[:number], add_generation_prompt=True)
-            through = apply_template(messages[: number + 1]).rstrip()
-            is_prefix = text.startswith(through) and through.startswith(before)
-            spans.append((len(before), len(through)) if is_prefix else None)
-    return text, spans
+    own = tokenizer.chat_template
+    texts = own if isinstance(own, dict) else {"": own or ""}
+    if not any(DATE.search(text) for text in texts.values()):
+        return tokenizer, None
+    dates = [date or datetime.now().isoformat(timespec="seconds")]
+    if distributed.is_initialized():  # all processes write the same, also around midnight
+        distributed.broadcast_object_list(dates)
+    [date] = dates
+    now = datetime.fromisoformat(date)
+    pinned = {
+        name: DATE.sub(lambda match: repr(now.strftime(match[2])), text)
+        for name, text in texts.items()
+    }
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = pinned if isinstance(own, dict) else pinned[""]
+    say(f"The chat template writes today's date: {date} is used, also when the run is resumed.")
+    return tokenizer, date

@@ -268,10 +268,11 @@ def save_checkpoint(accelerator, output_dir, step, optimizer, state, write_weigh
     flush(file)
     files = dict(gather_object([(file.name, digest(file))]))
     if accelerator.is_main_process:
-        for other in sorted(folder.iterdir()):
-            if other.name not in files:
+        for other in sorted(folder.rglob("*")):  # a tokenizer may have a folder of templates
+            name = other.relative_to(folder).as_posix()
+            if name not in files:
                 flush(other)
-                files[other.name] = digest(other)
+                files |= {name: digest(other)} if other.is_file() else {}
         text = json.dumps(state | {"step": step, "files": files}, indent=1)
         (folder / "state.json").write_text(f"{text}\n")
         flush(folder / "state.json")
@@ -378,7 +379,7 @@ def read_state(folder, needed=()):
         raise CheckpointError(
             f"{folder} is not a checkpoint, its state.json cannot be read ({error})"
         ) from error
-    if pickles := [file.name for file in folder.iterdir() if file.suffix in PICKLES]:
+    if pickles := [file.name for file in folder.rglob("*") if file.suffix in PICKLES]:
         raise CheckpointError(
             f"{folder} holds {pickles[0]}, a pickle, which could run any code; save_checkpoint "
             "writes none: delete it if you trust the rest"

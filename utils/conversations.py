@@ -2,248 +2,99 @@
 
 These columns are known, and the first that fits is used:
 
-    messages                    list of {"role", "content"}; or conversations, of {"from", "value"}
+    messages                    list of {"role", "content"}, or {"from", "value"}; also
+                                conversations or conversation
     prompt, completion          two strings, or two lists of messages
-    instruction (input) output  also response instead of output, and question with answer
-    text                        or any other column, by its name
+    instruction (input) output  also response instead of output; and question, query or prompt with
+                                answer or response
+    text                        or any other column of texts or conversations, by its name
+
+Beside conversations, the column system (or system_prompt) is the first message, and tools are the
+tools that the assistant may call; beside instructions, history holds earlier turns.
 
 This file imports no other file of the project and can be copied along with a script.
 """
 
-import csv
+import ast
 import json
-import logging
-import os
-import re
-from pathlib import Path
+from itertools import islice
+from typing import NamedTuple
 
-from datasets import (
-    Dataset,
-    DatasetDict,
-    IterableDatasetDict,
-    disable_progress_bars,
-    load_dataset,
-    load_from_disk,
+CHATS = ("messages", "conversations", "conversation")
+INSTRUCTIONS = (
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("question", "answer"),
+    ("question", "response"),
+    ("query", "response"),
+    ("query", "answer"),
+    ("prompt", "response"),
+    ("input", "output"),
 )
-from datasets.utils.logging import set_verbosity
-
-FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-HELD_OUT = ("test", "validation", "eval")  # names of a split to evaluate on
-INSTRUCTIONS = (("instruction", "output"), ("instruction", "response"), ("question", "answer"))
-ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}
-FOLLOWS = {  # role -> the roles that may come before it; None: it comes first
-    "system": (None,),
-    "user": (None, "system", "assistant"),
-    "assistant": ("user", "tool"),
-    "tool": ("assistant", "tool"),
+COLUMNS = (*CHATS, "prompt", "text", *dict.fromkeys(pair[0] for pair in INSTRUCTIONS))
+SYSTEM = ("system", "system_prompt")
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "developer": "system",
 }
+KNOWN_ROLES = ("system", "user", "assistant", "tool")
+# keys of a message: 0 or false for no label; loss counts only as true or false
+WEIGHTS = ("weight", "train", "training", "loss_mask", "loss")
+SPOKEN = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+BROKEN = "broken row"  # a column that holds why a row of a stream cannot be read
+BEGINNING = 1000  # rows that are looked at for the names of columns
 
 
 class DataError(Exception):
     """Data that cannot be trained on: one sentence names the file or the row, and what to do."""
 
 
-# Files and splits ---------------------------------------------------------------------------------
-def read_splits(dataset_name, splits="", streaming=False):
-    """Return the rows to train on, and those to evaluate on or None.
+class EmptyRow(DataError):
+    """A row with nothing to learn. It is left out and counted."""
 
-    Args:
-        dataset_name: a .json, .jsonl, .csv or .parquet file; a folder of such files, or one that
-            `save_to_disk` wrote; or a Hub id.
-        splits: one or two names, comma separated, the held-out one second. Slices are possible:
-            "train[:90%],train[90%:]". Empty: train, and test, validation or eval if there is one.
-        streaming: read the training rows when they are needed, for data larger than memory. The
-            held-out rows are read at once.
 
-    Raises:
-        DataError: there is no such data or split, or a file cannot be read; broken JSON is named by
-            its line. Of a stream only the beginning is read here.
+class Conversation(NamedTuple):
+    """A conversation as chat templates read it.
+
+    Fields:
+        messages: dicts with role, content, and what other keys the data has.
+        learned: indices of the assistant's messages that are trained on.
+        tools: list of JSON schemas, or None.
+        notes: one for everything that is not used, or read otherwise than it stands (`note`).
     """
-    disable_progress_bars()
-    set_verbosity(logging.CRITICAL)  # what they would log is in the one sentence
-    wanted = [name.strip() for name in splits.split(",") if name.strip()]
-    if len(wanted) > 2:
-        raise DataError(
-            f"--splits {splits} names {len(wanted)} splits: give one to train on, and one to "
-            "evaluate on"
-        )
-    check_name(dataset_name)
-    if not streaming and os.path.exists(dataset_name):
-        check_utf8(Path(dataset_name))
-    try:
-        found = load(dataset_name, streaming)
-        if not wanted:
-            wanted = default_splits(found)
-        rows = [take(find_split(found, name, dataset_name), name) for name in wanted]
-        if streaming:
-            next(iter(rows[0]), None)  # a file that cannot be read raises here
-            rows[1:] = [Dataset.from_list(list(split)) for split in rows[1:]]
-    except DataError:
-        raise
-    except Exception as error:  # the libraries raise anything for a foreign or corrupt file
-        explain(dataset_name, error)
-    return rows[0], rows[1] if len(rows) > 1 else None
+
+    messages: list[dict]
+    learned: list[int]
+    tools: list | None
+    notes: list[str]
 
 
-def check_name(dataset_name):
-    """Raise DataError where the name is no file that can be read, no folder and no Hub id."""
-    if not dataset_name:
-        raise DataError("--dataset_name is empty: give a file, a folder or a Hub id")
-    path = Path(dataset_name)
-    if os.path.isfile(path):  # unlike Path.is_file it does not raise for a name that is too long
-        if path.suffix not in FORMATS:
-            raise DataError(f"--dataset_name {path} is not a {', '.join(FORMATS)} file: convert it")
-        if not path.stat().st_size:
-            raise DataError(f"--dataset_name {path} is empty: give a file with rows")
-    is_path = path.suffix in FORMATS or dataset_name.count("/") > 1 or dataset_name[0] in "./~"
-    if is_path and not os.path.exists(path):
-        raise DataError(f"--dataset_name {path} is not there: check the path")
+def note(text, unit):
+    """Return a note for the census: what was found, and in what it is counted."""
+    return f"{text}|{unit}"
 
 
-def load(dataset_name, streaming):
-    """Return split name -> rows."""
-    path = Path(dataset_name)
-    if os.path.isfile(path):
-        options = {"data_files": str(path), "streaming": streaming, **csv_options([path])}
-        found = load_dataset(FORMATS[path.suffix], **options)
-    elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        # in memory, else it would write its caches beside the data
-        found = load_from_disk(path, keep_in_memory=not streaming)
-        found = found if isinstance(found, DatasetDict) else DatasetDict(train=found)
-        if streaming:
-            streams = {name: rows.to_iterable_dataset() for name, rows in found.items()}
-            found = IterableDatasetDict(streams)
-    else:
-        files = [file for file in path.glob("*") if file.suffix in FORMATS]
-        found = load_dataset(dataset_name, streaming=streaming, **csv_options(files))
-    is_split = isinstance(found, DatasetDict | IterableDatasetDict)
-    return found if is_split else {"train": found}
+def census(counts):
+    """Return notes with their counts as one text: "column id (20 rows); ..."."""
+    parts = [(*key.rpartition("|")[::2], count) for key, count in counts.items()]
+    return "; ".join(f"{text} ({count:,} {unit})" for text, unit, count in parts)
 
 
-def csv_options(files):
-    """Return the options with which `load_dataset` keeps the cells of .csv files as text.
-
-    Without them pandas would read 01 as 1.
-    """
-    if {file.suffix for file in files} != {".csv"}:
-        return {}
-    columns = {}
-    for file in files:
-        with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
-            columns |= dict.fromkeys(next(csv.reader(lines), []), str)
-    return {"converters": columns, "keep_default_na": False}
-
-
-def default_splits(found):
-    """Return the names of the split to train on and, if there is one, of a held-out split."""
-    held_out = [name for name in HELD_OUT if name in found]
-    names = [name for name in ("train", *held_out[:1]) if name in found]
-    return names or list(found)[:1]
-
-
-def find_split(found, name, dataset_name):
-    """Return the rows of a split, whose name may end with a slice. DataError: there is none."""
-    split = name.partition("[")[0]
-    if split not in found:
-        raise DataError(f"--splits: {dataset_name} has no split {name}, it has {', '.join(found)}")
-    return found[split]
-
-
-def take(rows, name):
-    """Return the rows that the slice in a split's name selects, as in train[:100] or train[90%:].
-
-    Raises:
-        DataError: the slice is none, or the data is streamed.
-    """
-    if "[" not in name:
-        return rows
-    bounds = re.fullmatch(r"[^\[]*\[(-?\d+%?)?:(-?\d+%?)?\]", name)
-    if not hasattr(rows, "select") or not bounds:
-        raise DataError(
-            f"--splits {name}: a slice is [a:b] or [a%:b%], and needs data that is not streamed"
-        )
-    numbers = []
-    for bound in bounds.groups():
-        if bound and bound.endswith("%"):
-            numbers.append(len(rows) * int(bound[:-1]) // 100)
-        else:
-            numbers.append(int(bound) if bound else None)
-    start, end, _ = slice(*numbers).indices(len(rows))
-    return rows.select(range(start, end) if start < end else [])
-
-
-# Broken files -------------------------------------------------------------------------------------
-def explain(dataset_name, error):
-    """Raise DataError with what a library's error about the data means."""
-    if "corresponds to no data" in str(error):
-        raise DataError(f"--dataset_name {dataset_name} has no rows: give some") from error
-    if os.path.exists(dataset_name):
-        find_broken_line(Path(dataset_name))
-    reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
-    raise DataError(f"--dataset_name {dataset_name} cannot be read: {reason}") from error
-
-
-def json_files(path):
-    """Return the .json and .jsonl files of a folder and the folders in it, or the file itself."""
-    files = sorted(path.rglob("*.json*")) if path.is_dir() else [path]
-    return [file for file in files if file.suffix in (".json", ".jsonl")]
-
-
-def check_utf8(path):
-    """Raise DataError for the first line of JSON that is not UTF-8.
-
-    Arrow would find it only in the middle of the run.
-    """
-    for file in json_files(path):
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                try:
-                    line.decode()
-                except UnicodeDecodeError as error:
-                    raise DataError(
-                        f"{file}, line {number} is not UTF-8 text ({error}): convert it"
-                    ) from error
-
-
-def find_broken_line(path):
-    """Raise DataError for the first line that is not a JSON object."""
-    for file in json_files(path):
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                reason = reason_of(line)
-                if reason and number == 1 and file.suffix == ".json":
-                    break  # one value on several lines; the libraries say where it is broken
-                if reason:
-                    raise DataError(
-                        f"{file}, line {number} is not a JSON object ({reason}): fix it"
-                    )
-
-
-def reason_of(line):
-    """Return why a line is not a JSON object; "" for an object and for a blank line."""
-    if not line.strip():
-        return ""
-    try:
-        is_object = isinstance(json.loads(line.decode("utf-8-sig")), dict)
-    except json.JSONDecodeError as error:
-        return f"{error.msg}, column {error.colno}"
-    except ValueError as error:  # no UTF-8
-        return str(error)
-    return "" if is_object else "it is not {...}"
-
-
-# Rows ---------------------------------------------------------------------------------------------
+# Columns ------------------------------------------------------------------------------------------
 def shape_of(rows, text_field=""):
     """Return which of the known shapes the rows have, as the names of its columns.
 
     Raises:
         DataError: there are no rows, or none of the known columns.
     """
-    first = next(iter(rows), None)
-    if not first:
+    columns = list(dict.fromkeys(column for row in islice(rows, BEGINNING) for column in row))
+    if not columns:
         raise DataError("the data has no rows: give some")
-    columns = list(first)
-    for column in ("messages", "conversations"):
+    for column in CHATS:
         if column in columns:
             return (column,)
     for pair in (("prompt", "completion"), *INSTRUCTIONS):
@@ -259,38 +110,95 @@ def shape_of(rows, text_field=""):
     return (field,)
 
 
-def as_document(row, shape, where):
-    """Return a row as ("chat", messages, first), ("pair", prompt, completion) or ("text", text).
+def used_columns(shape):
+    """Return the columns that are read of rows of a shape."""
+    if shape in INSTRUCTIONS:
+        return (*shape, "input", "history", "tools", *SYSTEM)
+    return (*shape, "tools", *SYSTEM)
 
-    `first` is the index of the first message that may be trained on. It is 0, unless the row has a
-    prompt of messages.
+
+def holds_chats(rows, shape):
+    """Return whether rows of a shape are conversations, and not pairs of strings or texts."""
+    if shape == ("prompt", "completion"):
+        values = (
+            as_messages(row.get(column)) for row in islice(rows, BEGINNING) for column in shape
+        )
+        return any(isinstance(value, list) for value in values)
+    if len(shape) == 1 and shape[0] not in CHATS:  # named by --dataset_text_field
+        return any(isinstance(row.get(shape[0]), list) for row in islice(rows, BEGINNING))
+    return True
+
+
+def as_document(row, shape, where):
+    """Return a row as a `Conversation`, or as the strings of a pair or a text.
 
     Args:
+        row: column -> value. None counts as absent, also in what a value holds.
         shape: what `shape_of` returned for the split.
         where: the name of the row in an error.
 
     Raises:
-        DataError: a cell is empty or of another type, the roles are out of order, or there is no
-            turn of the assistant.
+        EmptyRow: there is nothing to learn.
+        DataError: a value is of another type.
     """
-    values = [row.get(column) for column in shape]
-    for column, value in zip(shape, values, strict=True):
-        if value is None or value == "" or value == []:
-            raise DataError(f"{where} has an empty {column}: fill it")
-    if shape[0] in ("messages", "conversations"):
-        return "chat", check_messages(values[0], where), 0
-    if shape == ("prompt", "completion") and all(isinstance(value, list) for value in values):
-        return "chat", check_messages([*values[0], *values[1]], where), len(values[0])
-    extra = ["input"] if shape in INSTRUCTIONS and row.get("input") else []
-    for column in (*shape, *extra):
-        if not isinstance(row[column], str):
-            kind = type(row[column]).__name__
-            raise DataError(f"{where} has no text in {column}, but {kind}: convert it")
+    row = without_nulls(dict(row))
+    if BROKEN in row:
+        raise DataError(f"{where} {row[BROKEN]}: fix it")
+    if shape[0] in CHATS or (len(shape) == 1 and isinstance(row.get(shape[0]), list)):
+        return read_chat(row, shape[0], where)
     if shape in INSTRUCTIONS:
-        question = "\n\n".join(part for part in (values[0], row.get("input")) if part)
-        messages = [message("user", question), message("assistant", values[1])]
-        return "chat", check_messages(messages, where), 0
-    return ("pair", *values) if len(values) == 2 else ("text", *values)
+        return read_instruction(row, shape, where)
+    notes = []
+    values = [as_messages(row.get(column, "")) for column in shape]
+    if len(values) == 2 and any(isinstance(value, list) for value in values):
+        prompt, completion = values
+        prompt = [message("user", prompt)] if isinstance(prompt, str) else prompt
+        completion = (
+            [message("assistant", completion)] if isinstance(completion, str) else completion
+        )
+        return converse(row, [*prompt, *completion], where, notes, first=len(prompt))
+    texts = [as_text(row.get(column, ""), f"{where} has no text in {column}") for column in shape]
+    if not texts[-1]:
+        raise EmptyRow(note(f"rows with an empty {shape[-1]}, which are left out", "rows"))
+    return tuple(texts)
+
+
+def read_chat(row, column, where):
+    """Return a row of messages as a `Conversation`."""
+    messages, notes = row.get(column), []
+    if isinstance(messages, str) and messages.strip():
+        messages = parse(messages)
+        if isinstance(messages, list):
+            notes.append(note(f"{column} as text, which is parsed", "rows"))
+    if not messages:
+        raise EmptyRow(note(f"rows with an empty {column}, which are left out", "rows"))
+    if not isinstance(messages, list):
+        kind = type(row[column]).__name__
+        raise DataError(f"{where} holds a {kind}, not a list of messages: convert it")
+    return converse(row, messages, where, notes)
+
+
+def read_instruction(row, shape, where):
+    """Return an instruction, its input, the answer and earlier turns as a `Conversation`."""
+    names = [shape[0], *(["input"] if shape[0] != "input" else []), shape[1]]
+    texts = [as_text(row.get(name, ""), f"{where} has no text in {name}") for name in names]
+    if not texts[-1].strip():
+        raise EmptyRow(note(f"rows with an empty {shape[1]}, which are left out", "rows"))
+    history = row.get("history") or []
+    history = parse(history) if isinstance(history, str) else history
+    messages, notes = [], []
+    for turn in history if isinstance(history, list) else [history]:
+        if isinstance(turn, list) and len(turn) == 2:
+            messages += [message("user", turn[0]), message("assistant", turn[1])]
+        elif isinstance(turn, dict) and "role" in turn:
+            messages.append(turn)
+        else:
+            raise DataError(
+                f"{where} has a history that is not pairs of question and answer: fix it"
+            )
+    question = "\n\n".join(part for part in texts[:-1] if part)
+    messages += [message("user", question), message("assistant", texts[-1])]
+    return converse(row, messages, where, notes)
 
 
 def message(role, content):
@@ -298,48 +206,158 @@ def message(role, content):
     return {"role": role, "content": content}
 
 
-def check_messages(messages, where):
-    """Return the messages with the roles that chat templates know.
-
-    Raises:
-        DataError: as `as_document`.
-    """
-    if not isinstance(messages, list):
-        kind = type(messages).__name__
-        raise DataError(f"{where} holds a {kind}, not a list of messages: convert it")
-    checked, before = [], None
-    for number, entry in enumerate(messages, start=1):
-        checked.append(check_message(entry, before, f"{where}, message {number}"))
-        before = checked[-1]["role"]
-    if all(entry["role"] != "assistant" for entry in checked):
-        raise DataError(
-            f"{where} has no assistant's turn, so there is nothing to learn: add one, or drop the "
-            "row"
-        )
-    return checked
-
-
-def check_message(entry, before, where):
-    """Return a message; raise DataError where it is none, has no text, or is out of order.
+# Messages -----------------------------------------------------------------------------------------
+def converse(row, entries, where, notes, first=0):
+    """Return messages, with the row's system message and tools, as a `Conversation`.
 
     Args:
-        before: role of the message before; None for the first.
+        first: index of the first message that may be trained on.
     """
-    keys = set(entry) if isinstance(entry, dict) else set()
-    if not keys & {"role", "from"} or not keys & {"content", "value"}:
+    messages, learned = [], []
+    for number, entry in enumerate(entries):
+        one, has_label = read_message(entry, f"{where}, message {number + 1}", notes)
+        messages.append(one)
+        if has_label and number >= first:
+            learned.append(number)
+    system = next((row[column] for column in SYSTEM if row.get(column)), "")
+    system = as_text(system, f"{where} has no text in system")
+    if system and messages[0]["role"] == "system":
+        notes.append(note("column system beside a system message, which is used", "rows"))
+    elif system:
+        messages = [message("system", system), *messages]
+        learned = [number + 1 for number in learned]
+    tools = row.get("tools")
+    tools = parse(tools) if isinstance(tools, str) and tools.strip() else tools or None
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise DataError(f"{where} has tools that are not a list of JSON schemas: fix them")
+    return Conversation(messages, learned, tools or None, notes)
+
+
+def read_message(entry, where, notes):
+    """Return a message with the names that chat templates know, and whether it may have a label.
+
+    Args:
+        notes: list that gets what is read otherwise than it stands.
+
+    Raises:
+        DataError: it is no message, or its content is of another type.
+    """
+    keys = dict(entry) if isinstance(entry, dict) else {}
+    said = keys.pop("role", None) or keys.pop("from", None)
+    content = keys.pop("content", None) or keys.pop("value", None) or ""
+    if said is None:
         raise DataError(f'{where} is not {{"role": ..., "content": ...}}: fix it')
-    if entry.get("tool_calls"):
-        raise DataError(f"{where} calls tools, which no template here writes: drop the row")
-    role = entry.get("role") or entry.get("from")
-    content = entry.get("content") or entry.get("value")
-    role = ROLES.get(role, role) if isinstance(role, str) else role
-    if role not in tuple(FOLLOWS):  # a tuple, because the role may be unhashable
-        raise DataError(f"{where} has the role {role!r}: it must be one of {', '.join(FOLLOWS)}")
-    if not isinstance(content, str) or not content.strip():
-        raise DataError(f"{where} ({role}) has no text: fill it, or drop the row")
-    if before not in FOLLOWS[role]:
-        raise DataError(
-            f"{where}: roles are out of order, {role} after {before or 'nothing'}: a system "
-            "message comes first, then user and assistant take turns, a tool answers an assistant"
+    if not isinstance(said, str):
+        raise DataError(f"{where} has the role {said!r}: it must be text")
+    role = ROLES.get(said.strip().lower(), said)
+    role = role.strip().lower() if role.strip().lower() in KNOWN_ROLES else role
+    if role != said:
+        notes.append(note(f"role {said} read as {role}", "messages"))
+    elif role not in KNOWN_ROLES:
+        notes.append(note(f"messages of the role {role}, which have no label", "messages"))
+    if isinstance(content, dict | list) and role == "tool" and not is_parts(content):
+        notes.append(note("results of tools as data, written as JSON", "messages"))
+        content = json.dumps(content, ensure_ascii=False)
+    elif isinstance(content, dict | list):
+        content = join_parts(content, where, notes)
+    content = as_text(content, f"{where} ({role}) has no text")
+    names = [key for key in WEIGHTS if key in keys]
+    names = [key for key in names if key != "loss" or isinstance(keys[key], bool)]
+    weights = {key: keys.pop(key) for key in names}
+    if any(weight not in (0, 1) for weight in weights.values()):
+        raise DataError(f"{where} has {weights}: it must be 0 or 1, false or true")
+    if "tool_calls" in keys:
+        keys["tool_calls"] = read_tool_calls(keys["tool_calls"], where)
+    is_empty = not content.strip() and not set(SPOKEN) & set(keys)
+    if role == "assistant" and not all(weights.values()):
+        notes.append(
+            note(f"turns with {' and '.join(weights)} 0 or false, which have no label", "turns")
         )
-    return message(role, content)
+    elif role == "assistant" and is_empty:
+        notes.append(note("turns of the assistant without text, which have no label", "turns"))
+    elif weights and role != "assistant" and any(weights.values()):
+        name = " and ".join(weights)
+        notes.append(note(f"key {name} of messages that are not the assistant's", "messages"))
+    elif not content.strip() and role != "assistant":
+        notes.append(note(f"messages of the role {role} without text", "messages"))
+    has_label = role == "assistant" and not is_empty and all(weights.values())
+    # some templates write an empty answer beside tool calls, if there is an empty content
+    one = {"role": role} if "tool_calls" in keys and not content else message(role, content)
+    return one | {key: keys[key] for key in keys if keys[key] != []}, has_label
+
+
+def is_parts(content):
+    """Return whether content consists of parts, as texts and images are given."""
+    parts = [content] if isinstance(content, dict) else content
+    return all(
+        isinstance(part, str) or (isinstance(part, dict) and "type" in part) for part in parts
+    )
+
+
+def join_parts(content, where, notes):
+    """Return the text of content in parts. DataError: a part is no text."""
+    parts = [content] if isinstance(content, dict) else content
+    texts = []
+    for part in parts:
+        part = {"type": "text", "text": part} if isinstance(part, str) else part
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise DataError(
+                f"{where} has a part of the kind {kind}, and only text is trained on: drop the "
+                "part or the row"
+            )
+        texts.append(part["text"])
+    if len(texts) > 1:
+        notes.append(note("content in several parts, joined by line breaks", "messages"))
+    return "\n".join(texts)
+
+
+def read_tool_calls(calls, where):
+    """Return tool calls with their arguments as templates want them: as objects, not as text."""
+    calls = parse(calls) if isinstance(calls, str) else calls
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise DataError(f"{where} has tool_calls that are not a list of objects: fix them")
+    read = []
+    for call in calls:
+        function = call.get("function", call)
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            arguments = parse(function["arguments"])
+            function = function | {"arguments": arguments}
+        read.append(call | {"function": function} if "function" in call else function)
+    return read
+
+
+# Values -------------------------------------------------------------------------------------------
+def without_nulls(value):
+    """Return a value without the keys that hold None: Arrow adds those of other rows."""
+    if isinstance(value, dict):
+        return {key: without_nulls(one) for key, one in value.items() if one is not None}
+    return [without_nulls(one) for one in value] if isinstance(value, list) else value
+
+
+def as_text(value, complaint):
+    """Return a text, or a whole number as text; raise DataError for other types."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise DataError(f"{complaint}, but {type(value).__name__}: convert it")
+    return value
+
+
+def as_messages(value):
+    """Return a list of messages that stands as text; another value as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        parsed = parse(value)
+        if isinstance(parsed, list) and all("role" in one or "from" in one for one in parsed):
+            return parsed
+    return value
+
+
+def parse(text):
+    """Return the value of a text in JSON, or as Python writes it; the text where it is neither."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return without_nulls(read(text))
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return text

@@ -1,13 +1,15 @@
 """Turn rows into documents: token ids, and labels where the model is to learn.
 
 A document is a dict with the lists `input_ids` and `labels`, of one length, and `length`, the
-number of tokens before truncation. A label stands where its token stands; -100 means no loss.
+number of tokens before truncation. A label stands where its token stands; -100 means no loss. Its
+`notes` say what of its row is not used, or read otherwise than it stands.
 """
 
 import hashlib
 import os
 import zlib
-from functools import cache, partial
+from collections import Counter
+from functools import cache
 from itertools import groupby, islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,15 +18,21 @@ from typing import NamedTuple
 import transformers
 from torch.utils.data import DataLoader
 
-from utils.chat_templates import render
-from utils.conversations import DataError, as_document
-from utils.errors import say
+from utils.conversations import Conversation, DataError, EmptyRow, as_document, census, note
+from utils.conversations import used_columns
+from utils.errors import first_line, say
+from utils.json_lines import LINE
 from utils.packing import join, pack, split_evenly
+from utils.rendering import render
 
 ROWS_PER_WORKER = 1000  # a tokenizing process gets at least so many rows
 # the settings that `encode` reads
 ENCODING = ("max_length", "train_on", "add_special_tokens", "append_concat_token")
+DOCUMENT = ("input_ids", "labels", "length", "notes")
 PROMPT_OF_TEXT = 8  # tokens of the prompt made from a text, which has no prompt of its own
+# the files whose code decides what `datasets` caches
+CACHED = ("documents", "rendering", "chat_templates", "conversations", "json_lines", "splits")
+NAMED = 5  # rows of a stream that are left out and named; later ones are counted
 SHUFFLE_BUFFER = 10_000  # rows of a stream among which the next one is drawn
 
 
@@ -37,6 +45,7 @@ class Data(NamedTuple):
         max_steps: number of updates of the run.
         examples: the first one or two documents.
         facts: the line that counts the documents; "" for a stream.
+        template_date: the date that the chat template writes, in ISO format; None: it writes none.
         valid_batches: the held-out batches of this process; empty where nothing is evaluated.
         prompts: held-out prompts to answer, each a list of token ids.
     """
@@ -46,13 +55,31 @@ class Data(NamedTuple):
     max_steps: int
     examples: list[dict]
     facts: str
+    template_date: str | None
     valid_batches: list[dict]
     prompts: list[list[int]]
 
 
 # From a row to a document -------------------------------------------------------------------------
+def encode_batch(columns, numbers, **encoding):
+    """Return the documents of rows, for `map`: name -> values, one for each document.
+
+    Args:
+        columns: name -> values, one for each row.
+        numbers: of the rows, from 0.
+        encoding: the other arguments of `encode`.
+    """
+    names, documents = list(columns.keys()), []
+    for position, number in enumerate(numbers):
+        row = {name: columns[name][position] for name in names}
+        documents += encode(row, number, **encoding)
+    return {name: [one[name] for one in documents] for name in DOCUMENT}
+
+
 def encode(row, index, config, tokenizer, shape, split, code=""):
-    """Return the document of a row.
+    """Return the documents of a row: one, or several where the template rewrites earlier turns.
+
+    A row with nothing to learn is a document without tokens, for its notes.
 
     Args:
         index: number of the row, from 0.
@@ -64,32 +91,54 @@ def encode(row, index, config, tokenizer, shape, split, code=""):
     Raises:
         DataError: the row cannot be trained on.
     """
-    where = f"row {index + 1} of {split}"
-    kind, *parts = as_document(row, shape, where)
-    if kind == "chat":
-        text, spans = render(tokenizer, *parts, where)
+    where, learns_all = f"row {index + 1} of {split}", config.train_on == "all"
+    unused = [name for name in row if row[name] is not None and name not in used_columns(shape)]
+    notes = [note(f"column {name}", "rows") for name in unused]
+    try:
+        parts = as_document(row, shape, where)
+    except EmptyRow as reason:
+        return [{"input_ids": [], "labels": [], "length": 0, "notes": [*notes, str(reason)]}]
+    is_chat = isinstance(parts, Conversation)
+    if is_chat:
+        texts, unwritten = render(tokenizer, parts, where, learns_all)
+        notes += parts.notes + unwritten
+        if learns_all:
+            notes = [one.replace("which have no label", "all trained on") for one in notes]
+        if not parts.learned and not learns_all:
+            notes.append(note("rows without a turn to learn, which are left out", "rows"))
     else:
         text = "".join(parts)
-        spans = [(len(text) - len(parts[-1]), len(text))]  # the completion, or all of a text
-    is_text = kind != "chat"  # a chat template writes the special tokens itself
-    adds_special = is_text if config.add_special_tokens is None else config.add_special_tokens
-    adds_end = is_text if config.append_concat_token is None else config.append_concat_token
+        texts = [(text, [(0 if learns_all else len(text) - len(parts[-1]), len(text))], 0)]
+        others = [name for name in used_columns(shape)[len(shape) :] if row.get(name)]
+        notes += [note(f"column {name} beside prompts of text", "rows") for name in others]
+    documents = [
+        {**encode_text(text, spans, config, tokenizer, is_chat), "notes": []}
+        for text, spans, _ in texts
+    ]
+    documents[0]["notes"] = notes
+    return documents
+
+
+def encode_text(text, spans, config, tokenizer, is_chat):
+    """Return the token ids, labels and length of a text.
+
+    Args:
+        spans: (begin, end) of the parts to learn, in characters.
+    """
+    # a chat template writes the special tokens itself
+    adds_special = config.add_special_tokens
+    adds_special = not is_chat if adds_special is None else adds_special
+    adds_end = not is_chat if config.append_concat_token is None else config.append_concat_token
     tokens = tokenizer(text, add_special_tokens=adds_special, return_offsets_mapping=True)
     ids = labels = tokens["input_ids"]
     if config.train_on == "assistant":
-        if None in spans:
-            raise DataError(
-                f"{where}: the chat template does not show where the assistant's turns begin and "
-                "end: give --chat_template_format chatml, or a template that does, or --train_on "
-                "all"
-            )
         labels = label_spans(ids, tokens["offset_mapping"], spans)
     if adds_end:
         end = tokenizer.eos_token_id
         if ids[-1:] == [end]:  # some tokenizers have added it, without a place in the text
             ids, labels = ids[:-1], labels[:-1]
         ids, labels = [*ids, end], [*labels, end]
-    limit = config.max_length
+    limit = config.max_length  # a truncated document ends without the end token
     return {"input_ids": ids[:limit], "labels": labels[:limit], "length": len(ids)}
 
 
@@ -129,18 +178,19 @@ def code_digest():
     alone, so it would read the documents of an earlier version of that function.
     """
     digest = hashlib.sha256(transformers.__version__.encode())
-    for name in ("documents", "chat_templates", "conversations"):
+    for name in CACHED:
         digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
     return digest.hexdigest()
 
 
 # Splits -------------------------------------------------------------------------------------------
-def build_documents(config, accelerator, rows, split, **encoding):
+def build_documents(config, accelerator, rows, split, unread=(), **encoding):
     """Return the documents of a split that can be trained on, and a line that counts them.
 
-    Prints the line, and how many rows were truncated and left out.
+    Prints the line, how many documents were truncated and left out, and what is not used.
 
     Args:
+        unread: names of what was not read, for that line.
         encoding: tokenizer and shape, for `encode`.
 
     Raises:
@@ -150,15 +200,23 @@ def build_documents(config, accelerator, rows, split, **encoding):
     # later run with other settings still finds what this one has encoded.
     settings = SimpleNamespace(**{name: getattr(config, name) for name in ENCODING})
     encoding |= {"config": settings, "split": split, "code": code_digest()}
+    unused = []
+    if LINE not in rows.column_names:  # else every row has its own columns
+        used = used_columns(encoding["shape"])
+        unused = [name for name in rows.column_names if name not in used]
+        unused = unused if len(unused) < len(rows.column_names) else []  # without any, no rows
+        rows = rows.remove_columns(unused)
     options = {"with_indices": True, "remove_columns": rows.column_names, "fn_kwargs": encoding}
     workers = min(len(os.sched_getaffinity(0)), len(rows) // ROWS_PER_WORKER)
     if workers > 1:
         options["num_proc"] = workers
     with accelerator.local_main_process_first():  # the others of the machine read its cache
-        encoded = rows.map(encode, **options)
+        encoded = rows.map(encode_batch, batched=True, **options).with_format(None)
     kept, num_tokens, num_labels, num_long, checksum = [], 0, 0, 0, 0
+    notes = Counter({note(f"column {name}", "rows"): len(rows) for name in unused})
     for number, document in enumerate(encoded):
         num_long += document["length"] > config.max_length
+        notes.update(document["notes"])
         if is_kept(document, config):
             kept.append(number)
             num_tokens += len(document["input_ids"])
@@ -166,10 +224,7 @@ def build_documents(config, accelerator, rows, split, **encoding):
             content = repr((document["input_ids"], document["labels"])).encode()
             checksum = zlib.crc32(content, checksum)
     if not kept:
-        raise DataError(
-            f"no row of {split} has a token to train on within --max_length {config.max_length}: "
-            "raise it"
-        )
+        raise DataError(nothing_left(split, config, num_long, notes))
     # a part of what identifies a run: checkpoints hold this text
     facts = (
         f"{len(kept)} documents, {num_tokens:,} tokens, {num_labels:,} of them trained on, "
@@ -180,31 +235,93 @@ def build_documents(config, accelerator, rows, split, **encoding):
         f"{split}: {facts}; {num_long} longer than --max_length {done}, "
         f"{len(encoded) - len(kept)} of {len(encoded)} left out."
     )
+    say_census(split, unread, notes)
     return encoded.select(kept), facts
 
 
-def read_stream(config, rows, epoch, **encoding):
+def say_census(split, unread, notes):
+    """Print one line with all that is not used, or read otherwise than it stands."""
+    parts = "; ".join(filter(None, [*unread, census(notes)]))
+    if parts:
+        say(f"{split}, not used or read otherwise: {parts}.")
+
+
+def nothing_left(split, config, num_long, notes):
+    """Return why no document has a label, and what to do."""
+    if num_long:
+        return (
+            f"no row of {split} has a token to train on within --max_length {config.max_length}: "
+            "raise it"
+        )
+    found = f" ({census(notes)})" if notes else ""
+    return f"no row of {split} has a token to train on{found}: give rows that have one"
+
+
+def read_stream(config, rows, unread, epoch, is_strict=False, **encoding):
     """Yield the documents of a stream that can be trained on, shuffled anew in each epoch.
 
+    The rows cannot be counted before training. So whatever is not used is printed when it is met
+    for the first time, and counted at the end of each epoch. A row that cannot be trained on is
+    left out.
+
     Args:
+        unread: names of what was not read.
+        is_strict: for a look at the beginning: raise the DataError of such a row, and print that
+            the stream is counted later.
         encoding: tokenizer and shape, for `encode`.
 
     Raises:
-        DataError: as `build_documents`.
+        DataError: no row can be trained on, or the data cannot be read any further.
     """
+    if is_strict:
+        say(
+            "The stream: rows that are truncated, left out or not fully used are named when such a "
+            "row is met for the first time, and counted at the end of each epoch."
+        )
+        say_census("The stream", unread, {})
     if config.shuffle:
         rows = rows.shuffle(seed=config.seed + epoch, buffer_size=SHUFFLE_BUFFER)
-    encoding |= {"config": config, "split": "the stream"}
-    documents = (encode(row, number, **encoding) for number, row in enumerate(rows))
-    kept = filter(partial(is_kept, config=config), documents)
-    first = next(kept, None)
-    if first is None:
-        raise DataError(
-            "no row of the stream has a token to train on within --max_length "
-            f"{config.max_length}: raise it"
-        )
-    yield first
-    yield from kept
+    notes, num_kept, num_rows, num_long, broken = Counter(), 0, 0, 0, 0
+    for number, row in enumerate(readable(rows)):
+        num_rows += 1
+        try:
+            documents = encode(row, number, config, split="the stream", **encoding)
+        except DataError as error:
+            if is_strict:
+                raise
+            broken += 1
+            if broken <= NAMED and not epoch:
+                say(f"Left out: {error}.")
+            notes[note("rows that cannot be trained on, which are left out", "rows")] += 1
+            continue
+        for document in documents:
+            found = Counter(document["notes"])
+            if document["length"] > config.max_length:
+                done = "truncated" if config.long_documents == "truncate" else "dropped"
+                found[note(f"longer than --max_length, {done}", "documents")] += 1
+                num_long += 1
+            if document["length"] and not has_labels(document):
+                found[note("without a label within --max_length, left out", "documents")] += 1
+            new = Counter(dict.fromkeys(found.keys() - notes.keys(), 1))
+            if new and not is_strict and not epoch:
+                say_census("The stream, met for the first time", [], new)
+            notes += found
+            if is_kept(document, config):
+                num_kept += 1
+                yield document
+    if not num_kept:
+        raise DataError(nothing_left("the stream", config, num_long, notes))
+    if not is_strict:
+        counted = f"The stream, epoch {epoch + 1}: {num_kept:,} documents of {num_rows:,} rows"
+        say_census(counted, [], notes)
+
+
+def readable(rows):
+    """Yield rows; raise a DataError where the source fails."""
+    try:
+        yield from rows
+    except Exception as error:  # the libraries raise anything
+        raise DataError(f"the stream cannot be read any further ({first_line(error)})") from error
 
 
 def build_held_out(config, accelerator, rows, **encoding):

@@ -46,21 +46,28 @@ def find_run(config):
     return None, 0, START
 
 
-def identify(config, accelerator, facts):
+def identify(config, accelerator, data):
     """Return what a run must have in common with the one whose checkpoint it resumes.
 
     Args:
-        facts: the line that counts the documents, with their checksum.
+        data: `Data`, of which the line that counts the documents, with their checksum, and the date
+            in the chat template are read.
     """
+    dated = {"template_date": data.template_date} if data.template_date else {}
     free = {name for name in vars(config) if name in FREE or name.startswith(FREE_PREFIXES)}
+    free |= set() if config.dataset_config else {"dataset_config"}  # checkpoints from before it
     if config.lr_scheduler_type.startswith("constant") and not config.warmup_ratio:
         free |= {"max_steps", "num_train_epochs"}  # no rate depends on the number of updates
-    return {name: value for name, value in vars(config).items() if name not in free} | {
-        "strategy": launched_strategy(),
-        "num_processes": accelerator.num_processes,
-        "data": facts,
-        "mixed_precision": launched_precision(),
-    }
+    return (
+        {name: value for name, value in vars(config).items() if name not in free}
+        | dated
+        | {
+            "strategy": launched_strategy(),
+            "num_processes": accelerator.num_processes,
+            "data": data.facts,
+            "mixed_precision": launched_precision(),
+        }
+    )
 
 
 def check_resumed(folder, state, identity, max_steps):

@@ -12,7 +12,14 @@ from utils.errors import fail
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 TOKENIZER = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"]
-TOKENIZER += ["*.jinja", "spiece.model", "sentencepiece*.model", "source.spm", "target.spm"]
+TOKENIZER += [
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "spiece.model",
+    "sentencepiece*.model",
+    "source.spm",
+    "target.spm",
+]
 
 
 def output_dtype(weight, wanted):
@@ -96,5 +103,7 @@ def copy_tokenizer(folder, sources):
             paths = {path for pattern in TOKENIZER for path in source.glob(pattern)}
             for path in paths:
                 if path.is_file():
-                    shutil.copyfile(path, folder / path.name)
+                    target = folder / path.relative_to(source)
+                    target.parent.mkdir(exist_ok=True)
+                    shutil.copyfile(path, target)
             return
