@@ -26,6 +26,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds utils/
 from utils.data import check_labels, load_data
 from utils.generation import generating
 from utils.launch import configure_deepspeed, device_map, start_accelerator
+from utils.lora import lora_targets
 from utils.memory import MemoryTracker
 from utils.results import Progress, collect_metrics, finish_run, new_folder
 from utils.settings import read_settings
@@ -150,13 +151,12 @@ def build_model(config, tokenizer):
     model.generation_config = GenerationConfig(**ends)  # greedy, whatever the checkpoint asks for
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()  # non-reentrant
-    targets = "all-linear" if config.target_modules == ["all-linear"] else config.target_modules
     lora = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=targets,
+        target_modules=lora_targets(model, config.target_modules),
         modules_to_save=config.modules_to_save or None,
     )
     return get_peft_model(model, lora)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import send_to_device, set_seed
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import fsdp_auto_wrap_policy
 from safetensors import SafetensorError
@@ -33,7 +33,7 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.optimization import get_scheduler
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds utils/
-from utils.chat_settings import read_chat_settings
+from utils.chat_settings import read_chat_settings, split_names
 from utils.chat_templates import build_tokenizer
 from utils.checkpoint import CheckpointError, gather_trained, keep_newest, load_checkpoint
 from utils.checkpoint import remove_checkpoints, save_checkpoint
@@ -42,10 +42,11 @@ from utils.documents import Data, build_documents, build_held_out, preview, prob
 from utils.engine import full_shape
 from utils.errors import fail, fail_together, refusing, say
 from utils.flops import flop_per_token
-from utils.generation import generating
+from utils.generation import generating, valid_generation
 from utils.hub import push_checkpoint, start_pusher
 from utils.launch import OPTIMIZERS, adamw, configure_deepspeed, device_map, launched_precision
 from utils.launch import launched_strategy, move_quant_states, shards_parameters, start_accelerator
+from utils.lora import expert_targets, lora_targets, say_experts
 from utils.loss import add_token_loss, check_token_loss
 from utils.memory import MemoryTracker
 from utils.packing import build_loader, pack, shuffled_sequences, stream_sequences
@@ -132,7 +133,15 @@ class Config:
     lora_target_modules: str = HfArg(
         default="all-linear",
         aliases=["--target_modules"],
-        help="layers that get LoRA, comma separated, or all-linear",
+        help="layers that get LoRA: names, comma separated, a regular expression, or all-linear",
+    )
+    lora_target_parameters: str = HfArg(
+        default="",
+        help="fused weights of routed experts that get LoRA, comma separated, such as "
+        "experts.down_proj; or experts for all of them",
+    )
+    adapter_name_or_path: str = HfArg(
+        default="", help="LoRA adapter to train on, folder or Hub id; empty: a new one"
     )
     use_4bit_quantization: bool = HfArg(
         default=False, help="load the frozen base in 4 bits (QLoRA)"
@@ -333,17 +342,8 @@ def build_model(config, tokenizer, num_added):
         options["device_map"] = {"": "cpu"}  # else transformers packs the full model on every GPU
         unset_hf_deepspeed_config()  # under ZeRO-3 transformers takes no device_map
     model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, **options)
-    modules_to_save = []
-    if num_added:  # the rows of new tokens are not trained yet
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # some have rows to spare
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        ends = (model.get_input_embeddings(), model.get_output_embeddings())
-        names = [name for name, module in model.named_modules() if module in ends]
-        modules_to_save = [name.rpartition(".")[2] for name in names]
-        say(f"{num_added} new tokens: {', '.join(modules_to_save)} are trained and saved in full.")
-    known = model.generation_config.eos_token_id or []  # one or several
-    ends = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
-    model.generation_config.eos_token_id = sorted(ends)
+    modules_to_save = resize(model, tokenizer, num_added)
+    set_ends(model, tokenizer)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": config.use_reentrant})
         model.enable_input_require_grads()  # a reentrant layer needs an input with a gradient
@@ -358,20 +358,47 @@ def build_model(config, tokenizer, num_added):
     return model
 
 
+def resize(model, tokenizer, num_added):
+    """Give new tokens their rows; return the layers to train in full, because these are not yet."""
+    if not num_added:
+        return []
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # some have rows to spare
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [name for name, module in model.named_modules() if module in ends]
+    modules_to_save = [name.rpartition(".")[2] for name in names]
+    say(f"{num_added} new tokens: {', '.join(modules_to_save)} are trained and saved in full.")
+    return modules_to_save
+
+
+def set_ends(model, tokenizer):
+    """Let generation stop at every end token, and drop settings of it that cannot be saved."""
+    model.generation_config = valid_generation(model.generation_config)
+    known = model.generation_config.eos_token_id or []  # one or several
+    ends = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
+    model.generation_config.eos_token_id = sorted(ends - {None})
+
+
 def add_lora(config, model, modules_to_save):
-    """Return the model, frozen, with trainable LoRA layers."""
-    targets = config.lora_target_modules
-    lora = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=targets if targets == "all-linear" else targets.split(","),
-        modules_to_save=modules_to_save,
-    )
+    """Return the model, frozen, with trainable LoRA layers: new ones, or those of an adapter."""
     # DeepSpeed's engine wants one dtype, and keeps float32 copies of the trainable weights itself
     is_engine = launched_strategy().startswith("zero")
-    model = get_peft_model(model, lora, autocast_adapter_dtype=not is_engine)
+    options = {"autocast_adapter_dtype": not is_engine}
+    if place := config.adapter_name_or_path:
+        model = PeftModel.from_pretrained(model, place, is_trainable=True, **options)
+    else:
+        parameters = expert_targets(model, split_names(config.lora_target_parameters))
+        lora = LoraConfig(
+            task_type=TaskType.CAUSAL_LM,
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=lora_targets(model, split_names(config.lora_target_modules)),
+            target_parameters=parameters or None,
+            modules_to_save=modules_to_save,
+        )
+        model = get_peft_model(model, lora, **options)
+    say_experts(model)
     for weight in model.parameters():
         if weight.requires_grad:
             rounded = weight.data.to(getattr(torch, config.dtype))  # as DeepSpeed rounds them
