@@ -33,28 +33,30 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.optimization import get_scheduler
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds utils/
-from utils.chat_settings import read_chat_settings, split_names
+from utils.chat_settings import describe, read_chat_settings, split_names
 from utils.chat_templates import build_tokenizer
 from utils.checkpoint import CheckpointError, gather_trained, keep_newest, load_checkpoint
 from utils.checkpoint import remove_checkpoints, save_checkpoint
 from utils.conversations import DataError, as_document, read_splits, shape_of
 from utils.documents import Data, build_documents, build_held_out, preview, probe, read_stream
 from utils.engine import full_shape
-from utils.errors import fail, fail_together, refusing, say
+from utils.errors import explaining, fail, fail_together, refusing, say
 from utils.flops import flop_per_token
 from utils.generation import generating, valid_generation
 from utils.hub import push_checkpoint, start_pusher
 from utils.launch import OPTIMIZERS, adamw, configure_deepspeed, device_map, launched_precision
 from utils.launch import launched_strategy, move_quant_states, shards_parameters, start_accelerator
-from utils.lora import expert_targets, lora_targets, say_experts
+from utils.lora import adapter_rows, expert_targets, lora_targets, say_experts
 from utils.loss import add_token_loss, check_token_loss
 from utils.memory import MemoryTracker
+from utils.model_files import ONE_BY_ONE
 from utils.packing import build_loader, pack, shuffled_sequences, stream_sequences
 from utils.results import Progress, collect_metrics, end_run, name_in_file, new_folder, print_saved
 from utils.results import print_scores
 from utils.resuming import check_resumed, find_run, identify, remove_earlier_run, restore_progress
 from utils.run_log import RunLog, is_due, tracker_options
 from utils.signals import StopSignals, say_stopped
+from utils.vocabulary import check_end, embedding_rows
 
 
 # 1. Settings --------------------------------------------------------------------------------------
@@ -281,10 +283,12 @@ def read_rows(config):
     return splits, shape, kind == "chat"
 
 
-def build_dataloaders(config, accelerator, tokenizer, rows, shape, step):
+def build_dataloaders(config, accelerator, tokenizer, rows, shape, step, num_added):
     """Return the `Data` of a run whose next update is `step` + 1."""
     train, valid = rows
-    encoding = {"tokenizer": tokenizer, "shape": shape}
+    is_resized = num_added or config.adapter_name_or_path
+    num_rows = embedding_rows(config.model_name_or_path, tokenizer if is_resized else ())
+    encoding = {"tokenizer": tokenizer, "shape": shape, "num_rows": num_rows}
     limit, workers = config.max_length, config.dataloader_num_workers
     with refusing(DataError):
         if config.streaming:
@@ -342,8 +346,9 @@ def build_model(config, tokenizer, num_added):
         options["device_map"] = {"": "cpu"}  # else transformers packs the full model on every GPU
         unset_hf_deepspeed_config()  # under ZeRO-3 transformers takes no device_map
     model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, **options)
-    modules_to_save = resize(model, tokenizer, num_added)
+    modules_to_save = resize(config, model, tokenizer, num_added)
     set_ends(model, tokenizer)
+    model.get_decoder().layerdrop = 0.0  # processes that skip different layers would wait forever
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": config.use_reentrant})
         model.enable_input_require_grads()  # a reentrant layer needs an input with a gradient
@@ -358,8 +363,12 @@ def build_model(config, tokenizer, num_added):
     return model
 
 
-def resize(model, tokenizer, num_added):
+def resize(config, model, tokenizer, num_added):
     """Give new tokens their rows; return the layers to train in full, because these are not yet."""
+    if rows := adapter_rows(
+        config.adapter_name_or_path, model
+    ):  # of the tokens that were new to it
+        model.resize_token_embeddings(rows, mean_resizing=False)
     if not num_added:
         return []
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # some have rows to spare
@@ -478,12 +487,20 @@ def check_loss(config, accelerator, model, examples):
 
     Collective: every process calls it on the prepared model.
     """
-    is_joined = config.packing or config.per_device_train_batch_size > 1
+    sizes = [config.per_device_train_batch_size]
+    sizes += [config.per_device_eval_batch_size] if config.eval_strategy != "no" else []
+    is_joined = config.packing or max(sizes) > 1
     packed, alone = probe(examples if is_joined else examples[:1])
     with uncompiled(config):
         reason = check_token_loss(accelerator, model, packed, alone)
     if reason:
-        fail_together(accelerator, reason)
+        attention = config.attn_implementation
+        other = "sdpa" if attention == "documents" else "documents"
+        fail_together(
+            accelerator,
+            f"{reason} with --attn_implementation {attention}: give {other}, or, if that is "
+            f"refused as well, {ONE_BY_ONE}",
+        )
 
 
 def evaluate(accelerator, model, batches):
@@ -585,17 +602,18 @@ def main():
     rows, shape, is_chat = read_rows(config)
     resumed, start, state = find_run(config)
     tokenizer, num_added = build_tokenizer(config, is_chat)
+    check_end(config.model_name_or_path, tokenizer)
     if num_added:  # weights that one process reads and then resizes would not reach the others
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     accumulated = config.gradient_accumulation_steps
     options = {"tf32": config.tf32, "deterministic": config.deterministic}
     accelerator = start_accelerator(accumulated, **options, **tracker_options(config))
-    data = build_dataloaders(config, accelerator, tokenizer, rows, shape, start)
+    data = build_dataloaders(config, accelerator, tokenizer, rows, shape, start, num_added)
     max_steps, identity = data.max_steps, identify(config, accelerator, data.facts)
     check_resumed(resumed, state, identity, max_steps)
     set_seed(config.seed)
     tracker = MemoryTracker()
-    with tracker.phase("load"):
+    with tracker.phase("load"), explaining(*describe(config)):
         model = build_model(config, tokenizer, num_added)
         flop = flop_per_token(model)
         model, optimizer, shapes = prepare(config, accelerator, model)

@@ -28,6 +28,7 @@ from utils.lora import lora_targets
 from utils.memory import MemoryTracker
 from utils.results import Progress, collect_metrics, finish_run, new_folder
 from utils.settings import read_settings
+from utils.vocabulary import check_token_rows
 
 
 # 1. Settings --------------------------------------------------------------------------------------
@@ -114,6 +115,8 @@ def build_dataloaders(config, tokenizer, accelerator):
         return collate_valid(rows) | {"labels": pad([row["target"] for row in rows], -100)}
 
     train, valid = ([encode(row) for row in rows] for rows in (train, valid))
+    documents = [row["prompt"] + row["target"] for row in [*train, *valid]]
+    check_token_rows(documents, tokenizer, config.model_name_or_path)
     batch_size = config.per_device_train_batch_size
     per_update = batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     max_steps = math.ceil(config.num_train_epochs * len(train) / per_update)
@@ -145,11 +148,14 @@ def build_model(config, tokenizer):
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model.generation_config = GenerationConfig(**ends)  # greedy, whatever the checkpoint asks for
     # the decoder starts as in training: with the config's token, or with mBART's language
-    start = model.config.decoder_start_token_id
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
         target = torch.tensor([tokenizer(text_target="label").input_ids])
         start = model.prepare_decoder_input_ids_from_labels(target)[0, 0].item()
+    else:
+        start = model.config.decoder_start_token_id
     model.generation_config.decoder_start_token_id = start
+    for part in (model.get_encoder(), model.get_decoder()):
+        part.layerdrop = 0.0  # processes that skip different layers would wait for each other
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()  # non-reentrant
     lora = LoraConfig(

@@ -22,7 +22,7 @@ from utils.chat_templates import TEMPLATES
 from utils.errors import or_refuse, refuse, say
 from utils.launch import launched_precision, launched_strategy, shards_parameters, uses_gpu
 from utils.lora import PATTERN
-from utils.model_files import DTYPES, HALF, adapter_base, check_model
+from utils.model_files import DTYPES, HALF, ONE_BY_ONE, adapter_base, check_model
 from utils.settings import check_launch, check_numbers, check_output, parse_arguments
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2")
@@ -310,6 +310,16 @@ def check_row_length(config):
                 "model's attention, which --attn_implementation documents does not have: give "
                 f"--max_length {chunk}, or --attn_implementation sdpa"
             )
+
+
+def describe(config):
+    """Return the model with the settings that matter, and what may work instead, for an error."""
+    what = f"--model_name_or_path {config.model_name_or_path}"
+    what += f" with --attn_implementation {config.attn_implementation}"
+    if config.use_peft_lora and not config.adapter_name_or_path:
+        what += f" and --lora_target_modules {config.lora_target_modules}"
+    remedy = f"what may work: --attn_implementation sdpa or eager with {ONE_BY_ONE}"
+    return what, remedy
 
 
 def resumes(config):

@@ -7,6 +7,7 @@ from transformers import AddedToken, AutoTokenizer
 
 from utils.conversations import DataError
 from utils.errors import refuse, say
+from utils.vocabulary import tokenizer_folder
 
 
 class Template(NamedTuple):
@@ -41,10 +42,10 @@ def build_tokenizer(config, is_chat):
     """Return the tokenizer with the chat template asked for, and how many tokens that added.
 
     Args:
-        config: read are model_name_or_path and chat_template_format.
+        config: read are model_name_or_path, adapter_name_or_path and chat_template_format.
         is_chat: whether the data holds conversations.
     """
-    tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(config))
     if not tokenizer.is_fast:
         refuse(
             f"{config.model_name_or_path} has a slow tokenizer, which does not tell where in the "

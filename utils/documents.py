@@ -51,7 +51,7 @@ class Data(NamedTuple):
 
 
 # From a row to a document -------------------------------------------------------------------------
-def encode(row, index, config, tokenizer, shape, split, code=""):
+def encode(row, index, config, tokenizer, shape, split, num_rows, code=""):
     """Return the document of a row.
 
     Args:
@@ -59,6 +59,7 @@ def encode(row, index, config, tokenizer, shape, split, code=""):
         config: with the settings that ENCODING names.
         shape: what `shape_of` in conversations.py returned.
         split: the name of the split in errors.
+        num_rows: of the model's embedding; some tokenizers have more tokens.
         code: digest of the code (`code_digest`); `datasets` keys its cache by the arguments.
 
     Raises:
@@ -89,6 +90,12 @@ def encode(row, index, config, tokenizer, shape, split, code=""):
         if ids[-1:] == [end]:  # some tokenizers have added it, without a place in the text
             ids, labels = ids[:-1], labels[:-1]
         ids, labels = [*ids, end], [*labels, end]
+    if (largest := max(ids, default=0)) >= num_rows:
+        raise DataError(
+            f"{where} has the token {tokenizer.convert_ids_to_tokens(largest)!r} ({largest}), and "
+            f"the model's embedding has {num_rows} rows: take it out of the data, or save the "
+            "model after resize_token_embeddings"
+        )
     limit = config.max_length
     return {"input_ids": ids[:limit], "labels": labels[:limit], "length": len(ids)}
 

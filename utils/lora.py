@@ -3,10 +3,12 @@
 This file imports no other file of the project but errors.py and can be copied along with a script.
 """
 
+import inspect
 import math
 import re
 
 import torch
+from peft import load_peft_weights
 from peft.tuners.lora import ParamWrapper
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -22,16 +24,20 @@ PATTERN = re.compile(
 def lora_targets(model, wanted):
     """Return the `target_modules` of a LoraConfig for the names that a flag lists.
 
-    PEFT's all-linear also reaches the vision or audio towers of a multimodal checkpoint, which text
-    never runs through. Here it means the language part alone, and a line says so. A regular
-    expression is matched with the full name of a layer, as PEFT does.
+    all-linear means the linear layers that text runs through (`text_layers`). If those are not all,
+    the result is a regular expression that matches their full names.
 
     Args:
         model: the base model, without an adapter.
         wanted: ["all-linear"], or names or regular expressions of layers.
     """
     if wanted == ["all-linear"]:
-        return language_part(model) or "all-linear"
+        kept, *skipped = text_layers(model)
+        if not any(skipped):
+            return "all-linear"
+        # the same layers of all blocks, whatever the number of the block
+        patterns = {re.sub(r"\.\d+(?=\\)", r".\\d+", re.escape(name)) for name in kept}
+        return "|".join(sorted(patterns))
     if not any(map(PATTERN.search, wanted)):
         return wanted
     parts = [one if PATTERN.search(one) else rf"(?:.*\.)?{re.escape(one)}" for one in wanted]
@@ -45,11 +51,12 @@ def matching(target, names):
     return [name for name in names if name == target or name.endswith(f".{target}")]
 
 
-def language_part(model):
-    """Return a regular expression of the linear layers that text runs through.
+def text_layers(model):
+    """Return three lists of linear layers by name, none of them the head.
 
-    None where the model has no tower for another kind of input: then those are all layers. Prints
-    how many layers get LoRA, and which parts get none.
+    1. Those that text runs through.
+    2. Those of vision or audio towers, and of what connects these to the language model.
+    3. Those that LoRA would not reach or would break (`is_bypassed`).
     """
     modules = {name: module for name, module in model.named_modules() if name}
     towers = [
@@ -57,41 +64,74 @@ def language_part(model):
         for name, module in modules.items()
         if isinstance(module, PreTrainedModel) and not reads_text(module)
     ]
-    if not towers:
-        return None
-    decoder = model.get_decoder()
-    part = next(name for name, module in modules.items() if module is decoder)
-    # a tower inside of the decoder, as in Phi 4 multimodal: the branch that holds it
-    inner = {name.removeprefix(f"{part}.").split(".")[0] for name in towers if within(name, part)}
-    linear = {name for name, module in modules.items() if isinstance(module, LINEAR)}
-    branches = [f"{part}.{name}" for name in inner]
-    adapted = {
-        name
-        for name in linear
-        if within(name, part) and not any(within(name, branch) for branch in branches)
-    }
-    head = model.get_output_embeddings()
-    others = {
-        ".".join(name.split(".")[:2]) for name in linear - adapted if modules[name] is not head
-    }
-    say(
-        f"LoRA goes on the {len(adapted)} linear layers of the language part, {part}. "
-        f"{' and '.join(sorted(others))} get none: name their layers to adapt them, too."
-    )
-    ends = "|".join(sorted({re.escape(name.rpartition(".")[2]) for name in adapted}))
-    skipped = "".join(rf"(?!{re.escape(name)}\.)" for name in sorted(inner))
-    return rf"{re.escape(part)}\.{skipped}(?:.*\.)?(?:{ends})"
+    outside = set(towers)
+    if towers and not model.config.is_encoder_decoder:
+        decoder = model.get_decoder()
+        part = next(name for name, module in modules.items() if module is decoder)
+        inner = [tower.removeprefix(f"{part}.") for tower in towers if is_within(tower, part)]
+        # a tower may be inside of the decoder, as in Phi 4 multimodal: then the branch that has it
+        outside |= {f"{part}.{tower.split('.')[0]}" for tower in inner}
+        outside |= {
+            name for name in modules if not (is_within(name, part) or is_within(part, name))
+        }
+        outside.remove(part)
+    head, lists = model.get_output_embeddings(), ([], [], [])
+    for name, module in modules.items():
+        if isinstance(module, LINEAR) and module is not head:
+            ends = [match.start() for match in re.finditer(r"\.|$", name)]
+            is_outside = any(name[:end] in outside for end in ends)
+            lists[1 if is_outside else 2 if is_bypassed(name, modules) else 0].append(name)
+    return lists
 
 
-def within(name, part):
+def say_layers(model):
+    """Print which layers all-linear leaves out of a model, if it does."""
+    kept, outside, bypassed = text_layers(model)
+    reasons = []
+    if outside:
+        parts = sorted({".".join(name.split(".")[:2]) for name in outside})
+        reasons.append(f"the {len(outside)} of {', '.join(parts)}, which text does not run through")
+    if bypassed:
+        ends = sorted({".".join(name.split(".")[-2:]) for name in bypassed})
+        reasons.append(f"the {len(bypassed)} called {', '.join(ends)}, which LoRA would not reach")
+    if reasons:
+        say(f"LoRA goes on {len(kept)} linear layers, but not on {', nor on '.join(reasons)}.")
+
+
+def is_within(name, part):
     """Return whether a module lies inside of another one, by their names."""
     return name.startswith(f"{part}.")
+
+
+def is_bypassed(name, modules):
+    """Return whether LoRA on this layer would be left out, or would break the model.
+
+    The kernels of the Mamba family read the weights of some layers without calling these. A router
+    that is a linear layer with further outputs cannot be wrapped.
+    """
+    path, _, own = name.rpartition(".")
+    if "Router" in type(modules[name]).__name__:
+        return True
+    if not hasattr(modules.get(path), "conv1d"):
+        return False
+    reads = rf"self\.{own}\.weight(?!\.(dtype|device|shape))"
+    return re.search(reads, inspect.getsource(type(modules[path]))) is not None
 
 
 def reads_text(model):
     """Return whether text is among the inputs of a model of transformers, or of a part of one."""
     kinds = model.input_modalities
     return "text" in ([kinds] if isinstance(kinds, str) else kinds)
+
+
+def adapter_rows(place, model):
+    """Return how many rows the embedding has that an adapter holds in full; 0 if it holds none."""
+    if not place:
+        return 0
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    weights = load_peft_weights(place, device="cpu")
+    return len(weights.get(f"base_model.model.{name}.weight", ()))
 
 
 # The experts --------------------------------------------------------------------------------------
@@ -140,7 +180,8 @@ def say_experts(model):
     Args:
         model: a `PeftModel`, before a strategy shards it.
     """
-    adapted = [module for module in model.modules() if isinstance(module, ParamWrapper)]
+    wrapped = [module for module in model.modules() if isinstance(module, ParamWrapper)]
+    adapted = [module for module in wrapped if module.num_experts > 1]  # others are routers
     if adapted:
         shapes = [getattr(one.get_param(), "ds_shape", one.get_param().shape) for one in adapted]
         trained = sum(

@@ -3,6 +3,7 @@
 Judged by config.json, the tokenizer and the headers of the safetensors; no weights are loaded.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -11,16 +12,30 @@ import urllib.request
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 
-from utils.errors import or_refuse, refuse
+from utils.errors import first_line, or_refuse, refuse, say
 from utils.launch import launched_precision, launched_strategy
-from utils.lora import LINEAR, check_target_parameters, matching
+from utils.vocabulary import check_end, check_tokens_used
+from utils.lora import (
+    LINEAR,
+    check_target_parameters,
+    expert_targets,
+    lora_targets,
+    matching,
+    say_layers,
+)
 
 DTYPES = ("float32", "bfloat16", "float16")
+# how to train a model that does not keep the documents of a row apart
+ONE_BY_ONE = (
+    "--per_device_train_batch_size 1 --per_device_eval_batch_size 1, without --packing (raise "
+    "--gradient_accumulation_steps instead)"
+)
 HALF = {"bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -54,9 +69,10 @@ def check_model(config, auto_model, base, pads=True):
             "less"
         )
     skeleton = build_skeleton(config, auto_model, model_config, culprit)
-    generates = "CausalLM" in auto_model.__name__ or "Seq2Seq" in auto_model.__name__
     if pads:
-        check_tokens_used(culprit, skeleton, tokenizer, generates)
+        if "CausalLM" in auto_model.__name__ or "Seq2Seq" in auto_model.__name__:
+            check_end(name, tokenizer)
+        check_tokens_used(culprit, skeleton, tokenizer)
     if folder.is_dir():
         if (folder / "generation_config.json").is_file():
             unreadable = f"{culprit}: generation_config.json cannot be read, correct or delete it"
@@ -64,46 +80,10 @@ def check_model(config, auto_model, base, pads=True):
         if not saved:
             check_weight_names(folder, culprit, skeleton)
     check_layers(config, culprit, skeleton)
-
-
-def check_tokens_used(culprit, skeleton, tokenizer, generates):
-    """Stop if a token that every text ends with, or is padded with, does not exist.
-
-    Other tokens of the tokenizer may lack a row in the embedding: some checkpoints have tokens for
-    images or for filling in, which no text holds. `check_token_rows` looks for those in the data.
-    """
-    if tokenizer.eos_token_id is None and generates:
-        refuse(
-            f"{culprit} has a tokenizer without eos_token, so generated text would never end: set "
-            "one and save it"
-        )
-    rows = skeleton.get_input_embeddings().num_embeddings
-    for name in ("eos_token", "pad_token"):
-        token = getattr(tokenizer, f"{name}_id")
-        if token is not None and token >= rows:
-            refuse(
-                f"{culprit} has {rows} rows in its embedding, none of them for the tokenizer's "
-                f"{name} {getattr(tokenizer, name)!r}, token {token}: save the model after "
-                "resize_token_embeddings, or give the tokenizer another one"
-            )
-
-
-def check_token_rows(documents, tokenizer, num_rows, split):
-    """Stop at the first token that has no row in the model's embedding.
-
-    Args:
-        documents: lists of token ids.
-        num_rows: of the embedding.
-        split: name of the documents in the error.
-    """
-    for number, ids in enumerate(documents, start=1):
-        if max(ids, default=0) >= num_rows:
-            token = next(token for token in ids if token >= num_rows)
-            refuse(
-                f"row {number} of {split} has the token {tokenizer.convert_ids_to_tokens(token)!r} "
-                f"({token}), and the model's embedding has {num_rows} rows: take it out of the "
-                "data, or save the model after resize_token_embeddings"
-            )
+    dropped = {name: rate for name, rate in vars(model_config).items() if "layerdrop" in name}
+    if any(dropped.values()):
+        told = ", ".join(f"{name} {rate}" for name, rate in dropped.items() if rate)
+        say(f"{told} of the model's config is unused: all processes run the same layers.")
 
 
 def check_code(name, culprit):
@@ -204,13 +184,26 @@ def check_kind(class_name, model_config, culprit):
 
 def build_skeleton(config, auto_model, model_config, culprit):
     """Return the model on the meta device: shapes alone, no memory, no weights."""
-    attention = config.attn_implementation
-    described = (
-        f"{culprit} cannot be made by {auto_model.__name__} with --attn_implementation {attention}"
-    )
+    attention, remedy = config.attn_implementation, ""
     build = getattr(auto_model, "from_config", None) or auto_model._from_config
-    with torch.device("meta"):
-        return or_refuse(described, build, model_config, attn_implementation=attention)
+    try:
+        with torch.device("meta"):
+            skeleton = build(model_config, attn_implementation=attention)
+        if attention != "documents" or skeleton._can_set_attn_implementation():
+            return skeleton
+        reason = f"{type(skeleton).__name__} has an attention of its own"
+    except Exception as error:  # an unknown model, an unknown attention, a setting out of range
+        reason = first_line(error.__cause__ or error)
+    for other in ("sdpa", "eager"):
+        with contextlib.suppress(Exception), torch.device("meta"):
+            build(model_config, attn_implementation=other)
+            remedy = f": give --attn_implementation {other}"
+    if remedy and attention == "documents":
+        remedy += f", which keeps no documents apart in a row, so also {ONE_BY_ONE}"
+    refuse(
+        f"{culprit} cannot be made by {auto_model.__name__} with --attn_implementation "
+        f"{attention} ({reason}){remedy}"
+    )
 
 
 def check_weight_names(folder, culprit, skeleton):
@@ -257,6 +250,8 @@ def check_layers(config, culprit, skeleton):
         check_target_parameters(config.lora_target_parameters, skeleton)
     if flags.get("modules_to_save"):
         check_modules_to_save(config, skeleton)
+    if "target_modules" in flags:
+        check_lora(config, skeleton)
 
 
 def check_wrap_classes(culprit, skeleton):
@@ -289,6 +284,22 @@ def check_target_modules(target_modules, skeleton):
             )
         if not found or others:
             refuse(f"--target_modules {target} names no linear layer: {known}")
+
+
+def check_lora(config, skeleton):
+    """Stop if PEFT cannot add the adapter to this model; changes the skeleton."""
+    if config.target_modules == ["all-linear"]:
+        say_layers(skeleton)
+    dropout, parameters = config.lora_dropout, vars(config).get("lora_target_parameters", [])
+    lora = LoraConfig(
+        target_modules=lora_targets(skeleton, config.target_modules),
+        target_parameters=expert_targets(skeleton, parameters) or None,
+        lora_dropout=dropout,
+    )
+    culprit = f"LoRA on {', '.join(config.target_modules)} cannot be added to this model, "
+    culprit += "give --lora_dropout 0 or other layers" if dropout else "give other layers"
+    with torch.device("meta"):
+        or_refuse(culprit, get_peft_model, skeleton, lora)
 
 
 def check_modules_to_save(config, skeleton):
