@@ -46,7 +46,7 @@ from utils.generation import generating, valid_generation
 from utils.hub import push_checkpoint, start_pusher
 from utils.launch import OPTIMIZERS, adamw, configure_deepspeed, device_map, launched_precision
 from utils.launch import launched_strategy, move_quant_states, shards_parameters, start_accelerator
-from utils.lora import adapter_rows, expert_targets, lora_targets, say_experts
+from utils.lora import adapter_rows, expert_targets, gather_blocks, lora_targets, say_experts
 from utils.loss import add_token_loss, check_token_loss
 from utils.memory import MemoryTracker
 from utils.model_files import ONE_BY_ONE
@@ -446,6 +446,8 @@ def prepare(config, accelerator, model):
     if strategy != "zero1":  # it would select an engine whose state checkpoint.py cannot save
         deepspeed["data_types"] = {"grad_accum_dtype": "fp32"}
     configure_deepspeed(accelerator, config, model, **deepspeed)
+    if strategy == "zero3":
+        gather_blocks(model)
     if strategy == "fsdp1":  # it makes the flat parameters that the optimizer steps
         if config.use_peft_lora:  # a unit for each LoRA matrix
             accelerator.state.fsdp_plugin.auto_wrap_policy = fsdp_auto_wrap_policy(model)

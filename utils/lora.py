@@ -174,6 +174,20 @@ def check_target_parameters(wanted, skeleton):
             )
 
 
+def gather_blocks(model):
+    """Let ZeRO-3 gather a block with adapted experts as a whole, the LoRA matrices included.
+
+    PEFT reads the weights of these matrices without calling them, so they would stay sharded.
+    Call it before `accelerator.prepare`; without adapted experts it does nothing.
+    """
+    from deepspeed.utils import set_z3_leaf_modules  # a large import
+
+    wrapped = {name for name, one in model.named_modules() if isinstance(one, ParamWrapper)}
+    parents = {name.rpartition(".")[0] for name in wrapped} - wrapped  # wrappers may be nested
+    if classes := {type(model.get_submodule(name)) for name in parents}:
+        set_z3_leaf_modules(model, list(classes))
+
+
 def say_experts(model):
     """Print how many numbers of fused experts have LoRA, and what 4-bit leaves unquantized.
 

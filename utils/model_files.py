@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import ParamWrapper
 from safetensors import safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -199,7 +200,7 @@ def build_skeleton(config, auto_model, model_config, culprit):
             build(model_config, attn_implementation=other)
             remedy = f": give --attn_implementation {other}"
     if remedy and attention == "documents":
-        remedy += f", which keeps no documents apart in a row, so also {ONE_BY_ONE}"
+        remedy += f", and, if that mixes the documents of a row, {ONE_BY_ONE}"
     refuse(
         f"{culprit} cannot be made by {auto_model.__name__} with --attn_implementation "
         f"{attention} ({reason}){remedy}"
@@ -299,7 +300,16 @@ def check_lora(config, skeleton):
     culprit = f"LoRA on {', '.join(config.target_modules)} cannot be added to this model, "
     culprit += "give --lora_dropout 0 or other layers" if dropout else "give other layers"
     with torch.device("meta"):
-        or_refuse(culprit, get_peft_model, skeleton, lora)
+        model = or_refuse(culprit, get_peft_model, skeleton, lora)
+    strategy, is_lesson = launched_strategy(), "lora_target_parameters" not in vars(config)
+    if not any(isinstance(module, ParamWrapper) for module in model.modules()):
+        return
+    if strategy == "fsdp1" or (strategy == "zero3" and is_lesson):
+        refuse(
+            f"LoRA on fused experts under {strategy}: PEFT reads its matrices without calling "
+            "them, so they would stay sharded: train with chat_sft.py and configs/fsdp2.yaml or "
+            "zero3.yaml, or name other --target_modules"
+        )
 
 
 def check_modules_to_save(config, skeleton):
