@@ -25,7 +25,6 @@ from utils.launch import configure_deepspeed, device_map, start_accelerator
 from utils.memory import MemoryTracker
 from utils.results import Progress, collect_metrics, finish_run, new_folder
 from utils.settings import read_settings
-from utils.vocabulary import check_token_rows
 
 
 # 1. Settings --------------------------------------------------------------------------------------
@@ -105,8 +104,6 @@ def build_dataloaders(config, tokenizer, accelerator):
         return inputs([row["prompt"] for row in rows], "left")
 
     train, valid = ([encode(row) for row in rows] for rows in (train, valid))
-    documents = [row["prompt"] + row["target"] for row in [*train, *valid]]
-    check_token_rows(documents, tokenizer, config.model_name_or_path)
     batch_size = config.per_device_train_batch_size
     per_update = batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     max_steps = math.ceil(config.num_train_epochs * len(train) / per_update)

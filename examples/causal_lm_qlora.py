@@ -24,11 +24,9 @@ from transformers.optimization import get_scheduler
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds utils/
 from utils.data import check_labels, load_data
 from utils.launch import adamw, configure_deepspeed, start_accelerator
-from utils.lora import lora_targets
 from utils.memory import MemoryTracker
 from utils.results import Progress, collect_metrics, finish_run, new_folder
 from utils.settings import read_settings
-from utils.vocabulary import check_token_rows
 
 
 # 1. Settings --------------------------------------------------------------------------------------
@@ -117,8 +115,6 @@ def build_dataloaders(config, tokenizer, accelerator):
         return inputs([row["prompt"] for row in rows], "left")
 
     train, valid = ([encode(row) for row in rows] for rows in (train, valid))
-    documents = [row["prompt"] + row["target"] for row in [*train, *valid]]
-    check_token_rows(documents, tokenizer, config.model_name_or_path)
     batch_size = config.per_device_train_batch_size
     per_update = batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     max_steps = math.ceil(config.num_train_epochs * len(train) / per_update)
@@ -159,12 +155,13 @@ def build_model(config, tokenizer):
     model.generation_config = GenerationConfig(**ends)  # greedy, whatever the checkpoint asks for
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()  # non-reentrant
+    targets = "all-linear" if config.target_modules == ["all-linear"] else config.target_modules
     lora = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=lora_targets(model, config.target_modules),
+        target_modules=targets,
         modules_to_save=config.modules_to_save or None,
     )
     return get_peft_model(model, lora)

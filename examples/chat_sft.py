@@ -42,21 +42,20 @@ from utils.documents import Data, build_documents, build_held_out, preview, prob
 from utils.engine import full_shape
 from utils.errors import explaining, fail, fail_together, refusing, say
 from utils.flops import flop_per_token
-from utils.generation import generating, valid_generation
+from utils.generation import generating
 from utils.hub import push_checkpoint, start_pusher
 from utils.launch import OPTIMIZERS, adamw, configure_deepspeed, device_map, launched_precision
 from utils.launch import launched_strategy, move_quant_states, shards_parameters, start_accelerator
-from utils.lora import adapter_rows, expert_targets, gather_blocks, lora_targets, say_experts
+from utils.lora import expert_targets, gather_blocks, lora_targets, say_experts, settle_dtypes
 from utils.loss import add_token_loss, check_token_loss
 from utils.memory import MemoryTracker
-from utils.model_files import ONE_BY_ONE
 from utils.packing import build_loader, pack, shuffled_sequences, stream_sequences
 from utils.results import Progress, collect_metrics, end_run, name_in_file, new_folder, print_saved
 from utils.results import print_scores
 from utils.resuming import check_resumed, find_run, identify, remove_earlier_run, restore_progress
 from utils.run_log import RunLog, is_due, tracker_options
 from utils.signals import StopSignals, say_stopped
-from utils.vocabulary import check_end, embedding_rows
+from utils.vocabulary import check_end, embedding_rows, resize, set_ends
 
 
 # 1. Settings --------------------------------------------------------------------------------------
@@ -286,8 +285,8 @@ def read_rows(config):
 def build_dataloaders(config, accelerator, tokenizer, rows, shape, step, num_added):
     """Return the `Data` of a run whose next update is `step` + 1."""
     train, valid = rows
-    is_resized = num_added or config.adapter_name_or_path
-    num_rows = embedding_rows(config.model_name_or_path, tokenizer if is_resized else ())
+    check_end(config.model_name_or_path, tokenizer)
+    num_rows = embedding_rows(config, tokenizer, num_added)
     encoding = {"tokenizer": tokenizer, "shape": shape, "num_rows": num_rows}
     limit, workers = config.max_length, config.dataloader_num_workers
     with refusing(DataError):
@@ -346,7 +345,7 @@ def build_model(config, tokenizer, num_added):
         options["device_map"] = {"": "cpu"}  # else transformers packs the full model on every GPU
         unset_hf_deepspeed_config()  # under ZeRO-3 transformers takes no device_map
     model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, **options)
-    modules_to_save = resize(config, model, tokenizer, num_added)
+    modules_to_save = resize(model, tokenizer, num_added, config.adapter_name_or_path)
     set_ends(model, tokenizer)
     model.get_decoder().layerdrop = 0.0  # processes that skip different layers would wait forever
     if config.gradient_checkpointing:
@@ -361,31 +360,6 @@ def build_model(config, tokenizer, num_added):
             say(f"Liger has no kernels for {config.model_name_or_path}: it is unused.")
     add_token_loss(model)
     return model
-
-
-def resize(config, model, tokenizer, num_added):
-    """Give new tokens their rows; return the layers to train in full, because these are not yet."""
-    if rows := adapter_rows(
-        config.adapter_name_or_path, model
-    ):  # of the tokens that were new to it
-        model.resize_token_embeddings(rows, mean_resizing=False)
-    if not num_added:
-        return []
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # some have rows to spare
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    names = [name for name, module in model.named_modules() if module in ends]
-    modules_to_save = [name.rpartition(".")[2] for name in names]
-    say(f"{num_added} new tokens: {', '.join(modules_to_save)} are trained and saved in full.")
-    return modules_to_save
-
-
-def set_ends(model, tokenizer):
-    """Let generation stop at every end token, and drop settings of it that cannot be saved."""
-    model.generation_config = valid_generation(model.generation_config)
-    known = model.generation_config.eos_token_id or []  # one or several
-    ends = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
-    model.generation_config.eos_token_id = sorted(ends - {None})
 
 
 def add_lora(config, model, modules_to_save):
@@ -408,10 +382,7 @@ def add_lora(config, model, modules_to_save):
         )
         model = get_peft_model(model, lora, **options)
     say_experts(model)
-    for weight in model.parameters():
-        if weight.requires_grad:
-            rounded = weight.data.to(getattr(torch, config.dtype))  # as DeepSpeed rounds them
-            weight.data = rounded if is_engine else rounded.float()
+    settle_dtypes(model, getattr(torch, config.dtype), is_engine)
     if launched_precision() != "no":
         for module in model.modules():
             if hasattr(module, "cast_input_dtype_enabled"):
@@ -496,13 +467,7 @@ def check_loss(config, accelerator, model, examples):
     with uncompiled(config):
         reason = check_token_loss(accelerator, model, packed, alone)
     if reason:
-        attention = config.attn_implementation
-        other = "sdpa" if attention == "documents" else "documents"
-        fail_together(
-            accelerator,
-            f"{reason} with --attn_implementation {attention}: give {other}, or, if that is "
-            f"refused as well, {ONE_BY_ONE}",
-        )
+        fail_together(accelerator, f"{reason}: {describe(config)[1]}")
 
 
 def evaluate(accelerator, model, batches):
@@ -604,7 +569,6 @@ def main():
     rows, shape, is_chat = read_rows(config)
     resumed, start, state = find_run(config)
     tokenizer, num_added = build_tokenizer(config, is_chat)
-    check_end(config.model_name_or_path, tokenizer)
     if num_added:  # weights that one process reads and then resizes would not reach the others
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     accumulated = config.gradient_accumulation_steps

@@ -26,11 +26,9 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds utils/
 from utils.data import check_labels, load_data
 from utils.generation import generating
 from utils.launch import configure_deepspeed, device_map, start_accelerator
-from utils.lora import lora_targets
 from utils.memory import MemoryTracker
 from utils.results import Progress, collect_metrics, finish_run, new_folder
 from utils.settings import read_settings
-from utils.vocabulary import check_token_rows
 
 
 # 1. Settings --------------------------------------------------------------------------------------
@@ -120,8 +118,6 @@ def build_dataloaders(config, tokenizer, accelerator):
         return collate_valid(rows) | {"labels": pad([row["target"] for row in rows], -100)}
 
     train, valid = ([encode(row) for row in rows] for rows in (train, valid))
-    documents = [row["prompt"] + row["target"] for row in [*train, *valid]]
-    check_token_rows(documents, tokenizer, config.model_name_or_path)
     batch_size = config.per_device_train_batch_size
     per_update = batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     max_steps = math.ceil(config.num_train_epochs * len(train) / per_update)
@@ -163,12 +159,13 @@ def build_model(config, tokenizer):
         part.layerdrop = 0.0  # processes that skip different layers would wait for each other
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()  # non-reentrant
+    targets = "all-linear" if config.target_modules == ["all-linear"] else config.target_modules
     lora = LoraConfig(
         task_type=TaskType.SEQ_2_SEQ_LM,
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=lora_targets(model, config.target_modules),
+        target_modules=targets,
         modules_to_save=config.modules_to_save or None,
     )
     return get_peft_model(model, lora)

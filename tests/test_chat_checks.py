@@ -258,7 +258,7 @@ CASES = [  # flags; what the line must say, culprit first
         "target_modules norm names no linear layer",
         "q_proj",
     ),
-    ("--use_peft_lora --lora_target_modules ''", "target_modules  names no linear layer"),
+    ("--use_peft_lora --lora_target_modules ''", "--target_modules is empty", "all-linear"),
     # data
     ("--dataset_name ''", "--dataset_name is empty"),
     ("--dataset_name {p}/nothing.jsonl", "nothing.jsonl is not there", "check the path"),

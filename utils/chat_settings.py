@@ -318,8 +318,8 @@ def describe(config):
     what += f" with --attn_implementation {config.attn_implementation}"
     if config.use_peft_lora and not config.adapter_name_or_path:
         what += f" and --lora_target_modules {config.lora_target_modules}"
-    remedy = f"what may work: --attn_implementation sdpa or eager with {ONE_BY_ONE}"
-    return what, remedy
+    other = "sdpa" if config.attn_implementation == "documents" else "documents"
+    return what, f"try --attn_implementation {other}, or else {ONE_BY_ONE}"
 
 
 def resumes(config):

@@ -5,6 +5,7 @@ number of tokens before truncation. A label stands where its token stands; -100 
 """
 
 import hashlib
+import math
 import os
 import zlib
 from functools import cache, partial
@@ -51,7 +52,7 @@ class Data(NamedTuple):
 
 
 # From a row to a document -------------------------------------------------------------------------
-def encode(row, index, config, tokenizer, shape, split, num_rows, code=""):
+def encode(row, index, config, tokenizer, shape, split, code="", num_rows=math.inf):
     """Return the document of a row.
 
     Args:
@@ -59,8 +60,8 @@ def encode(row, index, config, tokenizer, shape, split, num_rows, code=""):
         config: with the settings that ENCODING names.
         shape: what `shape_of` in conversations.py returned.
         split: the name of the split in errors.
-        num_rows: of the model's embedding; some tokenizers have more tokens.
         code: digest of the code (`code_digest`); `datasets` keys its cache by the arguments.
+        num_rows: of the model's embedding; some tokenizers have more tokens.
 
     Raises:
         DataError: the row cannot be trained on.

@@ -1,6 +1,5 @@
 """Generate from a model under any strategy, sharded or not."""
 
-import copy
 import os
 import re
 from contextlib import contextmanager, nullcontext
@@ -10,9 +9,6 @@ import torch
 from accelerate.utils import gather_object
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from transformers import GenerationConfig
-
-from utils.errors import say
 
 
 @contextmanager
@@ -69,30 +65,6 @@ def generating(accelerator, model, layerwise=False):
     else:
         with accelerator.autocast():
             yield accelerator.unwrap_model(model)
-
-
-def valid_generation(settings):
-    """Return a checkpoint's generation settings without those that transformers would not save.
-
-    Some contradict the others, such as a temperature without sampling. Prints which are dropped.
-    """
-    given = {name: value for name, value in settings.to_diff_dict().items() if value is not None}
-    kept, dropped = GenerationConfig(), []
-    # the settings that decide which others have a meaning come first
-    for name in sorted(given, key=lambda name: name not in ("do_sample", "num_beams")):
-        tried = copy.deepcopy(kept)
-        setattr(tried, name, given[name])
-        try:
-            tried.validate(strict=True)
-            kept = tried
-        except ValueError:
-            dropped.append(f"{name} {given[name]}")
-    if dropped:
-        say(
-            f"The checkpoint's generation settings contradict each other, and are saved without "
-            f"{', '.join(dropped)}."
-        )
-    return kept
 
 
 def fits(accelerator, model) -> bool:

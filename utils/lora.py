@@ -39,7 +39,7 @@ def lora_targets(model, wanted):
         patterns = {re.sub(r"\.\d+(?=\\)", r".\\d+", re.escape(name)) for name in kept}
         return "|".join(sorted(patterns))
     if not any(map(PATTERN.search, wanted)):
-        return wanted
+        return wanted or None  # LoRA on fused experts alone
     parts = [one if PATTERN.search(one) else rf"(?:.*\.)?{re.escape(one)}" for one in wanted]
     return "|".join(parts)
 
@@ -132,6 +132,19 @@ def adapter_rows(place, model):
     name = next(name for name, module in model.named_modules() if module is embedding)
     weights = load_peft_weights(place, device="cpu")
     return len(weights.get(f"base_model.model.{name}.weight", ()))
+
+
+def settle_dtypes(model, dtype, is_engine):
+    """Round the trainable weights as DeepSpeed does, and keep them in float32 elsewhere.
+
+    Args:
+        dtype: of the base.
+        is_engine: whether DeepSpeed's engine trains, which wants one dtype.
+    """
+    for weight in model.parameters():
+        if weight.requires_grad:
+            rounded = weight.data.to(dtype)
+            weight.data = rounded if is_engine else rounded.float()
 
 
 # The experts --------------------------------------------------------------------------------------

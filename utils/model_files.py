@@ -245,6 +245,8 @@ def check_layers(config, culprit, skeleton):
             f"{culprit} keeps some weights in float32 beside --dtype float16; fsdp1 cannot put two "
             "dtypes into one flat parameter: give bfloat16"
         )
+    if flags.get("target_modules") == [] and not flags.get("lora_target_parameters"):
+        refuse("--target_modules is empty: name layers that get LoRA, or all-linear")
     if flags.get("target_modules", ["all-linear"]) != ["all-linear"]:
         check_target_modules(config.target_modules, skeleton)
     if flags.get("lora_target_parameters"):
@@ -288,19 +290,25 @@ def check_target_modules(target_modules, skeleton):
 
 
 def check_lora(config, skeleton):
-    """Stop if PEFT cannot add the adapter to this model; changes the skeleton."""
+    """Stop if PEFT cannot add the adapter to this model. Changes the skeleton.
+
+    all-linear or a regular expression in `config.target_modules` becomes what PEFT understands.
+    """
     if config.target_modules == ["all-linear"]:
         say_layers(skeleton)
     dropout, parameters = config.lora_dropout, vars(config).get("lora_target_parameters", [])
+    wanted, targets = config.target_modules, lora_targets(skeleton, config.target_modules)
     lora = LoraConfig(
-        target_modules=lora_targets(skeleton, config.target_modules),
+        target_modules=targets,
         target_parameters=expert_targets(skeleton, parameters) or None,
         lora_dropout=dropout,
     )
-    culprit = f"LoRA on {', '.join(config.target_modules)} cannot be added to this model, "
+    culprit = f"LoRA on {', '.join(wanted)} cannot be added to this model, "
     culprit += "give --lora_dropout 0 or other layers" if dropout else "give other layers"
     with torch.device("meta"):
         model = or_refuse(culprit, get_peft_model, skeleton, lora)
+    if isinstance(targets, str) and targets != "all-linear":
+        config.target_modules = targets
     strategy, is_lesson = launched_strategy(), "lora_target_parameters" not in vars(config)
     if not any(isinstance(module, ParamWrapper) for module in model.modules()):
         return

@@ -1,10 +1,12 @@
-"""Check that the tokenizer ends its texts, and that the model's embedding has a row for a token."""
+"""Which tokens have a row in the embedding, which are new, and which end a text."""
 
+import copy
 from pathlib import Path
 
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 
-from utils.errors import refuse
+from utils.errors import refuse, say
+from utils.lora import adapter_rows
 
 
 def tokenizer_folder(config):
@@ -18,7 +20,7 @@ def check_tokens_used(culprit, skeleton, tokenizer):
     """Stop if a token that every text ends with, or is padded with, does not exist.
 
     Other tokens of the tokenizer may lack a row in the embedding: some checkpoints have tokens for
-    images or for filling in, which no text holds. `check_token_rows` looks for those in the data.
+    images or for filling in, which no text holds. A line names them.
     """
     rows = skeleton.get_input_embeddings().num_embeddings
     for name in ("eos_token", "pad_token"):
@@ -29,6 +31,31 @@ def check_tokens_used(culprit, skeleton, tokenizer):
                 f"{name} {getattr(tokenizer, name)!r}, token {token}: save the model after "
                 "resize_token_embeddings, or give the tokenizer another one"
             )
+    if len(tokenizer) > rows:
+        token = tokenizer.convert_ids_to_tokens(rows)
+        say(
+            f"{culprit} has {rows} rows in its embedding: a text with one of the tokenizer's "
+            f"{len(tokenizer) - rows} further tokens, such as {token!r}, cannot be trained on."
+        )
+
+
+def resize(model, tokenizer, num_added, adapter):
+    """Give new tokens their rows; return the layers to train in full, because these are not yet.
+
+    Args:
+        adapter: folder or Hub id of one that is trained on, with the rows that it holds; or "".
+    """
+    if rows := adapter_rows(adapter, model):
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    if not num_added:
+        return []
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # some have rows to spare
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [name for name, module in model.named_modules() if module in ends]
+    modules_to_save = [name.rpartition(".")[2] for name in names]
+    say(f"{num_added} new tokens: {', '.join(modules_to_save)} are trained and saved in full.")
+    return modules_to_save
 
 
 def check_end(name, tokenizer):
@@ -40,27 +67,45 @@ def check_end(name, tokenizer):
         )
 
 
-def embedding_rows(name, tokenizer=()):
-    """Return how many tokens have a row in a model's embedding.
+def embedding_rows(config, tokenizer, num_added):
+    """Return how many tokens have a row in the model's embedding, also after `resize`.
 
     Args:
-        tokenizer: one for whose tokens the embedding will be resized.
+        config: read are model_name_or_path and adapter_name_or_path.
+        num_added: number of tokens that the tokenizer was given.
     """
-    return max(AutoConfig.from_pretrained(name).get_text_config().vocab_size, len(tokenizer))
+    rows = AutoConfig.from_pretrained(config.model_name_or_path).get_text_config().vocab_size
+    is_resized = num_added or config.adapter_name_or_path
+    return max(rows, len(tokenizer)) if is_resized else rows
 
 
-def check_token_rows(documents, tokenizer, name):
-    """Stop at the first token that has no row in the model's embedding.
+def set_ends(model, tokenizer):
+    """Let generation stop at every end token, and drop settings of it that cannot be saved."""
+    model.generation_config = valid_generation(model.generation_config)
+    known = model.generation_config.eos_token_id or []  # one or several
+    ends = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
+    model.generation_config.eos_token_id = sorted(ends)
 
-    Args:
-        documents: lists of token ids, those of the rows in their order.
-        name: the model's folder or Hub id.
+
+def valid_generation(settings):
+    """Return a checkpoint's generation settings without those that transformers would not save.
+
+    Some contradict the others, such as a temperature without sampling. Prints which are dropped.
     """
-    num_rows = embedding_rows(name)
-    for number, ids in enumerate(documents, start=1):
-        if (largest := max(ids)) >= num_rows:
-            refuse(
-                f"row {number} has the token {tokenizer.convert_ids_to_tokens(largest)!r} "
-                f"({largest}), and the model's embedding has {num_rows} rows: take it out of the "
-                "data, or save the model after resize_token_embeddings"
-            )
+    given = {name: value for name, value in settings.to_diff_dict().items() if value is not None}
+    kept, dropped = GenerationConfig(), []
+    # the settings that decide which others have a meaning come first
+    for name in sorted(given, key=lambda name: name not in ("do_sample", "num_beams")):
+        tried = copy.deepcopy(kept)
+        setattr(tried, name, given[name])
+        try:
+            tried.validate(strict=True)
+            kept = tried
+        except ValueError:
+            dropped.append(f"{name} {given[name]}")
+    if dropped:
+        say(
+            f"The checkpoint's generation settings contradict each other, and are saved without "
+            f"{', '.join(dropped)}."
+        )
+    return kept
