@@ -245,7 +245,11 @@ CASES = [  # flags; what the line must say, culprit first
         "no_tokenizer has no usable tokenizer",
         "save one with it",
     ),
-    ("--model_name_or_path {p}/no_eos", "no_eos has a tokenizer without eos_token", "set one"),
+    (  # a chat would be ended by the token of chatml
+        "--model_name_or_path {p}/no_eos --dataset_name {p}/texts.jsonl",
+        "no_eos has a tokenizer without eos_token",
+        "set one",
+    ),
     ("--model_name_or_path {p}/t5", "t5 is not a causal language model"),
     ("--model_name_or_path {p}/in_gptq", "in_gptq is quantized by gptq"),
     (
