@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import send_to_device, set_seed
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import fsdp_auto_wrap_policy
 from safetensors import SafetensorError
@@ -32,18 +32,19 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.optimization import get_scheduler
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds utils/
-from utils.chat_settings import read_chat_settings
-from utils.chat_templates import build_tokenizer, pin_date, turn_ends
+from utils.chat_settings import describe, read_chat_settings, split_names
+from utils.chat_templates import build_tokenizer, pin_date
 from utils.checkpoint import CheckpointError, gather_trained, keep_newest, load_checkpoint
 from utils.checkpoint import remove_checkpoints, save_checkpoint
 from utils.conversations import DataError, holds_chats, shape_of
 from utils.documents import Data, build_documents, build_held_out, preview, probe, read_stream
-from utils.errors import fail, fail_together, refusing, say
+from utils.errors import explaining, fail, fail_together, refusing, say
 from utils.flops import flop_per_token
 from utils.generation import generating
 from utils.hub import push_checkpoint, start_pusher
 from utils.launch import OPTIMIZERS, adamw, configure_deepspeed, device_map, launched_precision
 from utils.launch import launched_strategy, move_quant_states, shards_parameters, start_accelerator
+from utils.lora import expert_targets, gather_blocks, lora_targets, say_experts, settle_dtypes
 from utils.loss import add_token_loss, check_token_loss
 from utils.memory import MemoryTracker
 from utils.packing import build_loader, pack, shuffled_sequences, stream_sequences
@@ -53,6 +54,7 @@ from utils.resuming import check_resumed, find_run, identify, remove_earlier_run
 from utils.run_log import RunLog, is_due, tracker_options
 from utils.signals import StopSignals, say_stopped
 from utils.splits import read_splits
+from utils.vocabulary import check_end, embedding_rows, resize, set_ends
 
 
 # 1. Settings --------------------------------------------------------------------------------------
@@ -135,7 +137,15 @@ class Config:
     lora_target_modules: str = HfArg(
         default="all-linear",
         aliases=["--target_modules"],
-        help="layers that get LoRA, comma separated, or all-linear",
+        help="layers that get LoRA: names, comma separated, a regular expression, or all-linear",
+    )
+    lora_target_parameters: str = HfArg(
+        default="",
+        help="fused weights of routed experts that get LoRA, comma separated, such as "
+        "experts.down_proj; or experts for all of them",
+    )
+    adapter_name_or_path: str = HfArg(
+        default="", help="LoRA adapter to train on, folder or Hub id; empty: a new one"
     )
     use_4bit_quantization: bool = HfArg(
         default=False, help="load the frozen base in 4 bits (QLoRA)"
@@ -275,12 +285,14 @@ def read_rows(config):
     return splits._replace(shape=shape, is_chat=holds_chats(splits.train, shape))
 
 
-def build_dataloaders(config, accelerator, tokenizer, rows, state):
+def build_dataloaders(config, accelerator, tokenizer, rows, state, num_added):
     """Return the `Data` of a run that begins with the state of a checkpoint, or of a new run."""
     train, valid, unread, shape, is_chat = rows
     date = state["identity"].get("template_date")
     pinned, date = pin_date(tokenizer, date) if is_chat else (tokenizer, None)
-    encoding = {"tokenizer": pinned, "shape": shape}
+    check_end(config.model_name_or_path, tokenizer)
+    num_rows = embedding_rows(config, tokenizer, num_added)
+    encoding = {"tokenizer": pinned, "shape": shape, "num_rows": num_rows}
     limit, workers = config.max_length, config.dataloader_num_workers
     with refusing(DataError):
         if config.streaming:
@@ -338,17 +350,9 @@ def build_model(config, tokenizer, num_added):
         options["device_map"] = {"": "cpu"}  # else transformers packs the full model on every GPU
         unset_hf_deepspeed_config()  # under ZeRO-3 transformers takes no device_map
     model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, **options)
-    modules_to_save = []
-    if num_added:  # the rows of new tokens are not trained yet
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # some have rows to spare
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        ends = (model.get_input_embeddings(), model.get_output_embeddings())
-        names = [name for name, module in model.named_modules() if module in ends]
-        modules_to_save = [name.rpartition(".")[2] for name in names]
-        say(f"{num_added} new tokens: {', '.join(modules_to_save)} are trained and saved in full.")
-    known = model.generation_config.eos_token_id or []  # one or several
-    ends = {*turn_ends(tokenizer), *(known if isinstance(known, list) else [known])}
-    model.generation_config.eos_token_id = sorted(ends)
+    modules_to_save = resize(model, tokenizer, num_added, config.adapter_name_or_path)
+    set_ends(model, tokenizer)
+    model.get_decoder().layerdrop = 0.0  # processes that skip different layers would wait forever
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": config.use_reentrant})
         model.enable_input_require_grads()  # a reentrant layer needs an input with a gradient
@@ -364,23 +368,26 @@ def build_model(config, tokenizer, num_added):
 
 
 def add_lora(config, model, modules_to_save):
-    """Return the model, frozen, with trainable LoRA layers."""
-    targets = config.lora_target_modules
-    lora = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=targets if targets == "all-linear" else targets.split(","),
-        modules_to_save=modules_to_save,
-    )
+    """Return the model, frozen, with trainable LoRA layers: new ones, or those of an adapter."""
     # DeepSpeed's engine wants one dtype, and keeps float32 copies of the trainable weights itself
     is_engine = launched_strategy().startswith("zero")
-    model = get_peft_model(model, lora, autocast_adapter_dtype=not is_engine)
-    for weight in model.parameters():
-        if weight.requires_grad:
-            rounded = weight.data.to(getattr(torch, config.dtype))  # as DeepSpeed rounds them
-            weight.data = rounded if is_engine else rounded.float()
+    options = {"autocast_adapter_dtype": not is_engine}
+    if place := config.adapter_name_or_path:
+        model = PeftModel.from_pretrained(model, place, is_trainable=True, **options)
+    else:
+        parameters = expert_targets(model, split_names(config.lora_target_parameters))
+        lora = LoraConfig(
+            task_type=TaskType.CAUSAL_LM,
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=lora_targets(model, split_names(config.lora_target_modules)),
+            target_parameters=parameters or None,
+            modules_to_save=modules_to_save,
+        )
+        model = get_peft_model(model, lora, **options)
+    say_experts(model)
+    settle_dtypes(model, getattr(torch, config.dtype), is_engine)
     if launched_precision() != "no":
         for module in model.modules():
             if hasattr(module, "cast_input_dtype_enabled"):
@@ -410,6 +417,8 @@ def prepare(config, accelerator, model):
     if strategy != "zero1":  # it would select an engine whose state checkpoint.py cannot save
         deepspeed["data_types"] = {"grad_accum_dtype": "fp32"}
     configure_deepspeed(accelerator, config, model, **deepspeed)
+    if strategy == "zero3":
+        gather_blocks(model)
     if strategy == "fsdp1":  # it makes the flat parameters that the optimizer steps
         if config.use_peft_lora:  # a unit for each LoRA matrix
             accelerator.state.fsdp_plugin.auto_wrap_policy = fsdp_auto_wrap_policy(model)
@@ -451,12 +460,14 @@ def check_loss(config, accelerator, model, examples):
 
     Collective: every process calls it on the prepared model.
     """
-    is_joined = config.packing or config.per_device_train_batch_size > 1
+    sizes = [config.per_device_train_batch_size]
+    sizes += [config.per_device_eval_batch_size] if config.eval_strategy != "no" else []
+    is_joined = config.packing or max(sizes) > 1
     packed, alone = probe(examples if is_joined else examples[:1])
     with uncompiled(config):
         reason = check_token_loss(accelerator, model, packed, alone)
     if reason:
-        fail_together(accelerator, reason)
+        fail_together(accelerator, f"{reason}: {describe(config)[1]}")
 
 
 def evaluate(accelerator, model, batches):
@@ -519,12 +530,12 @@ def main():
     accumulated = config.gradient_accumulation_steps
     options = {"tf32": config.tf32, "deterministic": config.deterministic}
     accelerator = start_accelerator(accumulated, **options, **tracker_options(config))
-    data = build_dataloaders(config, accelerator, tokenizer, rows, state)
+    data = build_dataloaders(config, accelerator, tokenizer, rows, state, num_added)
     max_steps, identity = data.max_steps, identify(config, accelerator, data)
     check_resumed(resumed, state, identity, max_steps)
     set_seed(config.seed)
     tracker = MemoryTracker()
-    with tracker.phase("load"):
+    with tracker.phase("load"), explaining(*describe(config)):
         model = build_model(config, tokenizer, num_added)
         flop = flop_per_token(model)
         checkpoints = 1 if config.save_strategy == "no" else 2  # a new one beside the last

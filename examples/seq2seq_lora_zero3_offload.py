@@ -149,9 +149,14 @@ def build_model(config, tokenizer):
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model.generation_config = GenerationConfig(**ends)  # greedy, whatever the checkpoint asks for
     # the decoder starts as in training: with the config's token, or with mBART's language
-    target = torch.tensor([tokenizer(text_target="label").input_ids])
-    start = model.prepare_decoder_input_ids_from_labels(target)[0, 0].item()
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        target = torch.tensor([tokenizer(text_target="label").input_ids])
+        start = model.prepare_decoder_input_ids_from_labels(target)[0, 0].item()
+    else:
+        start = model.config.decoder_start_token_id
     model.generation_config.decoder_start_token_id = start
+    for part in (model.get_encoder(), model.get_decoder()):
+        part.layerdrop = 0.0  # processes that skip different layers would wait for each other
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()  # non-reentrant
     targets = "all-linear" if config.target_modules == ["all-linear"] else config.target_modules

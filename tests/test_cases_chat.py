@@ -18,10 +18,11 @@ from transformers import AutoTokenizer
 from examples import chat_sft
 from tools.merge_adapter.write import copy_tokenizer
 from utils import chat_templates, checkpoint, documents, resuming
-from utils.chat_templates import build_tokenizer, pin_date, turn_ends
+from utils.chat_templates import build_tokenizer, pin_date
 from utils.conversations import DataError
 from utils.documents import build_documents, code_digest, preview, read_stream
 from utils.splits import read_splits
+from utils.vocabulary import turn_ends
 
 pytestmark = pytest.mark.cases
 ASK, SAY = "Where is it?", "It came today."

@@ -241,7 +241,11 @@ CASES = [  # flags; what the line must say, culprit first
         "no_tokenizer has no usable tokenizer",
         "save one with it",
     ),
-    ("--model_name_or_path {p}/no_eos", "no_eos has a tokenizer without eos_token", "set one"),
+    (  # a chat would be ended by the token of chatml
+        "--model_name_or_path {p}/no_eos --dataset_name {p}/texts.jsonl",
+        "no_eos has a tokenizer without eos_token",
+        "set one",
+    ),
     ("--model_name_or_path {p}/t5", "t5 is not a causal language model"),
     ("--model_name_or_path {p}/in_gptq", "in_gptq is quantized by gptq"),
     (
@@ -254,7 +258,7 @@ CASES = [  # flags; what the line must say, culprit first
         "target_modules norm names no linear layer",
         "q_proj",
     ),
-    ("--use_peft_lora --lora_target_modules ''", "target_modules  names no linear layer"),
+    ("--use_peft_lora --lora_target_modules ''", "--target_modules is empty", "all-linear"),
     # data
     ("--dataset_name ''", "--dataset_name is empty"),
     ("--dataset_name {p}/nothing.jsonl", "nothing.jsonl is not there", "check the path"),

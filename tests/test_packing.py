@@ -442,8 +442,7 @@ def test_a_model_that_mixes_documents_is_found(accelerator, architecture):
 def test_an_attention_of_another_kind_is_refused():
     query = torch.zeros(1, 4, 3, 8)
     module = torch.nn.Linear(1, 1)
-    for unknown in ({"s_aux": query}, {"position_bias": query}):
-        with pytest.raises(ValueError, match="Linear needs an attention"):
-            packing.attend(module, query, query, query, None, **unknown)
-    with pytest.raises(ValueError, match="Linear needs an attention"):
+    with pytest.raises(ValueError, match="Linear needs position_bias"):
+        packing.attend(module, query, query, query, None, position_bias=query)
+    with pytest.raises(ValueError, match="Linear needs rows of a batch"):
         packing.attend(module, query.expand(2, -1, -1, -1), query, query, None)

@@ -14,16 +14,20 @@ from types import SimpleNamespace
 import transformers
 from accelerate.utils import LoggerType
 from huggingface_hub.utils import validate_repo_id
+from peft import PeftConfig
 from transformers import AutoConfig
 from transformers.utils import is_liger_kernel_available
 
 from utils.errors import or_refuse, refuse, say
 from utils.launch import launched_precision, launched_strategy, shards_parameters, uses_gpu
-from utils.model_files import DTYPES, HALF, check_model
+from utils.lora import PATTERN
+from utils.model_files import DTYPES, HALF, ONE_BY_ONE, adapter_base, check_model
 from utils.settings import check_launch, check_numbers, check_output, parse_arguments
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2")
 WHEN = ("no", "steps", "epoch")
+LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+LORA_FLAGS += ("lora_target_parameters",)
 CHOICES = {
     "dtype": ("auto", *DTYPES),
     "train_on": ("assistant", "all"),
@@ -49,6 +53,7 @@ def read_chat_settings(Config, auto_model):
         auto_model: the Auto class of transformers that loads the model.
     """
     config = parse_arguments(Config)
+    take_adapter(config)
     check_choices(config)
     check_template_choice(config.chat_template_format)
     check_combinations(config)
@@ -66,8 +71,9 @@ def read_chat_settings(Config, auto_model):
         )
     check_run_folder(config)
     view.max_length = 1  # a longer one than the model allows is lowered (limit_length)
-    check_model(view, auto_model, base)
+    check_model(view, auto_model, base, pads=False)
     limit_length(config)
+    check_row_length(config)
     levels = transformers.utils.logging.log_levels
     transformers.utils.logging.set_verbosity(levels[config.log_level])
     return config
@@ -82,11 +88,46 @@ def as_lesson(config):
     del view.eval_strategy  # has more choices here (CHOICES)
     if config.use_4bit_quantization:
         view.bnb_4bit_quant_storage = config.bnb_4bit_quant_storage_dtype or config.dtype
+    view.lora_target_parameters = []
     if config.use_peft_lora:
-        view.target_modules = config.lora_target_modules.split(",")
+        view.target_modules = ["all-linear"]
+        if not config.adapter_name_or_path:  # else the adapter names them
+            view.target_modules = split_names(config.lora_target_modules)
+            view.lora_target_parameters = split_names(config.lora_target_parameters)
         return view, "4bit" if config.use_4bit_quantization else "frozen"
     del view.lora_r, view.lora_alpha, view.lora_dropout
     return view, "trained"
+
+
+def take_adapter(config):
+    """Let the run train an adapter on, if one is given; --model_name_or_path may be its folder.
+
+    Then --model_name_or_path becomes the adapter's base, unless it is one that the user names.
+    """
+    is_adapter, base = adapter_base(config.model_name_or_path)
+    if is_adapter and not base:
+        refuse(
+            f"{config.model_name_or_path} holds an adapter that does not name its base: give it as "
+            "--adapter_name_or_path, and the base as --model_name_or_path"
+        )
+    if is_adapter and not config.adapter_name_or_path:
+        config.adapter_name_or_path, config.model_name_or_path = config.model_name_or_path, base
+    place = config.adapter_name_or_path
+    if not place:
+        return
+    culprit = f"--adapter_name_or_path {place}"
+    kind = or_refuse(f"{culprit} cannot be read", PeftConfig.from_pretrained, place).peft_type
+    if kind != "LORA":
+        refuse(f"{culprit} is an adapter of type {kind.value}: chat_sft trains only LORA on")
+    say(f"The adapter {place} is trained on, on its base {config.model_name_or_path}.")
+    config.use_peft_lora = True
+
+
+def split_names(text):
+    """Return the names that a flag lists, comma separated; a regular expression stays in one."""
+    if PATTERN.search(text):
+        return [text.strip()]
+    return [name.strip() for name in text.split(",")] if text.strip() else []
 
 
 def check_choices(config):
@@ -118,6 +159,11 @@ def check_combinations(config):
         )
     if quantizes and not config.use_peft_lora:
         refuse("quantized weights cannot be trained: add --use_peft_lora, or drop the quantization")
+    if config.lora_target_parameters and config.lora_dropout:
+        refuse(
+            f"--lora_dropout {config.lora_dropout} with --lora_target_parameters: PEFT adds LoRA "
+            "to the fused weights of experts, where there is no input to drop: give 0"
+        )
     if config.streaming and config.max_steps < 1:
         refuse("--streaming has no length: give --max_steps, the number of updates")
     moments = (config.save_strategy, config.eval_strategy, config.logging_strategy)
@@ -155,8 +201,9 @@ def say_what_is_unused(config):
         (
             "--use_peft_lora",
             config.use_peft_lora,
-            ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
+            LORA_FLAGS,
         ),
+        ("a new adapter", not config.adapter_name_or_path, LORA_FLAGS),
         (
             "--use_4bit_quantization",
             config.use_4bit_quantization,
@@ -240,6 +287,35 @@ def limit_length(config):
             f"{positions} is used."
         )
         config.max_length = positions
+
+
+def check_row_length(config):
+    """Stop if a row would be longer than this attention, or this model, allows.
+
+    Llama 4 attends within chunks of a document, by its mask alone. It also scales its attention by
+    the position in the row, from a certain one on, which is not the position in a document.
+    """
+    model_config = AutoConfig.from_pretrained(config.model_name_or_path).get_text_config()
+    if config.attn_implementation != "documents":
+        return
+    chunk = getattr(model_config, "attention_chunk_size", None)
+    if chunk and "chunked_attention" in (getattr(model_config, "layer_types", None) or ()):
+        if config.max_length > chunk:
+            refuse(
+                f"--max_length {config.max_length} exceeds {chunk} tokens, the chunks of the "
+                "model's attention, which --attn_implementation documents does not have: give "
+                f"--max_length {chunk}, or --attn_implementation sdpa"
+            )
+
+
+def describe(config):
+    """Return the model with the settings that matter, and what may work instead, for an error."""
+    what = f"--model_name_or_path {config.model_name_or_path}"
+    what += f" with --attn_implementation {config.attn_implementation}"
+    if config.use_peft_lora and not config.adapter_name_or_path:
+        what += f" and --lora_target_modules {config.lora_target_modules}"
+    other = "sdpa" if config.attn_implementation == "documents" else "documents"
+    return what, f"try --attn_implementation {other}, or else {ONE_BY_ONE}"
 
 
 def resumes(config):

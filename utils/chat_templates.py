@@ -10,6 +10,7 @@ from torch import distributed
 from transformers import AddedToken, AutoTokenizer
 
 from utils.errors import refuse, say
+from utils.vocabulary import last_token, tokenizer_folder
 
 
 class Template(NamedTuple):
@@ -44,10 +45,10 @@ def build_tokenizer(config, is_chat):
     """Return the tokenizer with the chat template asked for, and how many tokens that added.
 
     Args:
-        config: read are model_name_or_path and chat_template_format.
+        config: read are model_name_or_path, adapter_name_or_path and chat_template_format.
         is_chat: whether the data holds conversations.
     """
-    tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(config))
     if not tokenizer.is_fast:
         refuse(
             f"{config.model_name_or_path} has a slow tokenizer, which does not tell where in the "
@@ -106,24 +107,6 @@ def take_template(tokenizer, choice):
     elif named:
         for_tools = ", and tool_use for rows with tools" if "tool_use" in named else ""
         say(f"Of the chat templates ({', '.join(sorted(named))}) default is used{for_tools}.")
-
-
-def turn_ends(tokenizer):
-    """Return the ids of the tokens that end an answer: eos, and what the chat template writes.
-
-    The model learns to end its answers with them, so generation must stop there.
-    """
-    return {tokenizer.eos_token_id} | {last_token(tokenizer)} & {*tokenizer.added_tokens_decoder}
-
-
-def last_token(tokenizer):
-    """Return the id of the token that ends an answer in the chat template; None: it is unknown."""
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False).rstrip()
-    except Exception:  # there is no template, or one that needs more than this
-        return None
-    return tokenizer(text, add_special_tokens=False)["input_ids"][-1]
 
 
 DATE = re.compile(r"""strftime_now\(\s*(["'])(.+?)\1\s*\)""")

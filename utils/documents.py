@@ -6,6 +6,7 @@ number of tokens before truncation. A label stands where its token stands; -100 
 """
 
 import hashlib
+import math
 import os
 import zlib
 from collections import Counter
@@ -76,7 +77,7 @@ def encode_batch(columns, numbers, **encoding):
     return {name: [one[name] for one in documents] for name in DOCUMENT}
 
 
-def encode(row, index, config, tokenizer, shape, split, code=""):
+def encode(row, index, config, tokenizer, shape, split, code="", num_rows=math.inf):
     """Return the documents of a row: one, or several where the template rewrites earlier turns.
 
     A row with nothing to learn is a document without tokens, for its notes.
@@ -87,6 +88,7 @@ def encode(row, index, config, tokenizer, shape, split, code=""):
         shape: what `shape_of` in conversations.py returned.
         split: the name of the split in errors.
         code: digest of the code (`code_digest`); `datasets` keys its cache by the arguments.
+        num_rows: of the model's embedding; some tokenizers have more tokens.
 
     Raises:
         DataError: the row cannot be trained on.
@@ -116,6 +118,13 @@ def encode(row, index, config, tokenizer, shape, split, code=""):
         for text, spans, _ in texts
     ]
     documents[0]["notes"] = notes
+    largest = max((max(one["input_ids"], default=0) for one in documents), default=0)
+    if largest >= num_rows:
+        raise DataError(
+            f"{where} has the token {tokenizer.convert_ids_to_tokens(largest)!r} ({largest}), and "
+            f"the model's embedding has {num_rows} rows: take it out of the data, or save the "
+            "model after resize_token_embeddings"
+        )
     return documents
 
 

@@ -8,8 +8,11 @@ import contextlib
 import os
 import sys
 import time
+import traceback
 from datetime import timedelta
 
+import torch
+import transformers
 from torch.distributed import TCPStore
 
 
@@ -53,6 +56,26 @@ def refusing(*errors):
         yield
     except errors as error:
         refuse(str(error))
+
+
+@contextlib.contextmanager
+def explaining(what, remedy):
+    """Stop with one sentence for whatever a library raises in the body.
+
+    The traceback is printed, too, if transformers logs at the level debug.
+
+    Args:
+        what: subject of the sentence, such as the model and the settings that matter.
+        remedy: what works instead.
+    """
+    try:
+        yield
+    except Exception as error:  # libraries raise anything for a model that they cannot run
+        if transformers.logging.get_verbosity() <= transformers.logging.DEBUG:
+            traceback.print_exc()
+        if isinstance(error, torch.OutOfMemoryError):
+            remedy = "give a smaller batch or --max_length, or a strategy that shards the model"
+        refuse(f"{what}: {first_line(error)} [{remedy}; --log_level debug shows the traceback]")
 
 
 def first_line(error):

@@ -27,6 +27,9 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 # change at all, but mixtures of experts round differently.
 LEAK = {torch.float32: 5e-7, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 
+# where the documents of a row begin and end, as `join` in packing.py says it
+BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "document_lengths")
+
 
 # The loss of a linear head ------------------------------------------------------------------------
 class HeadLoss(torch.autograd.Function):
@@ -172,6 +175,8 @@ def add_token_loss(model, chunk_bytes=None):
     causal = model.get_base_model() if hasattr(model, "peft_config") else model
     scale, softcap = head_options(causal.config.get_text_config())
     plain = causal.forward
+    # Llama 4 calls its base by another name than the one that it declares
+    base = causal.model if causal.base_model is causal else causal.base_model
     leaf = causal.get_output_embeddings()
     if hasattr(leaf, "modules_to_save"):  # PEFT's copy of a head that is trained in full
         leaf = leaf.modules_to_save["default"]
@@ -195,8 +200,13 @@ def add_token_loss(model, chunk_bytes=None):
     def forward(input_ids=None, labels=None, full_logits=False, label_positions=None, **kwargs):
         if labels is None or full_logits:
             return plain(input_ids=input_ids, labels=labels, **kwargs)
+        starts = kwargs.get("cu_seq_lens_q")
+        is_ours = causal.config._attn_implementation == "documents"
+        if starts is not None and len(starts) == 2 and not is_ours:
+            # one document: no borders, for which some models ask for kernels that are not there
+            kwargs = {name: kwargs[name] for name in kwargs if name not in BORDERS}
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
-        hidden = causal.base_model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
+        hidden = base(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
         hidden, labels = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         at = labels.ne(-100) if label_positions is None else label_positions
         rows, labels = hidden[at], labels[at]

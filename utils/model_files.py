@@ -3,6 +3,7 @@
 Judged by config.json, the tokenizer and the headers of the safetensors; no weights are loaded.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -11,29 +12,49 @@ import urllib.request
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import ParamWrapper
 from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, rename_source_key
 
-from utils.errors import or_refuse, refuse
+from utils.errors import first_line, or_refuse, refuse, say
 from utils.launch import launched_precision, launched_strategy
+from utils.vocabulary import check_end, check_tokens_used
+from utils.lora import (
+    LINEAR,
+    check_target_parameters,
+    expert_targets,
+    lora_targets,
+    matching,
+    say_layers,
+)
 
 DTYPES = ("float32", "bfloat16", "float16")
+# how to train a model that does not keep the documents of a row apart
+ONE_BY_ONE = (
+    "--per_device_train_batch_size 1 --per_device_eval_batch_size 1, without --packing (raise "
+    "--gradient_accumulation_steps instead)"
+)
 HALF = {"bf16": "bfloat16", "fp16": "float16"}
-LINEAR = ("Linear", "Conv1D")
 
 
-def check_model(config, auto_model, base):
+def check_model(config, auto_model, base, pads=True):
     """Stop if `config.model_name_or_path` is not a usable model, or its layers do not fit a flag.
 
     Args:
         config: the script's Config. Read are model_name_or_path, dtype, attn_implementation and, if
-            it has them, max_length, target_modules, modules_to_save and bnb_4bit_quant_storage.
+            it has them, max_length, target_modules, lora_target_parameters, modules_to_save and
+            bnb_4bit_quant_storage.
         auto_model: the class that loads the model, an Auto class or another.
         base: "trained", "frozen" or "4bit", as for `read_settings`.
+        pads: whether the script pads and ends its texts with the tokenizer's own tokens.
     """
     name = config.model_name_or_path
     culprit, folder = f"--model_name_or_path {name}", Path(name)
     check_place(name, culprit)
+    check_code(name, culprit)
     unreadable = f"{culprit} cannot be read, check the path"
     model_config = or_refuse(unreadable, AutoConfig.from_pretrained, name)
     saved = getattr(model_config, "quantization_config", None) or {}
@@ -41,13 +62,7 @@ def check_model(config, auto_model, base):
     check_kind(auto_model.__name__, model_config, culprit)
     no_tokenizer = f"{culprit} has no usable tokenizer, save one with it"
     tokenizer = or_refuse(no_tokenizer, AutoTokenizer.from_pretrained, name)
-    generates = "CausalLM" in auto_model.__name__ or "Seq2Seq" in auto_model.__name__
-    if tokenizer.eos_token_id is None and generates:
-        refuse(
-            f"{culprit} has a tokenizer without eos_token, so generated text would never end: set "
-            "one and save it"
-        )
-    positions = getattr(model_config, "max_position_embeddings", None)
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     length = vars(config).get("max_length", 1)
     if positions is not None and length > positions:
         refuse(
@@ -55,22 +70,47 @@ def check_model(config, auto_model, base):
             "less"
         )
     skeleton = build_skeleton(config, auto_model, model_config, culprit)
-    embeddings = skeleton.get_input_embeddings().num_embeddings
-    largest = max(len(tokenizer) - 1, tokenizer.eos_token_id or 0, tokenizer.pad_token_id or 0)
-    if largest >= embeddings:
-        refuse(
-            f"{culprit} has {embeddings} embeddings, and its tokenizer uses token {largest}: save "
-            "the model after resize_token_embeddings, or take its own tokenizer"
-        )
-    if folder.is_dir() and not hasattr(model_config, "quantization_config"):
-        check_weight_names(folder, culprit, skeleton)
+    if pads:
+        if "CausalLM" in auto_model.__name__ or "Seq2Seq" in auto_model.__name__:
+            check_end(name, tokenizer)
+        check_tokens_used(culprit, skeleton, tokenizer)
+    if folder.is_dir():
+        if (folder / "generation_config.json").is_file():
+            unreadable = f"{culprit}: generation_config.json cannot be read, correct or delete it"
+            or_refuse(unreadable, GenerationConfig.from_pretrained, folder)
+        if not saved:
+            check_weight_names(folder, culprit, skeleton)
     check_layers(config, culprit, skeleton)
+    dropped = {name: rate for name, rate in vars(model_config).items() if "layerdrop" in name}
+    if any(dropped.values()):
+        told = ", ".join(f"{name} {rate}" for name, rate in dropped.items() if rate)
+        say(f"{told} of the model's config is unused: all processes run the same layers.")
+
+
+def check_code(name, culprit):
+    """Stop if the model is of no class of transformers, but brings Python code of its own."""
+    file = Path(name) / "config.json"
+    if not file.is_file():
+        return
+    settings = or_refuse(f"{culprit}: config.json", lambda: dict(json.loads(file.read_text())))
+    kind = settings.get("model_type")
+    if settings.get("auto_map") and kind not in CONFIG_MAPPING:
+        refuse(
+            f"{culprit} is a {kind}, which transformers does not have; the checkpoint brings code "
+            "of its own (auto_map), which is not run: take a checkpoint of a class of transformers"
+        )
 
 
 def check_place(name, culprit):
     """Stop if a model's name is neither a folder with its files nor a Hub id in reach."""
     folder = Path(name)
     if or_refuse(culprit, folder.is_dir):
+        is_adapter, base = adapter_base(folder)
+        if is_adapter:
+            refuse(
+                f"{culprit} holds an adapter of {base or 'an unnamed model'}: give that model, "
+                "train the adapter on with chat_sft.py, or merge both with tools.merge_adapter"
+            )
         if not (folder / "config.json").is_file():
             refuse(
                 f"{culprit} holds no config.json: give the folder of a model, as save_pretrained "
@@ -81,6 +121,15 @@ def check_place(name, culprit):
         refuse(f"{culprit} is neither a folder nor a Hub id: check the path")
     else:
         check_hub(culprit)
+
+
+def adapter_base(folder):
+    """Return whether a folder holds an adapter and no model, and the base that it names."""
+    file = Path(folder) / "adapter_config.json"
+    if (Path(folder) / "config.json").is_file() or not file.is_file():
+        return False, None
+    settings = or_refuse(f"{file} cannot be read", lambda: dict(json.loads(file.read_text())))
+    return True, settings.get("base_model_name_or_path")
 
 
 def check_hub(culprit):
@@ -101,14 +150,7 @@ def check_hub(culprit):
 
 def check_weight_files(folder, culprit):
     """Stop if safetensors are missing or truncated, judged by their headers."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        unreadable = f"{culprit}: {index.name}"
-        weight_map = or_refuse(unreadable, lambda: json.loads(index.read_text())["weight_map"])
-        files = [folder / file for file in sorted(set(weight_map.values()))]
-    else:
-        files = [folder / "model.safetensors"]
-    for file in files:
+    for file in weight_files(folder, culprit):
         if not file.is_file():
             refuse(
                 f"{culprit} holds no {file.name}: only safetensors are read, save the model again "
@@ -119,6 +161,16 @@ def check_weight_files(folder, culprit):
         )
         with or_refuse(damaged, safe_open, file, framework="pt"):
             pass
+
+
+def weight_files(folder, culprit):
+    """Return the safetensors of a model: one, or those that the index names."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [folder / "model.safetensors"]
+    unreadable = f"{culprit}: {index.name}"
+    weight_map = or_refuse(unreadable, lambda: json.loads(index.read_text())["weight_map"])
+    return [folder / file for file in sorted(set(weight_map.values()))]
 
 
 def check_kind(class_name, model_config, culprit):
@@ -133,29 +185,46 @@ def check_kind(class_name, model_config, culprit):
 
 def build_skeleton(config, auto_model, model_config, culprit):
     """Return the model on the meta device: shapes alone, no memory, no weights."""
-    attention = config.attn_implementation
-    described = (
-        f"{culprit} cannot be made by {auto_model.__name__} with --attn_implementation {attention}"
-    )
+    attention, remedy = config.attn_implementation, ""
     build = getattr(auto_model, "from_config", None) or auto_model._from_config
-    with torch.device("meta"):
-        return or_refuse(described, build, model_config, attn_implementation=attention)
+    try:
+        with torch.device("meta"):
+            skeleton = build(model_config, attn_implementation=attention)
+        if attention != "documents" or skeleton._can_set_attn_implementation():
+            return skeleton
+        reason = f"{type(skeleton).__name__} has an attention of its own"
+    except Exception as error:  # an unknown model, an unknown attention, a setting out of range
+        reason = first_line(error.__cause__ or error)
+    for other in ("sdpa", "eager"):
+        with contextlib.suppress(Exception), torch.device("meta"):
+            build(model_config, attn_implementation=other)
+            remedy = f": give --attn_implementation {other}"
+    if remedy and attention == "documents":
+        remedy += f", and, if that mixes the documents of a row, {ONE_BY_ONE}"
+    refuse(
+        f"{culprit} cannot be made by {auto_model.__name__} with --attn_implementation "
+        f"{attention} ({reason}){remedy}"
+    )
 
 
 def check_weight_names(folder, culprit, skeleton):
-    """Stop if the files hold none of the model's weights, or weights of other shapes."""
+    """Stop if the files hold none of the model's weights, or weights of other shapes.
+
+    transformers renames the weights of older checkpoints as it loads them, and so does this.
+    """
     shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-    prefix = f"{skeleton.base_model_prefix}."
-    # as the base model is saved on its own
-    shapes |= {name.removeprefix(prefix): shape for name, shape in shapes.items()}
-    found = 0
-    for path in sorted(folder.glob("*.safetensors")):
+    mapping = get_model_conversion_mapping(skeleton)
+    converters = [one for one in mapping if isinstance(one, WeightConverter)]  # fuse experts
+    renamings = [one for one in mapping if not isinstance(one, WeightConverter)]
+    prefix, found = skeleton.base_model_prefix, 0
+    for path in weight_files(folder, culprit):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                shape = tuple(file.get_slice(name).get_shape())
-                if name in shapes and shape != shapes[name]:
+            for key in file.keys():
+                name, fused = rename_source_key(key, renamings, converters, prefix, shapes)
+                shape = tuple(file.get_slice(key).get_shape())
+                if fused is None and name in shapes and shape != shapes[name]:
                     refuse(
-                        f"{culprit}: {path.name} holds {name} with shape {shape}, and config.json "
+                        f"{culprit}: {path.name} holds {key} with shape {shape}, and config.json "
                         f"says {shapes[name]}: save the two together"
                     )
                 found += name in shapes
@@ -176,10 +245,16 @@ def check_layers(config, culprit, skeleton):
             f"{culprit} keeps some weights in float32 beside --dtype float16; fsdp1 cannot put two "
             "dtypes into one flat parameter: give bfloat16"
         )
+    if flags.get("target_modules") == [] and not flags.get("lora_target_parameters"):
+        refuse("--target_modules is empty: name layers that get LoRA, or all-linear")
     if flags.get("target_modules", ["all-linear"]) != ["all-linear"]:
         check_target_modules(config.target_modules, skeleton)
+    if flags.get("lora_target_parameters"):
+        check_target_parameters(config.lora_target_parameters, skeleton)
     if flags.get("modules_to_save"):
         check_modules_to_save(config, skeleton)
+    if "target_modules" in flags:
+        check_lora(config, skeleton)
 
 
 def check_wrap_classes(culprit, skeleton):
@@ -198,24 +273,51 @@ def check_wrap_classes(culprit, skeleton):
 
 
 def check_target_modules(target_modules, skeleton):
-    """Stop if a LoRA target names no linear layer."""
+    """Stop if a LoRA target, a name or a regular expression, names no linear layer."""
     modules = dict(skeleton.named_modules())
+    linear = {n.rpartition(".")[2] for n, module in modules.items() if isinstance(module, LINEAR)}
+    known = f"the model has {', '.join(sorted(linear))}"
     for target in target_modules:
-        found = [
-            type(module).__name__ in LINEAR
-            for name, module in modules.items()
-            if name == target or name.endswith(f".{target}")
-        ]
-        if not found or not all(found):
-            linear = {
-                name.rpartition(".")[2]
-                for name, module in modules.items()
-                if type(module).__name__ in LINEAR
-            }
+        found = or_refuse(f"--target_modules {target}", matching, target, modules)
+        others = [name for name in found if not isinstance(modules[name], LINEAR)]
+        if found and others and len(others) < len(found):
             refuse(
-                f"--target_modules {target} names no linear layer: the model has "
-                f"{', '.join(sorted(linear))}"
+                f"--target_modules {target} also names {others[0]}, a "
+                f"{type(modules[others[0]]).__name__}, which is no linear layer: {known}"
             )
+        if not found or others:
+            refuse(f"--target_modules {target} names no linear layer: {known}")
+
+
+def check_lora(config, skeleton):
+    """Stop if PEFT cannot add the adapter to this model. Changes the skeleton.
+
+    all-linear or a regular expression in `config.target_modules` becomes what PEFT understands.
+    """
+    if config.target_modules == ["all-linear"]:
+        say_layers(skeleton)
+    dropout, parameters = config.lora_dropout, vars(config).get("lora_target_parameters", [])
+    wanted, targets = config.target_modules, lora_targets(skeleton, config.target_modules)
+    lora = LoraConfig(
+        target_modules=targets,
+        target_parameters=expert_targets(skeleton, parameters) or None,
+        lora_dropout=dropout,
+    )
+    culprit = f"LoRA on {', '.join(wanted)} cannot be added to this model, "
+    culprit += "give --lora_dropout 0 or other layers" if dropout else "give other layers"
+    with torch.device("meta"):
+        model = or_refuse(culprit, get_peft_model, skeleton, lora)
+    if isinstance(targets, str) and targets != "all-linear":
+        config.target_modules = targets
+    strategy, is_lesson = launched_strategy(), "lora_target_parameters" not in vars(config)
+    if not any(isinstance(module, ParamWrapper) for module in model.modules()):
+        return
+    if strategy == "fsdp1" or (strategy == "zero3" and is_lesson):
+        refuse(
+            f"LoRA on fused experts under {strategy}: PEFT reads its matrices without calling "
+            "them, so they would stay sharded: train with chat_sft.py and configs/fsdp2.yaml or "
+            "zero3.yaml, or name other --target_modules"
+        )
 
 
 def check_modules_to_save(config, skeleton):

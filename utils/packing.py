@@ -254,19 +254,19 @@ def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
     Raises:
         ValueError: the model needs another kind of attention.
     """
-    unknown = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
-    if unknown or len(query) != 1 or not getattr(module, "is_causal", True):
-        raise ValueError(
-            f"{type(module).__name__} needs an attention that is not supported ({unknown})"
-        )
+    needed = ["position_bias"] if kwargs.get("position_bias") is not None else []
+    needed += [] if getattr(module, "is_causal", True) else ["bidirectional attention"]
+    needed += ["rows of a batch"] if len(query) != 1 else []
+    if needed:
+        raise ValueError(f"{type(module).__name__} needs {needed[0]}, which {NAME} does not have")
     # the rotary embedding makes query and key float32; under autocast the values are bf16 or fp16
     query, key = query.to(value.dtype), key.to(value.dtype)
-    window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
+    window, softcap, sinks = (kwargs.get(name) for name in ("sliding_window", "softcap", "s_aux"))
+    options = (window, softcap, sinks, dropout, scaling)
     starts = kwargs.get("cu_seq_lens_q")
     if starts is None:  # generation: one document, perhaps with the cached keys before it
-        whole = one_document(query, key, value, window, softcap, dropout, scaling)
-        return whole.transpose(1, 2), None
-    if fits_varlen(query, value) and not dropout and softcap is None:
+        return one_document(query, key, value, *options).transpose(1, 2), None
+    if fits_varlen(query, value) and not dropout and softcap is None and sinks is None:
         varlen_attn, grouped = varlen_attention()
         rows = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]
         options = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}
@@ -275,7 +275,7 @@ def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
         longest = kwargs["max_length_q"]
         return varlen_attn(*rows, starts, starts, longest, longest, **options)[None], None
     lengths = kwargs.get("document_lengths") or Lengths(starts.diff().tolist())
-    rows = document_by_document(query, key, value, lengths, window, softcap, dropout, scaling)
+    rows = document_by_document(query, key, value, lengths, *options)
     return rows.transpose(1, 2), None
 
 
@@ -287,34 +287,41 @@ def document_by_document(query, key, value, lengths, *options):
     return torch.cat(parts, dim=2)
 
 
-def one_document(query, key, value, window, softcap, dropout, scaling):
+def one_document(query, key, value, window, softcap, sinks, dropout, scaling):
     """Return the causal attention of one document, [1, heads, tokens, size].
 
     Args:
         query: of the last tokens of the document, whose keys may be cached from earlier calls.
         window: a token attends to itself and to `window` - 1 tokens before it; None: to all.
         softcap: scores become softcap * tanh(scores / softcap); None: they stay.
+        sinks: [heads], a score that each head adds to those of the keys; its value is 0. None: no
+            such score.
     """
     queries, keys = query.shape[2], key.shape[2]
-    mask = None
+    mask, is_plain = None, softcap is None and sinks is None
     is_windowed = window is not None and keys > window
-    if softcap is not None or queries not in (1, keys) or is_windowed:
+    if not is_plain or queries not in (1, keys) or is_windowed:
         positions = torch.arange(keys, device=query.device)
         ahead = positions - positions[keys - queries :, None]  # of a key, seen from a query
         mask = ahead <= 0 if window is None else (ahead <= 0) & (ahead > -window)
-    if (query.is_cuda or softcap is not None) and query.shape[1] != key.shape[1]:
+    if (query.is_cuda or not is_plain) and query.shape[1] != key.shape[1]:
         # SDPA's memory-efficient kernel, the only one for float32 or a mask, needs equal heads
         repeats = query.shape[1] // key.shape[1]
         key, value = (tensor.repeat_interleave(repeats, 1) for tensor in (key, value))
-    if softcap is None:
+    if is_plain:
         causal = mask is None and queries > 1
         options = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
         return functional.scaled_dot_product_attention(
             query, key, value, mask, dropout, causal, **options
         )
     scores = query @ key.transpose(2, 3) * scaling
-    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, -torch.inf)
-    weights = functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        sink = sinks.to(scores.dtype)[:, None, None].expand(len(query), -1, queries, 1)
+        scores = torch.cat([scores, sink], -1)
+    weights = functional.softmax(scores, dim=-1, dtype=torch.float32)[..., :keys].to(query.dtype)
     return functional.dropout(weights, dropout) @ value
 
 

@@ -1,5 +1,6 @@
 """What a run of chat_sft takes over from the checkpoint that it resumes."""
 
+import hashlib
 from pathlib import Path
 
 from utils.checkpoint import CheckpointError, check_same_run, checkpoints, find_checkpoint
@@ -23,6 +24,16 @@ FREE = (
     "layerwise_generation",
 )
 FREE_PREFIXES = ("log", "eval", "save", "push", "hub")
+# Settings that name files: their content decides, wherever they are now. The content is part of
+# what identifies a run, by the names on the right.
+PLACES = {
+    "model_name_or_path": "model_content",
+    "adapter_name_or_path": "adapter_content",
+    "dataset_name": "stream_content",  # else the checksum of the documents decides
+    "chat_template_format": "template_content",
+}
+CONFIGS = ("config.json", "adapter_config.json")
+SAMPLES, SAMPLE = 64, 2**16  # blocks of a large file that are read, and their bytes
 # what an update was in checkpoints written before an update became a dict
 CURVES = ("loss", "learning_rate", "grad_norm", "target_tokens", "input_tokens")
 
@@ -58,16 +69,65 @@ def identify(config, accelerator, data):
     free |= set() if config.dataset_config else {"dataset_config"}  # checkpoints from before it
     if config.lr_scheduler_type.startswith("constant") and not config.warmup_ratio:
         free |= {"max_steps", "num_train_epochs"}  # no rate depends on the number of updates
-    return (
-        {name: value for name, value in vars(config).items() if name not in free}
-        | dated
-        | {
-            "strategy": launched_strategy(),
-            "num_processes": accelerator.num_processes,
-            "data": data.facts,
-            "mixed_precision": launched_precision(),
-        }
-    )
+    contents = {known: content_of(getattr(config, place)) for place, known in PLACES.items()}
+    if data.facts:
+        contents["stream_content"] = "documents"
+    return {name: value for name, value in vars(config).items() if name not in free} | {
+        **contents,
+        **dated,
+        "strategy": launched_strategy(),
+        "num_processes": accelerator.num_processes,
+        "data": data.facts,
+        "mixed_precision": launched_precision(),
+    }
+
+
+def content_of(place):
+    """Return a digest of a file, or of the files of a folder; a Hub id as it is.
+
+    Of a model or an adapter only the weights and the config count, and of large files a sample.
+    """
+    path = Path(place)
+    if not place or not path.exists():
+        return place
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    if any(file.parent == path and file.name in CONFIGS for file in files):
+        kept = sorted(path.glob("*.safetensors"))
+        files = kept + [file for file in files if file.parent == path and file.name in CONFIGS]
+    digest = hashlib.sha256()
+    for file in files:
+        if file.is_file() and not file.name.startswith("."):
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
+            step = max(SAMPLE, size // SAMPLES)  # all of a file of up to 4 MB
+            with file.open("rb") as stream:
+                for start in range(0, size, step):
+                    stream.seek(start)
+                    digest.update(stream.read(SAMPLE))
+    return digest.hexdigest()[:16]
+
+
+def by_content(then, now):
+    """Return both identities without the names of files whose content is the same.
+
+    A checkpoint of before content was compared has the names alone: then the place decides.
+    """
+    then, now = dict(then), dict(now)
+    for place, known in PLACES.items():
+        old, new = then.pop(known, None), now.pop(known)
+        was, is_now = then.get(place, ""), now.get(place, "")
+        is_known = old == new or (old is None and (new == "documents" or same_place(was, is_now)))
+        if is_known:
+            then.pop(place, None), now.pop(place, None)
+        elif old is not None:
+            then[place], now[place] = f"{was} with content {old}", f"{is_now} with content {new}"
+    # a setting that a checkpoint does not know was off, or empty
+    return [{name: one[name] for name in one if one[name] not in ("", None)} for one in (then, now)]
+
+
+def same_place(one, other):
+    """Return whether two names are equal, or lead to the same file or folder."""
+    return one == other or (Path(one).exists() and Path(one).resolve() == Path(other).resolve())
 
 
 def check_resumed(folder, state, identity, max_steps):
@@ -81,7 +141,7 @@ def check_resumed(folder, state, identity, max_steps):
     if folder is None:
         return
     with refusing(CheckpointError):
-        check_same_run(folder, state["identity"], identity)
+        check_same_run(folder, *by_content(state["identity"], identity))
         if state["step"] > max_steps:
             raise CheckpointError(
                 f"{folder} is of update {state['step']}, and the run ends after {max_steps}: give "

@@ -233,11 +233,6 @@ def check_optimizer(optim, strategy):
             f"--optim {optim} cannot be offloaded, because DeepSpeed then uses its CPU Adam: give "
             "--optim adamw_torch"
         )
-    if strategy == "fsdp1":
-        refuse(
-            f"--optim {optim} under fsdp1: only one slice of its state would be saved: give "
-            "adamw_torch"
-        )
     if strategy == "fsdp2":
         refuse(
             f"--optim {optim} cannot step the DTensors of fsdp2: give adamw_torch, or use zero2 or "

@@ -1,8 +1,12 @@
 """Build the base model, and add the adapter to it, with Lazy tensors as parameters."""
 
+from functools import partial
+
 import torch
 import transformers
 from peft import PeftModel, set_peft_model_state_dict
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, rename_source_key
 
 from tools.merge_adapter.lazy import Lazy, recording
 from utils.errors import fail
@@ -90,10 +94,17 @@ def resize(model_class, config, base, adapter):
     for name, module in model.named_modules(remove_duplicate=False):
         if module in embeddings and f"{name}.weight" in replaced:
             config.get_text_config().vocab_size = replaced[f"{name}.weight"].shape[0]
-    for name in replaced.keys() & model.state_dict().keys():
-        # some checkpoints, such as gpt2's, have names without the prefix
-        bare = name.removeprefix(f"{model.base_model_prefix}.")
-        key = bare if bare in base else name
+    state = model.state_dict()
+    mapping = get_model_conversion_mapping(model)
+    converters = [one for one in mapping if isinstance(one, WeightConverter)]
+    renamings = [one for one in mapping if not isinstance(one, WeightConverter)]
+    # name in the model -> name in the file: some checkpoints have older names, as those of vision
+    # and language, or names without the prefix, as gpt2's
+    rename = partial(rename_source_key, meta_state_dict=state)
+    prefix = model.base_model_prefix
+    in_file = {rename(key, renamings, converters, prefix)[0]: key for key in base}
+    for name in replaced.keys() & state.keys():
+        key = in_file.get(name, name)
         if key not in base or base[key].shape != replaced[name].shape:
             base[key] = replaced[name]
     return dict(model.all_tied_weights_keys)
