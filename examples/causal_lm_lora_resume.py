@@ -13,6 +13,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
+from zlib import crc32
 
 import torch
 from accelerate.utils import gather_object, set_seed
@@ -89,7 +90,7 @@ class Config:
 def build_dataloaders(config, tokenizer, accelerator):
     """Return two loaders: the training batches of all updates, and the held-out rows."""
     columns = {"text_column": config.text_column, "label_column": config.label_column}
-    train, valid = load_data(config.dataset_name, columns, config.seed, accelerator.num_processes)
+    train, valid = load_data(config.dataset_name, columns, config.seed)
     labels = dict.fromkeys(map(str, [*train[config.label_column], *valid[config.label_column]]))
     head, tail = config.prompt_template.split("{text}")
     head_ids = tokenizer(head).input_ids
@@ -101,9 +102,10 @@ def build_dataloaders(config, tokenizer, accelerator):
     def encode(row):
         label = str(row[config.label_column])
         prompt = tokenizer(f"{head}{row[config.text_column] or ''}").input_ids
+        cut = len(prompt) > len(head_ids) + room
         prompt = prompt[: len(head_ids) + room] + tail_ids  # only the text is truncated
         target = [*targets[label], tokenizer.eos_token_id]
-        return {"prompt": prompt, "target": target, "label": answers[label]}
+        return {"prompt": prompt, "target": target, "label": answers[label], "cut": cut}
 
     def pad(sequences, value, side="right"):
         tensors = [torch.tensor(sequence) for sequence in sequences]
@@ -122,6 +124,8 @@ def build_dataloaders(config, tokenizer, accelerator):
         return inputs([row["prompt"] for row in rows], "left")
 
     train, valid = ([encode(row) for row in rows] for rows in (train, valid))
+    if cut := sum(row["cut"] for row in train + valid):
+        accelerator.print(f"{cut} of {len(train + valid)} texts are truncated: see --max_length.")
     batch_size = config.per_device_train_batch_size
     per_update = batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     max_steps = math.ceil(config.num_train_epochs * len(train) / per_update)
@@ -196,54 +200,51 @@ def evaluate(accelerator, model, tokenizer, valid_loader, config):
 
 
 def find_checkpoint(config, run):
-    """Return the checkpoint to resume from and its state, or two empty values.
-
-    Stops where `run`, the settings that both runs must share, is not that of the checkpoint.
-    """
+    """Return the checkpoint and its state, or two empty values; stop where its `run` differs."""
     folders = Path(config.checkpoint_dir).glob("checkpoint-[0-9]*")
     newest = max(folders, key=lambda folder: (len(folder.name), folder.name), default="")
     wanted = config.resume_from_checkpoint
-    resumed = newest if wanted == "True" else wanted
+    resumed = {"true": newest, "false": ""}.get(wanted.lower(), wanted)
     if newest and not resumed:
-        remedy = "give --resume_from_checkpoint True, or another --checkpoint_dir"
-        refuse(f"{newest} is of an earlier run: {remedy}")
-    or_refuse("--checkpoint_dir", Path(config.checkpoint_dir).mkdir, parents=True, exist_ok=True)
+        refuse(f"{newest} exists: give --resume_from_checkpoint True, or another --checkpoint_dir")
     if not resumed:
         return "", {}
     file = Path(resumed, "state.pt")
-    culprit = f"{file} cannot be read, give an older checkpoint"
+    culprit = f"{file} cannot be read, give the folder of another checkpoint, or True"
     # weights_only: tensors and numbers, no code
     state = or_refuse(culprit, torch.load, file, weights_only=True, map_location="cpu")
-    before = state["run"]
-    changed = [
-        f"{key} {before.get(key)} (now {run[key]})" for key in run if before.get(key) != run[key]
-    ]
+    before = or_refuse(culprit, lambda: dict(state["run"]))
+    changed = [key for key in {**before, **run} if before.get(key, False) != run.get(key, False)]
     if changed:
-        refuse(f"{resumed} was made with {', '.join(changed)}: give the same, or start a new run")
+        told = ", ".join(f"{key} {before.get(key)} (now {run.get(key)})" for key in changed)
+        refuse(f"{resumed} was made with {told}: give the same, or start a new run")
     return resumed, state
 
 
 def main():
     # 5. Setup -------------------------------------------------------------------------------------
     # leave, unless you know why
-    strategies = ("single", "ddp")
-    config = read_settings(Config, strategies, AutoModelForCausalLM, base="frozen")
+    config = read_settings(Config, ("single", "ddp"), AutoModelForCausalLM, base="frozen")
     steps, deterministic = config.gradient_accumulation_steps, config.deterministic
     accelerator = start_accelerator(steps, tf32=config.tf32, deterministic=deterministic)
     free = "save_steps checkpoint_dir resume_from_checkpoint output_dir overwrite_output_dir "
-    free += "hub_model_id"
+    free += "hub_model_id eval_strategy per_device_eval_batch_size dataset_name model_name_or_path"
     run = {name: value for name, value in asdict(config).items() if name not in free.split()}
     run |= {name: getattr(accelerator, name) for name in ("num_processes", "mixed_precision")}
-    resumed, state = find_checkpoint(config, run)
     set_seed(config.seed)
     tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # padding is masked
     train_loader, valid_loader = build_dataloaders(config, tokenizer, accelerator)
+    # checksums: data and model may lie elsewhere now, but must be the same
+    run["rows"] = crc32(repr([train_loader.dataset, valid_loader.dataset]).encode())
+    resumed, state = find_checkpoint(config, run)
     tracker = MemoryTracker()
     with tracker.phase("load"):
         model = build_model(config, tokenizer)
         files = WeightFiles(accelerator, config, model, tokenizer)
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        frozen = [p.detach() for p in model.parameters() if not p.requires_grad]
+        base = [p.contiguous().view(torch.uint8).sum().item() for p in frozen]
         options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
         options["fused"] = accelerator.device.type == "cuda"  # one kernel per step
         optimizer = torch.optim.AdamW(trainable.values(), **options)
@@ -257,6 +258,8 @@ def main():
     generators = [torch, torch.cuda] if accelerator.device.type == "cuda" else [torch]
     stateful = [part for part in (optimizer, scheduler, accelerator.scaler) if part is not None]
     if resumed:
+        if state["base"] != base:
+            refuse(f"{resumed} was made with other base weights: give the same, or start a new run")
         before, seconds = state["before"], state["seconds"]
         progress.updates, progress.evaluations = state["updates"], state["evaluations"]
         for parameter, value in zip(trainable.values(), state["trainable"], strict=True):
@@ -268,8 +271,7 @@ def main():
         train_loader = accelerator.skip_first_batches(train_loader, done)
         # iter(loader) draws a number; from a generator of its own, not from that of dropout
         train_loader.base_dataloader.generator = torch.Generator()
-        random_states = state["random"][accelerator.process_index]
-        for generator, random_state in zip(generators, random_states, strict=True):
+        for generator, random_state in zip(generators, state["random"][accelerator.process_index]):
             generator.set_rng_state(random_state)
         accelerator.print(f"Resumed from {resumed}, after {len(progress.updates)} updates.")
 
@@ -315,10 +317,9 @@ def main():
             if step % config.save_steps == 0:
                 state = {"run": run, "before": before, "seconds": seconds + perf_counter() - begin}
                 state |= {"updates": progress.updates, "evaluations": progress.evaluations}
-                state |= {"trainable": list(trainable.values())}
+                state |= {"base": base, "trainable": list(trainable.values())}
                 state |= {"stateful": [part.state_dict() for part in stateful]}
-                random_states = [[generator.get_rng_state() for generator in generators]]
-                state |= {"random": gather_object(random_states)}
+                state |= {"random": gather_object([[one.get_rng_state() for one in generators]])}
                 if accelerator.is_main_process:
                     folder = Path(config.checkpoint_dir, f"checkpoint-{step}")
                     unfinished = folder.with_name(f"unfinished-{step}")

@@ -88,7 +88,7 @@ class Config:
 def build_dataloaders(config, tokenizer, accelerator):
     """Return two loaders: the training batches of all updates, and the held-out rows."""
     columns = {"text_column": config.text_column, "label_column": config.label_column}
-    train, valid = load_data(config.dataset_name, columns, config.seed, accelerator.num_processes)
+    train, valid = load_data(config.dataset_name, columns, config.seed)
     labels = dict.fromkeys(map(str, [*train[config.label_column], *valid[config.label_column]]))
     head, tail = config.prompt_template.split("{text}")
     head_ids = tokenizer(head).input_ids
@@ -100,9 +100,10 @@ def build_dataloaders(config, tokenizer, accelerator):
     def encode(row):
         label = str(row[config.label_column])
         prompt = tokenizer(f"{head}{row[config.text_column] or ''}").input_ids
+        cut = len(prompt) > len(head_ids) + room
         prompt = prompt[: len(head_ids) + room] + tail_ids  # only the text is truncated
         target = [*targets[label], tokenizer.eos_token_id]
-        return {"prompt": prompt, "target": target, "label": answers[label]}
+        return {"prompt": prompt, "target": target, "label": answers[label], "cut": cut}
 
     def pad(sequences, value, side="right"):
         tensors = [torch.tensor(sequence) for sequence in sequences]
@@ -121,6 +122,8 @@ def build_dataloaders(config, tokenizer, accelerator):
         return inputs([row["prompt"] for row in rows], "left")
 
     train, valid = ([encode(row) for row in rows] for rows in (train, valid))
+    if cut := sum(row["cut"] for row in train + valid):
+        accelerator.print(f"{cut} of {len(train + valid)} texts are truncated: see --max_length.")
     batch_size = config.per_device_train_batch_size
     per_update = batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     max_steps = math.ceil(config.num_train_epochs * len(train) / per_update)

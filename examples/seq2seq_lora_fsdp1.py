@@ -86,7 +86,7 @@ class Config:
 def build_dataloaders(config, tokenizer, accelerator):
     """Return two loaders: the training batches of all updates, and the held-out rows."""
     columns = {"text_column": config.text_column, "label_column": config.label_column}
-    train, valid = load_data(config.dataset_name, columns, config.seed, accelerator.num_processes)
+    train, valid = load_data(config.dataset_name, columns, config.seed)
     labels = dict.fromkeys(map(str, [*train[config.label_column], *valid[config.label_column]]))
     head, tail = config.prompt_template.split("{text}")
     targets = {label: tokenizer(text_target=label).input_ids for label in labels}
@@ -100,11 +100,12 @@ def build_dataloaders(config, tokenizer, accelerator):
         label = str(row[config.label_column])
         text = str(row[config.text_column] or "")
         prompt = tokenizer(head + text + tail).input_ids
+        cut = len(prompt) > config.max_length
         kept = tokenizer(text, add_special_tokens=False).input_ids
         while len(prompt) > config.max_length:  # only the text is truncated
             kept = kept[: config.max_length - len(prompt)]
             prompt = tokenizer(head + tokenizer.decode(kept) + tail).input_ids
-        return {"prompt": prompt, "target": targets[label], "label": answers[label]}
+        return {"prompt": prompt, "target": targets[label], "label": answers[label], "cut": cut}
 
     def pad(sequences, value):
         tensors = [torch.tensor(sequence) for sequence in sequences]
@@ -119,6 +120,8 @@ def build_dataloaders(config, tokenizer, accelerator):
         return collate_valid(rows) | {"labels": pad([row["target"] for row in rows], -100)}
 
     train, valid = ([encode(row) for row in rows] for rows in (train, valid))
+    if cut := sum(row["cut"] for row in train + valid):
+        accelerator.print(f"{cut} of {len(train + valid)} texts are truncated: see --max_length.")
     batch_size = config.per_device_train_batch_size
     per_update = batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     max_steps = math.ceil(config.num_train_epochs * len(train) / per_update)

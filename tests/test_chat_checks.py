@@ -183,11 +183,6 @@ CASES = [  # flags; what the line must say, culprit first
     ("--max_grad_norm -1", "--max_grad_norm is -1", "at least 0"),
     ("--seed -1", "--seed is -1", "at least 0"),
     ("--warmup_ratio 1", "--warmup_ratio is 1", "below 1"),
-    (
-        "--lr_scheduler_type constant --warmup_ratio 0.1",
-        "constant has no warmup",
-        "constant_with_warmup",
-    ),
     ("--use_peft_lora --lora_dropout 1", "--lora_dropout is 1", "below 1"),
     ("--use_peft_lora --lora_r 0", "--lora_r is 0", "above 0"),
     ("--use_peft_lora --lora_alpha -8", "--lora_alpha is -8", "above 0"),

@@ -21,7 +21,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from examples import chat_sft
-from utils import chat_settings, checkpoint, flops, launch, loss, packing, results, run_log, signals
+from utils import (
+    chat_settings,
+    checkpoint,
+    environment,
+    flops,
+    launch,
+    loss,
+    packing,
+    results,
+    run_log,
+    signals,
+)
 
 SIZE = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 SIZE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -527,17 +538,30 @@ def test_use_cpu_of_the_launch_config_is_respected(monkeypatch, told, expected):
 
 
 @pytest.mark.parametrize(
-    ("given", "processes", "threads"), [("1", 2, 4), ("1", 16, 1), (None, 1, 8), ("3", 2, 3)]
+    ("given", "processes", "threads"), [(None, 2, 4), (None, 16, 1), (None, 1, 8), ("3", 2, 3)]
 )
 def test_with_a_gpu_the_processes_share_the_cores(monkeypatch, given, processes, threads):
+    assert_threads(monkeypatch, given, {"LOCAL_RANK": "0"}, processes, threads)
+
+
+@pytest.mark.cases
+@pytest.mark.parametrize("launched", [{"LOCAL_RANK": "0"}, {"ACCELERATE_DYNAMO_BACKEND": "no"}, {}])
+def test_one_thread_that_the_user_asked_for_is_kept(monkeypatch, launched):
+    assert_threads(monkeypatch, "1", launched, 1, 1)
+
+
+def assert_threads(monkeypatch, given, launched, processes, threads):
+    """Check `use_all_cores` on 8 cores where the user, not the launcher, gave OMP_NUM_THREADS."""
     found = []
     monkeypatch.setattr(torch, "set_num_threads", found.append)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8))
-    environ = {"LOCAL_WORLD_SIZE": str(processes)} | ({"OMP_NUM_THREADS": given} if given else {})
-    monkeypatch.setattr(os, "environ", environ)
-    assert launch.use_all_cores() == (0 if given == "3" else threads)
+    of_user = {"OMP_NUM_THREADS": given} if given else {}
+    monkeypatch.setattr(environment, "launcher", lambda: ([], of_user))
+    of_process = {"LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": given or "1"} | launched
+    monkeypatch.setattr(os, "environ", of_process)
+    assert launch.use_all_cores() == (0 if given else threads)
     assert os.environ["OMP_NUM_THREADS"] == str(threads)
-    assert found == ([] if given == "3" else [threads])
+    assert found == ([] if given else [threads])
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def single(forks, small, folder):
 
 
 @pytest.fixture(scope="module")
-def checkpoints(single, folder):
+def checkpoints(single, small, folder):
     """The folder with the checkpoints of an uninterrupted run.
 
     The fixture also runs the parent script, runs that resume from each of the checkpoints, and runs
@@ -84,6 +84,13 @@ def checkpoints(single, folder):
         flags = ("--resume_from_checkpoint", checkpoints / "checkpoint-2")
         flags += ("--checkpoint_dir", folder / name / "checkpoints")
         commands.append((script, f"{name}/run", *flags))
+    # the same model and data in another place
+    shutil.copytree(small[1], folder / "moved_llama")
+    shutil.copytree(small[3], folder / "moved_data")
+    flags = ("--resume_from_checkpoint", f"{checkpoints}/./checkpoint-2/")
+    flags += ("--checkpoint_dir", folder / "checkpoints_of_moved", "--eval_strategy", "epoch")
+    flags += (small[0], folder / "moved_llama", small[2], folder / "moved_data/../moved_data")
+    commands.append((SCRIPT, "moved", *flags))
     done = single(*commands)
     assert [code for code, _ in done] == [0] * len(commands), done
     for step, (_, output) in zip((2, 4, 6), done):
@@ -137,6 +144,11 @@ def test_resumes_bit_for_bit_inside_an_epoch(checkpoints, folder, step):
     assert metrics["tokens_per_second"] == pytest.approx(speed)
 
 
+@pytest.mark.cases
+def test_resumes_from_model_and_data_that_have_moved(checkpoints, folder):
+    assert outcome(folder / "moved") == outcome(folder / "uninterrupted")
+
+
 @pytest.mark.parametrize("step", [2, 4])
 def test_a_resumed_run_writes_the_same_checkpoints(checkpoints, folder, step):
     state, other = read_state(checkpoints, 6), read_state(folder / f"checkpoints_from_{step}", 6)
@@ -153,28 +165,42 @@ def test_a_state_that_is_not_restored_changes_the_outcome(checkpoints, folder, n
     assert outcome(folder / name / "run") != outcome(folder / "uninterrupted")
 
 
-def test_refusals(single, checkpoints, folder):
+@pytest.mark.cases
+def test_refusals(single, small, checkpoints, folder):
     """Runs with other settings, existing checkpoints or damaged ones neither train nor write."""
-    for name in ("truncated", "missing", "code"):
+    changed = shutil.copytree(small[3], folder / "changed_data") / "train.csv"
+    changed.write_text(changed.read_text().replace(" the ", " The ", 1))
+    held_out = shutil.copytree(small[3], folder / "changed_held_out") / "validation.csv"
+    held_out.write_text(f"{held_out.read_text()}a new text,complaint\n")
+    weights = make_model(folder / "other_llama", "llama", seed=1)
+    for name in ("truncated", "missing", "code", "foreign"):
         shutil.copytree(checkpoints, folder / name)
     content = (checkpoints / "checkpoint-6" / "state.pt").read_bytes()
     (folder / "truncated" / "checkpoint-6" / "state.pt").write_bytes(content[:-100])
     torch.save({"run": pytest.fail}, folder / "code" / "checkpoint-6" / "state.pt")
+    torch.save(torch.ones(3), folder / "foreign" / "checkpoint-6" / "state.pt")
     # newer than checkpoint-6, although its name sorts first
     (folder / "missing" / "checkpoint-10").mkdir()
-    before = sorted(folder.rglob("checkpoint-*"))
     resume, unreadable = ("--resume_from_checkpoint", "True"), "/state.pt cannot be read"
     other_rate = (checkpoints, *resume, "--learning_rate", 2e-2)
     cases = [  # (checkpoint folder and flags, words of the error)
         (other_rate, "learning_rate 0.01 (now 0.02)"),
         ((checkpoints, *resume, "--lora_r", 4), "lora_r 8 (now 4)"),
-        ((checkpoints,), "checkpoint-6 is of an earlier run"),
-        ((checkpoints / "checkpoint-2" / "state.pt",), "--checkpoint_dir: "),
+        ((checkpoints, resume[0], "true", "--lora_r", 4), "lora_r 8 (now 4)"),
+        ((checkpoints, resume[0], "FALSE"), "checkpoint-6 exists: give"),
+        ((checkpoints, *resume, "--dataset_name", changed.parent), "was made with rows "),
+        ((checkpoints, *resume, "--dataset_name", held_out.parent), "was made with rows "),
+        ((checkpoints, *resume, "--prompt_template", "{text} Label :"), "was made with prompt_"),
+        ((checkpoints, *resume, "--model_name_or_path", weights), "with other base weights"),
+        ((folder / "foreign", *resume), f"checkpoint-6{unreadable}"),
+        ((checkpoints,), "checkpoint-6 exists: give"),
+        ((checkpoints / "checkpoint-2" / "state.pt",), "state.pt: [Errno 17] File exists"),
         ((folder / "code", *resume), f"checkpoint-6{unreadable}"),
         ((folder / "truncated", *resume), f"checkpoint-6{unreadable}"),
         ((folder / "missing", *resume), f"checkpoint-10{unreadable}"),
         ((folder / "none", resume[0], folder / "gone"), f"gone{unreadable}"),
     ]
+    before = sorted(folder.rglob("checkpoint-*"))
     done = single(*((SCRIPT, "refused", "--checkpoint_dir", *flags) for flags, _ in cases))
     for (code, output), (_, words) in zip(done, cases, strict=True):
         assert code == 1 and words in error(output), output

@@ -187,7 +187,8 @@ def test_every_knob_is_read_where_it_acts(name):
 
 
 SEAM = ("errors", "launch", "settings", "model_files", "data", "memory", "engine", "results")
-SEAM += ("plots", "generation", "loading", "run_files", "saving")
+SEAM += ("plots", "generation", "loading", "run_files", "saving", "rows", "environment", "folders")
+SEAM += ("launch_checks",)
 TASKS = ("text_column", "label_column", "prompt", "accuracy", "perplexity_of", "rouge")
 
 

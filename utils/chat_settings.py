@@ -19,10 +19,11 @@ from transformers import AutoConfig
 from transformers.utils import is_liger_kernel_available
 
 from utils.errors import or_refuse, refuse, say
+from utils.folders import check_output, lock_folder
 from utils.launch import launched_precision, launched_strategy, shards_parameters, uses_gpu
 from utils.lora import PATTERN
 from utils.model_files import DTYPES, HALF, ONE_BY_ONE, adapter_base, check_model
-from utils.settings import check_launch, check_numbers, check_output, parse_arguments
+from utils.settings import check_launch, check_numbers, parse_arguments
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2")
 WHEN = ("no", "steps", "epoch")
@@ -327,7 +328,8 @@ def check_run_folder(config):
     """Stop if output_dir holds another run or foreign files. The run to resume may be there."""
     if config.hub_model_id:
         or_refuse("--hub_model_id", validate_repo_id, config.hub_model_id)
-    folder, wanted = Path(config.output_dir), config.resume_from_checkpoint
+    folder = lock_folder("output_dir", config.output_dir)
+    wanted = config.resume_from_checkpoint
     is_run = or_refuse(f"--output_dir {folder}", (folder / "log.jsonl").is_file)
     if not is_run and not any(folder.glob("checkpoint-*/state.json")):
         if wanted and folder.is_dir() and not any(folder.iterdir()):

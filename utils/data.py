@@ -1,196 +1,213 @@
 """Read the rows of a file, a folder or a Hub data set; stop if they cannot be used.
 
-The script names its columns; this file does not know what they mean.
+The script names its columns; this file does not know what they mean. What is not used is printed.
 """
 
-import csv
-import json
-import sys
+from collections import Counter
 from pathlib import Path
 
-from datasets import Dataset, load_dataset
+from datasets import ClassLabel, Value, load_dataset
 
-from utils.errors import first_line, or_refuse, refuse, say
+from utils.errors import or_refuse, refuse, say
 from utils.model_files import check_hub
+from utils.rows import FORMATS, read_file
 
-FORMATS = (".csv", ".json", ".jsonl")
+SPLITS = ("train", "validation")
 
 
-def load_data(dataset_name, columns, seed=0, num_processes=1):
+def load_data(dataset_name, columns, seed=0, *, keep=()):
     """Return the training rows and the held-out rows, each a `datasets.Dataset`.
 
-    Without a validation split a fifth of the rows is held out. Rows that are equal in the first
-    column stay on the same side of the split, so no held-out text is also trained on.
+    Without a validation split about a fifth of the rows is held out. Rows that are equal in the
+    first column stay on the same side of the split, so no held-out text is also trained on. One
+    line names every column, file and split that is not used.
 
     Args:
         dataset_name: a .csv, .json or .jsonl file; a folder with train.* and, if there is one,
             validation.*; or a Hub id. The cells of a .csv file stay text, unchanged.
         columns: flag -> name of a column that the script reads. The flag is named in errors. The
-            cells of all columns but the first must not be empty.
+            cells of all columns but the first must not be empty. Class numbers become the names of
+            the classes.
         seed: decides which rows are held out.
-        num_processes: each needs a training row.
+        keep: names of further columns that the script reads, unchecked: lists, for example.
     """
     names = list(columns.values())
     for flag, name in columns.items():
         if names.count(name) > 1:
             flags = " and ".join(f"--{flag}" for flag in columns if columns[flag] == name)
             refuse(f"{flags} are both {name!r}: name a column for each")
-    files = find_files(dataset_name)
+    files, others = find_files(dataset_name)
+    unused = Counter()
     if files:
-        dataset = {split: read_file(file, columns) for split, file in files.items()}
+        read = {split: read_file(file, columns, keep) for split, file in files.items()}
+        dataset = {split: rows for split, (rows, _, _) in read.items()}
+        known = {split: names for split, (_, _, names) in read.items()}
+        for _, more, _ in read.values():
+            unused.update(more)
     else:
         dataset = or_refuse(f"--dataset_name {dataset_name}", load_dataset, dataset_name)
+        known = {split: rows.column_names for split, rows in dataset.items()}
+        others = [f"split {s} ({len(r)} rows)" for s, r in dataset.items() if s not in SPLITS]
     if "train" not in dataset:
         refuse(f"--dataset_name {dataset_name} has no train split, only {', '.join(dataset)}")
-    for split in ("train", "validation"):
-        if split in dataset:
-            check_columns(dataset[split], split, columns)
-    train, valid, repeated = dataset["train"], dataset.get("validation"), 0
-    if valid is None and len(train) > 1:
-        train, valid = train.train_test_split(test_size=0.2, seed=seed).values()
-        held_out = set(valid[names[0]])
-        split = len(train)
-        train = train.filter(lambda row: row[names[0]] not in held_out)
-        repeated = split - len(train)
-    told = f"{repeated} training rows are left out: their {names[0]!r} is held out, too"
-    sizes = {"train": (len(train), num_processes), "validation": (len(valid or ()), 1)}
-    for split, (count, least) in sizes.items():
-        if count < least:
-            reason = f" ({told})" if repeated else ""
-            refuse(
-                f"--dataset_name {dataset_name} leaves {count} row(s) for {split}{reason}, and "
-                f"{num_processes} process(es) need {least}: give more rows, or "
-                "launch with fewer --num_processes"
-            )
-    if repeated:
-        say(f"{told}.")
-    return train, valid
+    dataset = {split: dataset[split] for split in SPLITS if split in dataset}
+    for split, rows in dataset.items():
+        rows = name_classes(rows, split, columns)
+        check_columns(rows, split, columns, known[split])
+        rows = as_text(rows, names[0])
+        unused.update({name: len(rows) for name in {*rows.column_names} - {*names, *keep}})
+        dataset[split] = rows.select_columns(
+            [name for name in rows.column_names if name in {*names, *keep}]
+        )
+    told = [f"column {n!r} ({count} cells)" for n, count in sorted(unused.items()) if n or count]
+    if told or others:
+        say(f"Not used of {dataset_name}: {', '.join([*told, *others])}.")
+    if "validation" in dataset:
+        return dataset["train"], dataset["validation"]
+    return hold_out(dataset["train"], names[0], seed, f"--dataset_name {dataset_name}")
+
+
+def hold_out(rows, name, seed, culprit):
+    """Return the training rows and about a fifth of all rows, held out. No value is in both.
+
+    Args:
+        name: the column in which rows that are equal stay together.
+    """
+    counts = Counter(rows[name])
+    if len(rows) < 2:
+        refuse(
+            f"{culprit} has 1 row, and no validation split: give more rows, to train on some and "
+            "to hold out the others"
+        )
+    if len(counts) == 1:
+        refuse(
+            f"all {len(rows)} rows of {culprit} are equal in {name!r}, so none can be held out "
+            "that is not trained on: give rows that differ, or a folder with train and validation"
+        )
+    train, valid = rows.train_test_split(test_size=0.2, seed=seed).values()
+    if len(counts) == len(rows):
+        return train, valid
+    held = Counter()
+    for value in dict.fromkeys([*valid[name], *train[name]]):  # in the order that the seed drew
+        if held.total() + counts[value] <= len(valid):
+            held[value] = counts[value]
+    rarest = min(counts, key=counts.get)
+    held = held or Counter({rarest: counts[rarest]})
+    say(
+        f"{len(rows)} rows have {len(counts)} different {name!r}: {len(held)} of them are held "
+        f"out, with all their {held.total()} rows."
+    )
+    sides = [[], []]
+    for index, value in enumerate(rows[name]):
+        sides[value in held].append(index)
+    return rows.select(sides[False]), rows.select(sides[True])
 
 
 def find_files(dataset_name):
-    """Return split -> file; an empty dict for a Hub id."""
+    """Return split -> file and what of a folder is not read; two empty values for a Hub id."""
     path = Path(dataset_name)
     if or_refuse(f"--dataset_name {path}", path.is_dir):
         return find_splits(path)
-    if path.suffix in FORMATS or path.is_file():
-        if path.suffix not in FORMATS:
+    is_format = path.suffix.lower() in FORMATS
+    if is_format or path.is_file():
+        if not is_format:
             refuse(
                 f"--dataset_name {path} is not a {', '.join(FORMATS)} file: convert or rename it"
             )
         if not path.is_file():
             refuse(f"--dataset_name {path} does not exist: check the path")
-        return {"train": path}
-    if dataset_name.count("/") > 1 or dataset_name.startswith((".", "/", "~")):
+        return {"train": path}, []
+    if not dataset_name or dataset_name.count("/") > 1 or dataset_name[0] in "./~":
         refuse(f"--dataset_name {dataset_name!r} is not a file, folder or Hub id: check the path")
     check_hub(f"--dataset_name {dataset_name}")
-    return {}
+    return {}, []
 
 
 def find_splits(folder):
-    """Return split -> file of a folder."""
-    files = {}
+    """Return split -> file of a folder, and a phrase for each other file in it."""
+    files, others = {}, []
     for file in sorted(folder.iterdir()):
-        if file.suffix in FORMATS and file.stem in ("train", "validation"):
-            if file.stem in files:
-                both = f"{files[file.stem].name} and {file.name}"
-                refuse(f"--dataset_name {folder} holds {both}: keep one of them")
-            files[file.stem] = file
-    if "train" not in files:
-        refuse(
-            f"--dataset_name {folder} holds no train.csv, train.json or train.jsonl: name a file, "
-            "or add one"
-        )
-    return files
-
-
-def read_file(file, columns):
-    """Return the rows of a .csv, .json or .jsonl file as a Dataset.
-
-    A column that the script reads must have values of one type. Any other column with mixed types
-    is left out, and its name is printed.
-    """
-    if file.stat().st_size == 0:
-        refuse(f"--dataset_name {file} is empty: give a file with rows")
-    broken = f"--dataset_name {file} cannot be read, fix or convert it"
-    rows = or_refuse(broken, read_csv if file.suffix == ".csv" else read_json, file)
-    if not rows:
-        refuse(f"--dataset_name {file} has no rows: give a file with rows")
-    names = dict.fromkeys(name for row in rows for name in row)  # rows may differ in their keys
-    cells = {name: [row.get(name) for row in rows] for name in names}
-    for flag, name in columns.items():
-        if name in cells:
-            mixed = f"--{flag} {name!r} has values in {file} that are not of one type, change them"
-            or_refuse(mixed, Dataset.from_dict, {name: cells[name]})
-    for name in [name for name in cells if name not in columns.values()]:
-        try:
-            Dataset.from_dict({name: cells[name]})
-        except Exception as error:  # pyarrow's, of several classes
-            del cells[name]
-            say(f"Column {name!r} of {file} is left out: {first_line(error)}")
-    return Dataset.from_dict(cells)
-
-
-def read_csv(file):
-    """Return the rows of a .csv as dicts of text; empty cells, NA and 01 stay as they are."""
-    csv.field_size_limit(sys.maxsize)
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.reader(lines, strict=True)  # an open quote at the end of the file is an error
-        header, rows = next(reader), []
-        named = [name for name in header if name]
-        if twice := [name for name in named if header.count(name) > 1]:
-            raise ValueError(f"two columns are called {twice[0]!r}; rename one")
-        for number, cells in enumerate(filter(None, reader), start=1):
-            if len(cells) > len(header):
-                raise ValueError(
-                    f"row {number} has {len(cells)} cells for {len(header)} columns; a quote may "
-                    "be missing"
-                )
-            cells += [None] * (len(header) - len(cells))
-            if any(cell for name, cell in zip(header, cells) if not name):
-                raise ValueError(f"row {number} has a cell in a column without a name")
-            rows.append({name: cell for name, cell in zip(header, cells) if name})
-    return rows
-
-
-def read_json(file):
-    """Return the rows of a .json or .jsonl: a list of objects, or one object per line."""
-    with file.open(encoding="utf-8-sig") as lines:
-        is_list = next(filter(str.strip, lines), "").lstrip().startswith("[")
-        lines.seek(0)
-        if is_list:
-            rows = json.load(lines)
+        split = file.stem.lower()
+        if file.suffix.lower() not in FORMATS or split not in SPLITS or not file.is_file():
+            kind = "folder" if file.is_dir() else "file"
+            others += [] if file.name.startswith(".") else [f"{kind} {file.name}"]
+        elif split in files:
+            both = f"{files[split].name} and {file.name}"
+            refuse(f"--dataset_name {folder} holds {both}: keep one of them")
         else:
-            where = f"--dataset_name {file}: row {{}} is not JSON, fix it"
-            numbered = enumerate(filter(str.strip, lines), start=1)
-            rows = [or_refuse(where.format(number), json.loads, line) for number, line in numbered]
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise ValueError(f"row {number} is a {type(row).__name__}, not an object with columns")
-    return rows
+            files[split] = file
+    if "train" not in files:
+        found = f", only {', '.join(others)}" if others else ""
+        refuse(
+            f"--dataset_name {folder} holds no train.csv, train.json or train.jsonl{found}: name a "
+            "file, or add one"
+        )
+    return files, others
 
 
-def check_columns(rows, split, columns):
-    """Stop if a column is missing, holds lists, or has an empty cell that must be filled."""
+def check_columns(rows, split, columns, known):
+    """Stop if a column is missing, is not text or numbers, or has an empty cell.
+
+    Of the first column the empty cells are counted, in a line.
+
+    Args:
+        known: the names of all columns of the split, for the error.
+    """
     for flag, name in columns.items():
         if name not in rows.column_names:
-            known = ", ".join(map(repr, rows.column_names))
-            refuse(f"--{flag} {name!r} is not in {split}: the columns are {known}")
-        if not hasattr(rows.features[name], "dtype"):
-            kind = type(rows.features[name]).__name__
+            told = ", ".join(map(repr, known))
+            refuse(f"--{flag} {name!r} is not in {split}: the columns are {told}")
+        feature = rows.features[name]
+        if not isinstance(feature, Value) or feature.dtype.endswith("binary"):
+            kind = feature.dtype if isinstance(feature, Value) else type(feature).__name__
             refuse(f"--{flag} {name!r} holds {kind}, not text, in {split}: choose another column")
-        if name != next(iter(columns.values())):
-            for number, cell in enumerate(rows[name], start=1):
-                if cell is None or not str(cell).strip():
-                    refuse(
-                        f"row {number} of {split} has no {flag.removesuffix('_column')} in column "
-                        f"{name!r}: fill it, drop the row, or close a quote that is open"
-                    )
+        cells = enumerate(rows[name], start=1)
+        empty = [number for number, cell in cells if cell is None or not str(cell).strip()]
+        if empty and name != next(iter(columns.values())):
+            refuse(
+                f"row {empty[0]} of {split} has no {flag.removesuffix('_column')} in column "
+                f"{name!r}: fill it, drop the row, or close a quote that is open"
+            )
+        if empty:
+            say(
+                f"{len(empty)} of {len(rows)} rows of {split} have an empty {name!r}, row "
+                f"{empty[0]} first; they are used."
+            )
+
+
+def name_classes(rows, split, columns):
+    """Return the rows with the names of the classes where the columns hold their numbers.
+
+    A row without a class, -1, gets an empty cell.
+    """
+    for name in {*columns.values()} & {*rows.column_names}:
+        feature = rows.features[name]
+        if isinstance(feature, ClassLabel):
+            names = dict(enumerate(feature.names))
+            rows = replace(rows, name, [names.get(cell) for cell in rows[name]])
+            told = ", ".join(feature.names)
+            say(f"Column {name!r} of {split} holds class numbers: their names are used, {told}.")
+    return rows
+
+
+def as_text(rows, name):
+    """Return the rows with the numbers of a column as text, so that 0 is not an empty cell."""
+    if rows.features[name].dtype in ("string", "large_string"):
+        return rows
+    return replace(rows, name, [None if cell is None else str(cell) for cell in rows[name]])
+
+
+def replace(rows, name, cells):
+    """Return the rows with other cells in a column."""
+    return rows.remove_columns(name).add_column(name, cells)
 
 
 def check_labels(train, targets, tokenizer, max_length, prompt_length, is_shared=True):
-    """Stop if labels cannot be told apart, or leave no room for text.
+    """Return what a correct answer is; stop if class labels or a row's text would be lost.
 
-    For classification; free text as a target needs no such check.
+    Labels that become the same text after tokenizing count as the same answer. If they are classes,
+    this is an error, unless they differ in blanks only. They are classes if the training rows
+    repeat most of them; else they are free text.
 
     Args:
         train: the labels of the training rows.
@@ -202,18 +219,34 @@ def check_labels(train, targets, tokenizer, max_length, prompt_length, is_shared
         label -> the text that its token ids decode to, which a correct answer must equal; and how
         many tokens of text fit beside the prompt and the longest label.
     """
-    if len(set(map(str, train))) < 2:
-        refuse(f"all training rows have the label {train[0]!r}: there is nothing to learn")
-    answers, seen = {}, {}
+    counts = Counter(map(str, train))
+    if len(counts) == 1:
+        say(
+            f"All {counts.total()} training rows have the label {next(iter(counts))!r}: whatever "
+            "the text is, the model learns to write it."
+        )
+    is_free_text = len(counts) > counts.total() / 2
+    answers, seen, alike, changed = {}, {}, [], []
     for label, ids in targets.items():
         answers[label] = answer = tokenizer.decode(ids, skip_special_tokens=True).strip()
-        if not answer:
+        if not answer and not is_free_text:
             refuse(f"label {label!r} becomes empty text after tokenizing: rename it")
-        if seen.setdefault(answer, label) != label:
+        first = seen.setdefault(answer, label)
+        both = f"{first!r} ({counts[first]} training rows) and {label!r} ({counts[label]})"
+        if first != label and first.split() != label.split() and not is_free_text:
             refuse(
-                f"two labels, {seen[answer]!r} and {label!r}, become the same text after "
-                f"tokenizing ({answer!r}), so they cannot be told apart: rename one"
+                f"two labels, {both}, become the same text after tokenizing ({answer!r}), so they "
+                "cannot be told apart: rename one"
             )
+        alike += [both] if first != label else []
+        changed += [label] if answer != label.strip() else []
+    if alike:
+        say(f"{len(alike)} labels count as the same answer as another one: {alike[0]}.")
+    if changed:
+        say(
+            f"The tokenizer changes {len(changed)} of {len(targets)} labels, such as "
+            f"{changed[0]!r} to {answers[changed[0]]!r}: the latter counts as the correct answer."
+        )
     longest = max(map(len, targets.values())) + 1 if is_shared else 0
     room = max_length - prompt_length - longest
     if room < 1:

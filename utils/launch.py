@@ -9,7 +9,6 @@ group exists before the Accelerator is created. `start_accelerator` creates it.
 import ctypes
 import dataclasses
 import importlib
-import json
 import os
 import signal
 import sys
@@ -28,10 +27,11 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 from datasets import disable_progress_bars
-from torch.distributed import distributed_c10d
+from torch.distributed import DistNetworkError, distributed_c10d
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from utils.errors import or_refuse
+from utils.environment import deepspeed_file, is_enabled, threads_of_the_user
+from utils.errors import first_line, refuse
 
 PR_SET_PDEATHSIG = 1  # option of Linux's prctl: the signal that a process gets when its parent dies
 # How long a collective waits for the other processes. NCCL's default is 10 minutes and gloo's 30,
@@ -60,21 +60,22 @@ def shards_parameters():
 
 def deepspeed_settings():
     """Return stage, optimizer offload device and precision of the launched DeepSpeed config."""
-    environ = os.environ
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    if not stage.isdigit():
+        refuse(f"zero_stage is {stage!r} in the launch config: give one of the numbers 0, 1, 2, 3")
     settings = {
-        "stage": int(environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)),
-        "optimizer": environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none"),
-        "precision": environ.get("ACCELERATE_MIXED_PRECISION", "no"),
+        "stage": int(stage),
+        "optimizer": os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none"),
+        "precision": os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
     }
-    file = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    if file != "none":
-        culprit = f"deepspeed_config_file {file}"
-        deepspeed = or_refuse(culprit, lambda: json.loads(Path(file).read_text()))
-        zero = deepspeed.get("zero_optimization", {})
-        settings["stage"] = zero.get("stage", 0)
-        settings["optimizer"] = zero.get("offload_optimizer", {}).get("device", "none")
+    _, content = deepspeed_file()
+    if content:
+        zero = content["zero_optimization"]
+        if zero.get("stage") != "auto":
+            settings["stage"] = int(zero.get("stage", 0))
+        settings["optimizer"] = (zero.get("offload_optimizer") or {}).get("device", "none")
         for precision in ("fp16", "bf16"):
-            if deepspeed.get(precision, {}).get("enabled") is True:
+            if is_enabled(content.get(precision)):
                 settings["precision"] = precision
     return settings
 
@@ -135,11 +136,18 @@ def start_accelerator(
         threads = use_all_cores()
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     if "LOCAL_RANK" in os.environ:
-        turned_off = join_group()
+        try:
+            turned_off = join_group()
+        except DistNetworkError as error:
+            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            refuse(f"no process group at {address}: {first_line(error)}; launch with another port")
     accumulation = GradientAccumulationPlugin(
         gradient_accumulation_steps, sync_with_dataloader=False
     )
-    accelerator = Accelerator(gradient_accumulation_plugin=accumulation, **kwargs)
+    try:
+        accelerator = Accelerator(gradient_accumulation_plugin=accumulation, **kwargs)
+    except (ValueError, NotImplementedError, ImportError) as error:
+        refuse(f"accelerate cannot run the launch config, change it: {first_line(error)}")
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
         raise RuntimeError(
@@ -147,6 +155,11 @@ def start_accelerator(
         )
     if accelerator.distributed_type == DistributedType.FSDP:
         keep_float32(accelerator.state.fsdp_plugin)
+    if plugin := accelerator.deepspeed_plugin:
+        # accelerate reads the batch size from the loader; a file's own would contradict it
+        batch = dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu"), "auto")
+        plugin.deepspeed_config |= batch | {"gradient_accumulation_steps": accumulation.num_steps}
+        plugin.set_deepspeed_weakref()  # zero.Init reads it while the model loads
     if offloads_optimizer(accelerator) and (reason := cpu_adam_failure(accelerator)):
         accelerator.deepspeed_plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
         accelerator.print(
@@ -157,7 +170,7 @@ def start_accelerator(
         accelerator.print(f"Turned off, because FSDP needs GPUs for it: {', '.join(turned_off)}.")
     accelerator.print(describe(accelerator))
     if threads:
-        accelerator.print(f"CPU threads per process: {threads} (OMP_NUM_THREADS was 1 or unset).")
+        accelerator.print(f"CPU threads per process: {threads} (OMP_NUM_THREADS is unset).")
     if hint := precision_hint(accelerator.device.type, accelerator.mixed_precision, tf32):
         accelerator.print(hint)
     return accelerator
@@ -240,11 +253,11 @@ def join_group_on_gpu(use_deepspeed):
 def use_all_cores():
     """Divide the machine's cores among its processes.
 
-    `accelerate launch` gives every process one thread (OMP_NUM_THREADS=1), unless the user set
-    another number. With a GPU the CPU's threads pack 4-bit weights and step an offloaded optimizer.
-    Returns the number of threads, or 0 if the user's number is kept.
+    `accelerate launch` gives every process one thread (OMP_NUM_THREADS=1), unless the user set a
+    number. With a GPU the CPU's threads pack 4-bit weights and step an offloaded optimizer. Returns
+    the number of threads, or 0 if the user's number is kept.
     """
-    if os.environ.get("OMP_NUM_THREADS", "1") != "1":
+    if threads_of_the_user() is not None:
         return 0
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
@@ -319,7 +332,9 @@ def describe(accelerator):
     count = accelerator.num_processes
     processes = "1 process" if count == 1 else f"{count} processes"
     device = accelerator.device.type
-    return f"Running {strategy} on {processes}, {device} device, {backend} backend."
+    precision = accelerator.mixed_precision
+    told = "" if precision == "no" else f", {precision} mixed precision"
+    return f"Running {strategy} on {processes}, {device} device, {backend} backend{told}."
 
 
 def precision_hint(device, mixed_precision, tf32):
@@ -339,10 +354,11 @@ def configure_deepspeed(accelerator, config, model, **settings):
     """Write the script's settings into DeepSpeed's config before `prepare`.
 
     Does nothing without DeepSpeed, which accumulates and clips by its own config, not by
-    accelerate's. Also lowers `reduce_bucket_size` to the number of trainable parameters: ZeRO-3
-    allocates a buffer of that size on every GPU (by default 5e8 elements, 1 to 2 GB), even for a
-    small adapter. A value in the user's own deepspeed_config_file is kept. Under ZeRO-3 a 4-bit
-    model is sharded by `shard_4bit_model`.
+    accelerate's. The numbers of the launch config are replaced (`check_launch` has named them).
+    Also lowers `reduce_bucket_size` to the number of trainable parameters: ZeRO-3 allocates a
+    buffer of that size on every GPU (by default 5e8 elements, 1 to 2 GB), even for a small adapter.
+    A value in the user's own deepspeed_config_file is kept. Under ZeRO-3 a 4-bit model is sharded
+    by `shard_4bit_model`.
 
     Args:
         config: its gradient_accumulation_steps and max_grad_norm are read.

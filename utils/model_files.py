@@ -253,7 +253,7 @@ def check_layers(config, culprit, skeleton):
         check_target_parameters(config.lora_target_parameters, skeleton)
     if flags.get("modules_to_save"):
         check_modules_to_save(config, skeleton)
-    if "target_modules" in flags:
+    if {"target_modules", "lora_dropout"} <= set(flags):  # not a script with another method
         check_lora(config, skeleton)
 
 

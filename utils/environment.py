@@ -1,0 +1,182 @@
+"""Read how this process was started, and undo what another launch left in its environment."""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import yaml
+from accelerate.commands.config.config_args import default_config_file
+from accelerate.utils import str_to_bool
+
+from utils.errors import or_refuse, refuse, say
+
+# what each process of a group needs to find the others
+GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+STORE = "TORCHELASTIC_USE_AGENT_STORE"  # errors ask torch's launcher there (is_first_to_refuse)
+STRATEGIES = {"ACCELERATE_USE_DEEPSPEED": "DEEPSPEED", "ACCELERATE_USE_FSDP": "FSDP"}
+CONFIG_FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
+
+
+# What started this process ------------------------------------------------------------------------
+def launcher():
+    """Return the command of this process's parent, as words, and the environment it started with.
+
+    Both are empty where the system does not tell.
+    """
+    parent = Path(f"/proc/{os.getppid()}")
+    try:
+        command, environ = ((parent / name).read_bytes() for name in ("cmdline", "environ"))
+    except OSError:  # not Linux, or the parent is gone
+        return [], {}
+    variables = os.fsdecode(environ).split("\0")
+    pairs = (variable.partition("=") for variable in variables)
+    return os.fsdecode(command).split("\0"), {name: value for name, _, value in pairs}
+
+
+def is_accelerate(command):
+    """Return whether a command is `accelerate launch`, in any of its spellings."""
+    begin = " ".join(Path(word).name for word in command[:5])
+    return re.search(r"accelerate\S*[ .-]launch\b", begin) is not None
+
+
+def launch_config():
+    """Return the content of the YAML file that `accelerate launch` was given; {} where unknown."""
+    command, _ = launcher()
+    if not is_accelerate(command):
+        return {}
+    words = "\0".join(command).replace("--config_file=", "--config_file\0").split("\0")
+    given = words[words.index("--config_file") + 1] if "--config_file" in words else None
+    file = Path(given or default_config_file)
+    content = yaml.safe_load(file.read_bytes()) if file.is_file() else None
+    return content if isinstance(content, dict) else {}
+
+
+def deepspeed_file():
+    """Return the name and the content of the launch config's deepspeed_config_file; "" and {}.
+
+    Stops with an error where it is not JSON, or its zero_optimization not of the form that
+    DeepSpeed reads.
+    """
+    name = os.environ.get(CONFIG_FILE, "none")
+    if name == "none":
+        return "", {}
+    culprit = f"deepspeed_config_file {name}"
+    content = or_refuse(culprit, lambda: json.loads(Path(name).read_text(encoding="utf-8")))
+    zero = content.get("zero_optimization") if isinstance(content, dict) else None
+    if not isinstance(zero, dict):
+        refuse(f'{culprit} has no "zero_optimization": {{"stage": ...}}, which accelerate needs')
+    for part in ("offload_optimizer", "offload_param"):
+        if not isinstance(zero.get(part, {}), dict | None):
+            refuse(f'{culprit} has {part} {zero[part]!r}: write {{"device": {zero[part]!r}}}')
+    if (stage := zero.get("stage", 0)) not in (0, 1, 2, 3, "auto"):
+        refuse(f"{culprit} has stage {stage!r}: give one of the numbers 0, 1, 2, 3")
+    for block in ("fp16", "bf16", "bfloat16"):
+        if not isinstance(content.get(block, {}), dict):
+            refuse(f'{culprit} has {block} {content[block]!r}: write {{"enabled": true}} or false')
+    return name, content
+
+
+def is_enabled(block):
+    """Return whether a block of a DeepSpeed config says "enabled": true."""
+    return str((block or {}).get("enabled")).lower() == "true"
+
+
+def threads_of_the_user():
+    """Return the user's own OMP_NUM_THREADS; None where it is unset, or set by a launcher.
+
+    `accelerate launch` and torchrun set it for their processes.
+    """
+    command, environ = launcher()
+    for number, word in enumerate(command):
+        if word.startswith("--num_cpu_threads_per_process"):
+            return word.partition("=")[2] or command[number + 1]
+    if "LOCAL_RANK" in os.environ or "ACCELERATE_DYNAMO_BACKEND" in os.environ:
+        return environ.get("OMP_NUM_THREADS")
+    return os.environ.get("OMP_NUM_THREADS")
+
+
+# What is undone -----------------------------------------------------------------------------------
+def settle_environment():
+    """Make the environment variables say what was launched; each change is printed.
+
+    Also lets a console without Unicode print every line, with escapes.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    settle_group()
+    settle_strategy()
+
+
+def settle_group():
+    """Stop if the variables of a process group contradict each other; ignore parts of a group."""
+    for name in {*GROUP, *NUMBERS}:
+        if os.environ.get(name) == "":
+            del os.environ[name]
+    given = {name: os.environ[name] for name in {*GROUP, *NUMBERS} & {*os.environ}}
+    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & {*given}:
+        return
+    for name in NUMBERS:
+        if not given.get(name, "0").isdigit():
+            ignore("RANK", STORE)  # so that this process prints the error
+            refuse(f"{name} is {given[name]!r} in the environment, not a number: unset it")
+    rank, size = int(given.get("RANK", 0)), int(given.get("WORLD_SIZE", 1))
+    missing = [name for name in GROUP if name not in given]
+    if missing and size == 1:
+        ignore(*GROUP, "LOCAL_WORLD_SIZE", STORE)
+        told = [f"{name}={value}" for name, value in sorted(given.items())]
+        say(
+            f"Ignored: {', '.join(told)} in the environment, without {', '.join(missing)}. The "
+            "script runs in one process."
+        )
+    elif missing:
+        ignore("RANK", STORE)
+        refuse(
+            f"WORLD_SIZE is {size} in the environment, and {', '.join(missing)} are not set: start "
+            f"the script with `accelerate launch`, or unset {', '.join(sorted(given))}"
+        )
+    elif rank >= size:
+        ignore("RANK", STORE)
+        refuse(f"RANK is {rank} in the environment, and WORLD_SIZE {size}: unset both")
+    elif size > 1 and ("TORCHELASTIC_RUN_ID" not in os.environ or "RANK" in launcher()[1]):
+        address = f"{given['MASTER_ADDR']}:{given['MASTER_PORT']}"
+        print(
+            f"RANK is {rank} and WORLD_SIZE {size} in the environment: this process waits for "
+            f"{size - 1} more at {address}. To run alone, unset {', '.join(sorted(given))}.",
+            flush=True,
+        )
+
+
+def settle_strategy():
+    """Ignore the strategy of another launch, which its variables left in the environment."""
+    command, _ = launcher()
+    flags = {f"--use_{kind.lower()}": kind for kind in STRATEGIES.values()}
+    config = launch_config()
+    asked = [kind for flag, kind in flags.items() if flag in command]
+    asked = asked or [config.get("distributed_type")]
+    for name, kind in STRATEGIES.items():
+        if not str_to_bool(os.environ.get(name) or "no"):
+            continue
+        os.environ[name] = "true"  # accelerate takes no other word
+        if "LOCAL_RANK" not in os.environ:  # every launcher of a strategy sets it
+            ignore(name)
+            say(f"Ignored: {name} in the environment. No launcher started this process.")
+        elif is_accelerate(command) and asked[0] != kind:
+            ignore(name)
+            say(f"Ignored: {name} in the environment, of another launch than this one.")
+    has_file = "deepspeed_config_file" in (config.get("deepspeed_config") or {})
+    has_file |= any(word.startswith("--deepspeed_config_file") for word in command)
+    if is_accelerate(command) and CONFIG_FILE in os.environ and not has_file:
+        told = os.environ[CONFIG_FILE]
+        ignore(CONFIG_FILE)
+        if asked[0] == "DEEPSPEED":
+            say(f"Ignored: {CONFIG_FILE}={told} in the environment, of another launch.")
+
+
+def ignore(*names):
+    """Remove variables from the environment."""
+    for name in names:
+        os.environ.pop(name, None)
