@@ -211,13 +211,11 @@ def find_checkpoint(config, run):
         return "", {}
     file = Path(resumed, "state.pt")
     culprit = f"{file} cannot be read, give the folder of another checkpoint, or True"
-    # weights_only: tensors and numbers, no code
-    state = or_refuse(culprit, torch.load, file, weights_only=True, map_location="cpu")
-    before = or_refuse(culprit, lambda: dict(state["run"]))
-    changed = [key for key in {**before, **run} if before.get(key, False) != run.get(key, False)]
+    state = or_refuse(culprit, torch.load, file, weights_only=True, map_location="cpu")  # no code
+    then = or_refuse(culprit, lambda: state["run"].get)
+    changed = [f"{k} {then(k)} (now {run[k]})" for k in run if then(k, False) != run[k]]
     if changed:
-        told = ", ".join(f"{key} {before.get(key)} (now {run.get(key)})" for key in changed)
-        refuse(f"{resumed} was made with {told}: give the same, or start a new run")
+        refuse(f"{resumed} was made with {', '.join(changed)}: give the same, or start a new run")
     return resumed, state
 
 
@@ -227,16 +225,14 @@ def main():
     config = read_settings(Config, ("single", "ddp"), AutoModelForCausalLM, base="frozen")
     steps, deterministic = config.gradient_accumulation_steps, config.deterministic
     accelerator = start_accelerator(steps, tf32=config.tf32, deterministic=deterministic)
-    free = "save_steps checkpoint_dir resume_from_checkpoint output_dir overwrite_output_dir "
-    free += "hub_model_id eval_strategy per_device_eval_batch_size dataset_name model_name_or_path"
-    run = {name: value for name, value in asdict(config).items() if name not in free.split()}
+    free = ("save", "checkpoint", "resume", "output", "overwrite", "hub", "eval", "data", "model")
+    run = {name: value for name, value in asdict(config).items() if not name.startswith(free)}
     run |= {name: getattr(accelerator, name) for name in ("num_processes", "mixed_precision")}
     set_seed(config.seed)
     tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # padding is masked
     train_loader, valid_loader = build_dataloaders(config, tokenizer, accelerator)
-    # checksums: data and model may lie elsewhere now, but must be the same
-    run["rows"] = crc32(repr([train_loader.dataset, valid_loader.dataset]).encode())
+    run["checksum of the rows"] = crc32(repr([train_loader.dataset, valid_loader.dataset]).encode())
     resumed, state = find_checkpoint(config, run)
     tracker = MemoryTracker()
     with tracker.phase("load"):

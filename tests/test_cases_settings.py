@@ -615,12 +615,3 @@ def test_where_no_lock_can_be_held_the_run_goes_on(unlocked, tmp_path, monkeypat
 
 def test_an_empty_name_is_no_folder(unlocked, capsys):
     assert "--output_dir is empty" in refusal(capsys, folders.lock_folder, "output_dir", "")
-
-
-def test_the_free_space_is_that_of_the_nearest_folder_that_exists(tmp_path, monkeypatch):
-    asked = []
-    usage = SimpleNamespace(free=7)
-    monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: asked.append(path) or usage)
-    assert folders.free_bytes(tmp_path / "several/new") == 7
-    assert folders.free_bytes(str(tmp_path)) == 7
-    assert asked == [tmp_path, tmp_path]

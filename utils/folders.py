@@ -1,4 +1,4 @@
-"""Check the output folder, keep other runs out of it, and say how much space is left for it."""
+"""Check the output folder, and keep other runs out of it while this one lasts."""
 
 import atexit
 import contextlib
@@ -6,7 +6,6 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 import socket
 import tempfile
 from pathlib import Path
@@ -97,9 +96,3 @@ def unlock(file, process):
     if os.getpid() == process and file in LOCKS:
         file.unlink(missing_ok=True)
         os.close(LOCKS.pop(file))
-
-
-def free_bytes(path):
-    """Return how many bytes the user can still write where a file or folder is, or will be."""
-    path = Path(path).absolute()
-    return shutil.disk_usage(next(one for one in (path, *path.parents) if one.exists())).free
