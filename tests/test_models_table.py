@@ -79,7 +79,8 @@ def test_a_setting_that_the_sentence_names_is_tried(monkeypatch, tmp_path):
     assert tried == [(), ("--attn_implementation", "eager")]
     assert facts["answer"] == "yes" and facts["without"] == SENTENCE
     answers[1], tried[:] = {"answer": "traceback", "reason": "no"}, []
-    assert row.measure_cell("chat_sft")["answer"] == "refused"  # its own sentence
+    facts = row.measure_cell("chat_sft")  # a remedy that does not work is a fault
+    assert facts["answer"] == "traceback" and facts["without"] == SENTENCE
     answers[0], tried[:] = {"answer": "refused", "reason": "no"}, []
     assert row.measure_cell("chat_sft")["reason"] == "no" and tried == [()]
 
@@ -158,6 +159,7 @@ def test_render():
         "gpt2/zero3": stopped,
         "gpt2/fsdp2": raised,
         "gpt2/merge": {"answer": "differs", "reason": "an answer", "seconds": 1.0},
+        "opt/lesson": raised | {"setting": "--attn_implementation eager", "without": "no"},
         "t5/lesson": YES | {"reload": "an answer is 1"},
         "t5/merge": {"answer": "nothing", "seconds": 0.0},
     }
@@ -173,13 +175,14 @@ def test_render():
         "yes",
         "**differs** [5](#n5)",
     ]
+    assert rows["OPT (`opt`)"][1] == "**fault**, with a setting [1](#n1) [4](#n4)"
     assert rows["T5 (`t5`)"][:2] == ["-", "yes"] and rows["T5 (`t5`)"][2] == "-"
     assert rows["T5 (`t5`)"][5:] == ["**differs** [6](#n6)", "-"]
     assert rows["Bloom (`bloom`)"][0] == "not measured"
     assert "2. <a id=\"n2\"></a>`no 'sdpa' here`" in page
     assert "stopped after training had started: `lost`" in page
     assert "traceback before training: `KeyError: 1`" in page
-    assert f"2 cells say yes, 2 no, 3 have a fault, 1 runs do not reload, {len(CELLS) - 8}" in page
+    assert f"2 cells say yes, 2 no, 4 have a fault, 1 runs do not reload, {len(CELLS) - 9}" in page
 
 
 def test_committed_results_are_complete_and_rendered():

@@ -18,6 +18,8 @@ from tools.models.rows import RUNS, run_of
 
 TIME_LIMIT = 180  # seconds for a step of a cell
 LONGEST = 600  # characters of a sentence or error on the page
+REMEDY = re.compile(r"attn_implementation[ =]\"?(\w+)")
+GIVEN = ("documents", "sdpa")  # what the scripts use by default
 
 
 def run_process(step, job):
@@ -83,17 +85,16 @@ class RowFolder:
     def measure_cell(self, column):
         """Return the facts of a cell.
 
-        If the script refuses with a sentence that names another --attn_implementation, the cell is
+        If the script refuses with a sentence that names another attn_implementation, the cell is
         measured once more with that.
         """
         begin = time.monotonic()
         facts = {"answer": "traceback", **self.error} if self.error else self.measure_run(column)
-        named = re.findall(r"give --attn_implementation (\w+)", facts.get("reason", ""))
+        named = [name for name in REMEDY.findall(facts.get("reason", "")) if name not in GIVEN]
         if facts["answer"] == "refused" and named:
             setting = ("--attn_implementation", named[-1])
-            again = self.measure_run(column, setting)
-            if again["answer"] == "yes":
-                facts = again | {"setting": " ".join(setting), "without": facts["reason"]}
+            again = {"setting": " ".join(setting), "without": facts["reason"]}
+            facts = self.measure_run(column, setting) | again
         return facts | {"seconds": round(time.monotonic() - begin, 1)}
 
     def measure_merge(self, cells):

@@ -31,8 +31,9 @@ The columns:
 
 The answers:
 
-- **yes**: all of this worked, with two updates. `yes, with a setting`: the script refused its
-  default and named a setting; with that it worked. The note has both.
+- **yes**: all of this worked, with two updates.
+- **with a setting**: the script refused its default and named a setting. The first note has both,
+  and the answer is that of a run with the setting.
 - **no**: the script refused before training, with the sentence in the note.
 - **fault**: the run ended with a traceback, or after training had started. That is a fault of this
   repository, and the note has the error.
@@ -90,11 +91,11 @@ def reason_of(facts):
 
 def cell_words(facts, notes):
     """Return the words of a cell that was measured."""
-    words = WORDS[facts["answer"]]
+    words = [WORDS[facts["answer"]]]
     if "setting" in facts:
         note = f"with `{facts['setting']}`; without it {code(facts['without'])}"
-        return f"{words}, with a setting {notes.link(note)}"
-    return f"{words} {notes.link(reason_of(facts))}" if "reason" in facts else words
+        words = [f"{words[0]}, with a setting", notes.link(note)]
+    return " ".join(words + ([notes.link(reason_of(facts))] if "reason" in facts else []))
 
 
 def reload_words(row, cells, notes):
