@@ -78,6 +78,16 @@ def answer(model, tokenizer, prompt, longest):
     return tokenizer.decode(tokens[start:], skip_special_tokens=True).strip()
 
 
+def logits_of(model):
+    """Return the logits of a row of tokens; an encoder-decoder model gets them on both sides."""
+    ids = torch.arange(10, 40)[None]
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = ids
+    with torch.no_grad():
+        return model(**batch).logits
+
+
 def difference(found, expected):
     """Return "" if answers and loss are equal, else how they differ."""
     answers, loss = found

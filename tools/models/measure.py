@@ -19,6 +19,7 @@ from tools.models.rows import RUNS, run_of
 TIME_LIMIT = 180  # seconds for a step of a cell
 LONGEST = 600  # characters of a sentence or error on the page
 REMEDY = re.compile(r"attn_implementation[ =]\"?(\w+)")
+ABORT = re.compile(r"terminate called .*\n +what\(\): +(.*)")
 GIVEN = ("documents", "sdpa")  # what the scripts use by default
 
 
@@ -47,7 +48,8 @@ class RowFolder:
     def __init__(self, context, row, folder):
         self.context, self.row, self.folder = context, row, Path(folder)
         (self.folder / "make").mkdir()
-        self.error = self.step("make", "make")
+        if error := self.step("make", "make"):
+            raise SystemExit(f"error: the model of {row} could not be made: {error['message']}")
 
     def step(self, step, run, world=1, **job):
         """Run a step of the cell in the folder `run`; return its error, {} if there was none."""
@@ -55,7 +57,12 @@ class RowFolder:
         job["port"] = free_port()
         jobs = [job | {"rank": rank} for rank in range(world)]
         folder = self.folder / run
-        return processes.run_step(self.context, step, jobs, folder, TIME_LIMIT, run_process)
+        error = processes.run_step(self.context, step, jobs, folder, TIME_LIMIT, run_process)
+        if error.get("kind") != "refused":
+            # a process that a library aborts writes no error, and the others lose their connection
+            aborted = [ABORT.search(file.read_text()) for file in folder.glob(f"{step}-*.stderr")]
+            error |= next(({"message": f"aborts: {one[1]}"} for one in aborted if one), {})
+        return error
 
     def measure_run(self, column, extra=()):
         """Run a script, reload what it saved, and return the facts of the cell."""
@@ -89,7 +96,7 @@ class RowFolder:
         measured once more with that.
         """
         begin = time.monotonic()
-        facts = {"answer": "traceback", **self.error} if self.error else self.measure_run(column)
+        facts = self.measure_run(column)
         named = [name for name in REMEDY.findall(facts.get("reason", "")) if name not in GIVEN]
         if facts["answer"] == "refused" and named:
             setting = ("--attn_implementation", named[-1])

@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from tools.models.architectures import ARCHITECTURES
-from tools.models.compare import difference, loaded_facts, printed_facts, printed_model
+from tools.models.compare import difference, loaded_facts, logits_of, printed_facts, printed_model
 from tools.models.make import save_data, save_model
 
 LIBRARIES = """accelerate.commands.launch bitsandbytes datasets deepspeed deepspeed.runtime.zero
@@ -101,17 +101,17 @@ def merge(job, run):
 def reload(job, run):
     """Load what the script saved by the lines that it printed, and compare.
 
-    Writes to reload.json how the two differ, "" if they do not. Equal answers of a model that does
-    not need its adapter would prove nothing, so that counts as a difference.
+    Writes to reload.json how the two differ, "" if they do not. Equal answers of a model whose
+    adapter does nothing would prove nothing, so that counts as a difference.
     """
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "out")
     model = printed_model((run / "train-0.stdout").read_text())
     expected = printed_facts(run, job["is_chat"])
     problem = difference(loaded_facts(model, tokenizer, job["is_chat"]), expected)
     if not problem:
+        adapted = logits_of(model)
         with model.disable_adapter():
-            same = not difference(loaded_facts(model, tokenizer, job["is_chat"]), expected)
-        problem = "the adapter changes nothing" if same else ""
+            problem = "the adapter changes nothing" if adapted.equal(logits_of(model)) else ""
     (run / "reload.json").write_text(json.dumps(problem))
 
 

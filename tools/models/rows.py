@@ -6,12 +6,13 @@ from tools.models.architectures import ARCHITECTURES
 
 NUM_SAMPLES, NEW_TOKENS = 2, 4  # prompts that chat_sft answers, and tokens of an answer
 TOLERANCE = 1e-4  # of the held-out loss of a reloaded model, relative
-FLAGS = """--model_name_or_path model --max_steps 2 --learning_rate 0.05 --warmup_ratio 0
+FLAGS = """--model_name_or_path model --max_steps 2 --warmup_ratio 0
 --per_device_train_batch_size 2""".split()
-LESSON_FLAGS = ("--dataset_name", "rows", *FLAGS)
+# high rates: two updates have to change the answers
+LESSON_FLAGS = ("--dataset_name", "rows", "--learning_rate", "0.2", *FLAGS)
 CHAT_FLAGS = (
     *("--dataset_name", "chat", "--use_peft_lora", "--num_samples", str(NUM_SAMPLES)),
-    *("--max_new_tokens", str(NEW_TOKENS), *FLAGS),
+    *("--learning_rate", "0.05", "--max_new_tokens", str(NEW_TOKENS), *FLAGS),
 )
 
 
