@@ -30,8 +30,8 @@ def run_process(step, job):
     cell.main(step, job)
 
 
-def start_server():
-    """Return a context whose processes are forked from one that has imported the libraries."""
+def start_server(module="tools.compatibility.cell"):
+    """Return a context whose processes are forked from one that has imported the module."""
     # read when torch is imported; `accelerate launch` sets the same for two processes
     os.environ["OMP_NUM_THREADS"] = "1"
     paths = (str(ROOT), os.environ.get("PYTHONPATH"))
@@ -41,11 +41,11 @@ def start_server():
     if not count_gpus():
         os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed warns that it found none
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tools.compatibility.cell"])
+    context.set_forkserver_preload([module])
     return context
 
 
-def run_step(context, step, jobs, folder, limit=TIME_LIMIT):
+def run_step(context, step, jobs, folder, limit=TIME_LIMIT, target=None):
     """Run one process per job; return the error, or {} if there was none.
 
     If a process fails or the time is up, all of them are killed. A process writes what failed to
@@ -53,8 +53,10 @@ def run_step(context, step, jobs, folder, limit=TIME_LIMIT):
 
     Args:
         limit: seconds.
+        target: the function that a process calls with the step and its job; None: `run_process`.
     """
-    processes = [context.Process(target=run_process, args=(step, job)) for job in jobs]
+    target = target or run_process
+    processes = [context.Process(target=target, args=(step, job)) for job in jobs]
     for process in processes:
         process.start()
     end = time.monotonic() + limit
@@ -141,16 +143,16 @@ def run_cell(context, cell, setting, model_folder, log):
     return facts
 
 
-def plain(message):
+def plain(message, limit=240):
     """Return the first line of an error, without folders, addresses and ports.
 
-    Those differ from run to run.
+    Those differ from run to run. Characters beyond the limit are left out.
     """
     line = next(iter(message.strip().splitlines()), "")
     line = re.sub(r"(?<![\w.:/])/(?:[^\s/'\"]+/)+", "", line)
     line = re.sub(r"0x[0-9a-f]{6,}", "0x...", line)
     line = re.sub(r"\d+\.\d+\.\d+\.\d+(\]?:\d+)?", "ADDRESS", line).replace("|", "/")
-    return line if len(line) <= 240 else f"{line[:240]}..."
+    return line if len(line) <= limit else f"{line[:limit]}..."
 
 
 def count_gpus():

@@ -1,0 +1,227 @@
+"""The table of models: its configs, selecting, judging and rendering its cells, and a sample."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from tools.compatibility.results import cell_file, dump, versions
+from tools.models import measure
+from tools.models.architectures import ARCHITECTURES, CAUSAL, SEQ2SEQ
+from tools.models.compare import CHAT_ANSWER, LINES, ROW_ANSWER, difference
+from tools.models.make import build_model, make_tokenizer
+from tools.models.measure import judge
+from tools.models.page import PAGE, render
+from tools.models.results import RESULTS, has_failed, read_cells, select
+from tools.models.rows import CELLS, COLUMNS, RUNS, run_of
+
+YES = {"answer": "yes", "reload": "", "seconds": 1.0}
+SENTENCE = "GptOss has no sdpa: give --attn_implementation eager"
+SAMPLE = ["gpt2/packing", "gpt2/merge"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+def results(cells):
+    head = {"versions": versions(), "hardware": "a test", "date": "2026-01-02"}
+    return head | {"cells": cells}
+
+
+@pytest.mark.parametrize("row", ARCHITECTURES)
+def test_every_model_can_be_made(tokenizer, row):
+    model = build_model(ARCHITECTURES[row], tokenizer)
+    assert sum(parameter.numel() for parameter in model.parameters()) < 200_000
+    assert model.config.is_encoder_decoder == ARCHITECTURES[row].is_seq2seq
+    embeddings = model.get_input_embeddings()
+    if embeddings is not None:  # FSMT has one for each side
+        assert embeddings.num_embeddings >= len(tokenizer)
+    assert model.config.get_text_config().eos_token_id == tokenizer.eos_token_id
+
+
+def test_the_table_is_large_enough():
+    assert len(CAUSAL) >= 40 and len(SEQ2SEQ) >= 18
+    assert COLUMNS[-2:] == ("reload", "merge") and len(set(CELLS)) == len(CELLS)
+    for column in RUNS:
+        run = run_of("llama3", column)
+        assert (ROOT / "examples" / f"{run.script}.py").is_file()
+        assert (ROOT / "configs" / f"{run.config}.yaml").is_file()
+    assert {column for column in RUNS if run_of("t5", column)} == {"lesson", "zero3", "fsdp2"}
+
+
+def test_judge():
+    refused = {"kind": "refused", "message": "no, because", "time": 1.0}
+    raised = {"kind": "traceback", "message": "ValueError: in /tmp/a/b.py\nmore", "time": 1.0}
+    assert judge({}, True) == {"answer": "yes"}
+    assert judge(refused, False) == {"answer": "refused", "reason": "no, because"}
+    assert judge(refused, True)["answer"] == "stopped"
+    assert judge(raised, False) == {"answer": "traceback", "reason": "ValueError: in b.py"}
+    assert judge(raised, True)["started"]
+    # a process that hangs, or ends without a word, has no kind
+    assert judge({"check": "starts", "message": "hangs"}, False)["answer"] == "traceback"
+
+
+def test_a_setting_that_the_sentence_names_is_tried(monkeypatch, tmp_path):
+    answers = [{"answer": "refused", "reason": SENTENCE}, dict(YES)]
+    row = measure.RowFolder.__new__(measure.RowFolder)
+    tried = []
+
+    def measure_run(column, extra=()):
+        tried.append(extra)
+        return answers[len(tried) - 1]
+
+    monkeypatch.setattr(row, "measure_run", measure_run)
+    facts = row.measure_cell("chat_sft")
+    assert tried == [(), ("--attn_implementation", "eager")]
+    assert facts["answer"] == "yes" and facts["without"] == SENTENCE
+    answers[1], tried[:] = {"answer": "traceback", "reason": "no"}, []
+    facts = row.measure_cell("chat_sft")  # a remedy that does not work is a fault
+    assert facts["answer"] == "traceback" and facts["without"] == SENTENCE
+    answers[0], tried[:] = {"answer": "refused", "reason": "no"}, []
+    assert row.measure_cell("chat_sft")["reason"] == "no" and tried == [()]
+
+
+def test_printed_lines_are_read():
+    output = (
+        "  '<s>it's' -> 'a'\n  \"it's\" -> \"b's\"\nfrom peft import A\nmodel = A.load('x')\n"
+        "  prediction 'c d'    label 'no'\n  prediction \"e's\" label 'yes'\nother\n"
+    )
+    assert CHAT_ANSWER.findall(output) == ["'a'", '"b\'s"']
+    assert ROW_ANSWER.findall(output) == ["'c d'", '"e\'s"']
+    assert LINES.findall(output) == ["from peft import A\nmodel = A.load('x')"]
+    four = "from peft import A\nfrom transformers import B\nfour = B(\n  x)\nmodel = A(four)"
+    assert LINES.findall(f"saved\n{four}\nmore") == [four]
+
+
+@pytest.mark.parametrize(
+    ("found", "word"),
+    [
+        ((["a", "b"], 2.0), ""),
+        ((["a", "b"], 2.0001), ""),
+        ((["a", "c"], 2.0), "'c'"),
+        ((["a"], 2.0), "1 answers"),
+        ((["a", "b"], 2.001), "held-out loss"),
+        ((["a", "b"], float("nan")), "held-out loss"),
+        ((["a", "b"], None), ""),
+    ],
+)
+def test_every_difference_is_found(found, word):
+    told = difference(found, (["a", "b"], 2.0))
+    assert word in told if word else told == ""
+
+
+def test_no_answers_prove_nothing():
+    assert difference(([], None), ([], None))
+
+
+def test_select():
+    everything = select([], [], False, {})
+    assert sum(map(len, everything.values())) == len(CELLS)
+    done = dict.fromkeys(CELLS, YES)
+    assert select([], [], False, done) == {}
+    assert select(["t5", "qwen3*"], [], False, done) == {
+        row: [cell.split("/")[1] for cell in CELLS if cell.startswith(f"{row}/")]
+        for row in ("qwen3", "qwen3_moe", "qwen3_next", "qwen3_5", "t5")
+    }
+    assert select(["gpt2"], ["zero3"], False, done) == {"gpt2": ["zero3"]}
+    # the command merges what another cell has trained
+    assert select(["gpt2"], ["merge"], False, done) == {"gpt2": ["chat_sft", "merge"]}
+    bad = {"answer": "refused", "reason": "no", "seconds": 1.0}
+    assert select([], [], True, done | {"gpt2/packing": bad}) == {"gpt2": ["packing"]}
+    assert has_failed(YES | {"reload": "differs"}) and not has_failed({"answer": "nothing"})
+    with pytest.raises(SystemExit, match="--rows gpt7 names no row"):
+        select(["gpt7"], [], False, {})
+
+
+def test_resume(tmp_path):
+    committed = tmp_path / "models.json"
+    committed.write_text(dump(results({"gpt2/lesson": YES, "gone/lesson": YES})))
+    file = cell_file(tmp_path, "gpt2/zero3")
+    file.parent.mkdir()
+    file.write_text(json.dumps(YES | {"versions": versions()}))
+    old = YES | {"versions": versions() | {"torch": "0.1"}}
+    cell_file(tmp_path, "gpt2/fsdp2").write_text(json.dumps(old))
+    assert list(read_cells(tmp_path, committed)) == ["gpt2/lesson", "gpt2/zero3"]
+
+
+def test_render():
+    refused = {"answer": "refused", "reason": "no `sdpa` here", "seconds": 1.0}
+    stopped = {"answer": "stopped", "reason": "lost", "started": True, "seconds": 1.0}
+    raised = {"answer": "traceback", "reason": "KeyError: 1", "seconds": 1.0}
+    cells = {
+        "gpt2/chat_sft": YES | {"setting": "--attn_implementation eager", "without": "no"},
+        "gpt2/lesson": refused,
+        "gpt2/packing": refused,
+        "gpt2/zero3": stopped,
+        "gpt2/fsdp2": raised,
+        "gpt2/merge": {"answer": "differs", "reason": "an answer", "seconds": 1.0},
+        "opt/lesson": raised | {"setting": "--attn_implementation eager", "without": "no"},
+        "t5/lesson": YES | {"reload": "an answer is 1"},
+        "t5/merge": {"answer": "nothing", "seconds": 0.0},
+    }
+    page = render(results(cells))
+    lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line[:1] == "|"]
+    rows = {line[0]: line[1:] for line in lines}
+    assert rows["GPT-2 (`gpt2`)"] == [
+        "yes, with a setting [1](#n1)",
+        "no [2](#n2)",
+        "no [2](#n2)",  # one sentence, listed once
+        "**fault** [3](#n3)",
+        "**fault** [4](#n4)",
+        "yes",
+        "**differs** [5](#n5)",
+    ]
+    assert rows["OPT (`opt`)"][1] == "**fault**, with a setting [1](#n1) [4](#n4)"
+    assert rows["T5 (`t5`)"][:2] == ["-", "yes"] and rows["T5 (`t5`)"][2] == "-"
+    assert rows["T5 (`t5`)"][5:] == ["**differs** [6](#n6)", "-"]
+    assert rows["Bloom (`bloom`)"][0] == "not measured"
+    assert "2. <a id=\"n2\"></a>`no 'sdpa' here`" in page
+    assert "stopped after training had started: `lost`" in page
+    assert "traceback before training: `KeyError: 1`" in page
+    assert f"2 cells say yes, 2 no, 4 have a fault, 1 runs do not reload, {len(CELLS) - 9}" in page
+
+
+def test_committed_results_are_complete_and_rendered():
+    committed = json.loads(RESULTS.read_text())
+    assert list(committed["cells"]) == CELLS
+    assert PAGE.read_text() == render(committed)
+    for word in ("/tmp", "/root", "site-packages"):
+        assert word not in RESULTS.read_text()
+
+
+def measured(environment, folder, *flags):
+    """Measure cells and return cell -> facts."""
+    command = [sys.executable, "-m", "tools.models", "--folder", folder, *flags]
+    command = list(map(str, command))
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = {cell: cell_file(folder, cell) for cell in CELLS}
+    return {cell: json.loads(file.read_text()) for cell, file in files.items() if file.is_file()}
+
+
+def answer(facts):
+    return facts["answer"], facts.get("reason"), facts.get("reload"), facts.get("setting")
+
+
+def assert_as_committed(cells):
+    committed = json.loads(RESULTS.read_text())["cells"]
+    assert {cell: answer(facts) for cell, facts in cells.items()} == {
+        cell: answer(committed[cell]) for cell in cells
+    }
+
+
+def test_a_sample_gives_the_committed_answers(environment, tmp_path):
+    cells = measured(environment, tmp_path, "--rows", "gpt2", "--columns", "packing,merge")
+    assert list(cells) == SAMPLE
+    assert_as_committed(cells)
+
+
+@pytest.mark.slow
+def test_every_cell_gives_the_committed_answer(environment, tmp_path):
+    cells = measured(environment, tmp_path, "--rows", "*")
+    assert list(cells) == CELLS
+    assert_as_committed(cells)

@@ -1,0 +1,5 @@
+"""The command `python -m tools.models`."""
+
+from tools.models.command import main
+
+main()
