@@ -22,7 +22,7 @@ from utils import chat_settings, documents, errors, model_files, resuming, vocab
 from utils.conversations import DataError
 from utils.lora import adapter_rows, expert_targets, lora_targets, text_layers
 from utils.loss import add_token_loss, check_token_loss
-from utils.settings import check_optimizer
+from utils.launch_checks import check_optimizer
 from utils.vocabulary import valid_generation
 
 pytestmark = pytest.mark.cases
@@ -289,7 +289,7 @@ def test_tokens_of_documents_without_a_row_are_named_by_row(text, fails):
     options = {"tokenizer": Words(), "shape": ("text",), "split": "train", "num_rows": 96}
     encode = lambda: documents.encode({"text": text}, 4, config, **options)  # noqa: E731
     if not fails:
-        assert encode()["input_ids"][:2] == [5, 95]
+        assert encode()[0]["input_ids"][:2] == [5, 95]
         return
     with pytest.raises(DataError, match=r"row 5 of train has the token 'token \d+'"):
         encode()

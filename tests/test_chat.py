@@ -348,6 +348,7 @@ def test_every_save_is_pushed_and_no_failure_stops_the_run(launch, hub, tmp_path
     )
 
 
+@pytest.mark.slow
 def test_all_checkpoints_are_pushed_to_the_repository_named(environment, hub, tmp_path):
     flags = [
         *HUB,
@@ -373,6 +374,7 @@ def test_all_checkpoints_are_pushed_to_the_repository_named(environment, hub, tm
         } < set(repo.files)
 
 
+@pytest.mark.slow  # test_hub.py has the same fault in one process
 def test_a_bad_token_is_a_line(environment, hub, tmp_path):
     command = [sys.executable, "examples/chat_sft.py", *HUB, "--output_dir", tmp_path / "run"]
     variables = environment | hub_variables(hub, "hf_bad")

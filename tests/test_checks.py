@@ -656,7 +656,7 @@ ZERO3 = (OFFLOAD, "zero3_offload")
 LAUNCHED = [  # (whether the launch is a real one, script, config, flags, expected part of the line)
     (True, *ZERO3, "--learning_rat 0.1", "--learning_rat 0.1 is not a flag"),
     (False, *ZERO3, "--lora_r 0", "--lora_r is 0"),
-    (True, *ZERO3, "--dataset_name data/nothing.csv", "data/nothing.csv does not exist"),
+    (False, *ZERO3, "--dataset_name data/nothing.csv", "data/nothing.csv does not exist"),
     (False, *ZERO3, "--label_column label", "the columns are 'Tweet text', 'Label'"),
     (True, *ZERO3, f"{MODEL} nobody/nothing", "the Hub cannot be reached"),
     (True, OFFLOAD, "use_cpu.yaml", "", "use_cpu: true"),

@@ -246,6 +246,7 @@ print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) *
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=600, **streams)
 
 
+@pytest.mark.slow
 def test_memory(large):
     done = in_process(large, "", "--max_shard_size", "100MB")
     assert done.returncode == 0, done.stderr

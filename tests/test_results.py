@@ -212,6 +212,7 @@ while rank == 0 and store.add("left", 0) < 2:
 """
 
 
+@pytest.mark.slow
 def test_the_end_of_a_run_never_hangs():
     """Two processes end 100 process groups. They would hang if end_run kept no references."""
 

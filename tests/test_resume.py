@@ -207,7 +207,7 @@ def test_signal_to_the_launcher_stops_all_processes(environment, tmp_path):
     ), text
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(environment, kills):
     command = [
         sys.executable,
@@ -219,4 +219,4 @@ def test_killed_at_random_moments(environment, kills):
     ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{kills} kills" in done.stdout and "bit for bit" in done.stdout
+    assert f"{kills} kill" in done.stdout and "bit for bit" in done.stdout
