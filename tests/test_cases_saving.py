@@ -358,3 +358,14 @@ def test_the_base_of_a_full_model_is_kept(tmp_path, monkeypatch, capsys):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run.unchecked")
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
     assert ROOT.is_dir() and "run.unchecked" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("epochs, is_told", [(6.0, True), (1.0, False), (1.2, False)])
+def test_a_loader_of_other_epochs_than_the_flag_says_is_named(monkeypatch, capsys, epochs, is_told):
+    monkeypatch.setattr(results, "check_sharding", lambda *_: None)
+    config = SimpleNamespace(num_train_epochs=epochs, max_steps=-1)
+    config.per_device_train_batch_size, config.gradient_accumulation_steps = 2, 1
+    accelerator = SimpleNamespace(num_processes=2)
+    results.Progress(accelerator, None, config, max_steps=3, num_rows=12)  # one epoch
+    told = "--num_train_epochs is 6, and the training loader holds 1."
+    assert (told in capsys.readouterr().out) == is_told

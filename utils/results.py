@@ -64,6 +64,10 @@ class Progress:
         rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
         self.epochs_per_update = rows * accelerator.num_processes / num_rows
         self.updates, self.evaluations, self.bar = [], [], None
+        wanted, epochs = vars(config), max_steps * self.epochs_per_update
+        given = wanted.get("num_train_epochs", epochs)
+        if wanted.get("max_steps", -1) < 1 and abs(epochs - given) > self.epochs_per_update:
+            say(f"--num_train_epochs is {given:g}, and the training loader holds {epochs:.4g}.")
 
     def log(self, **values):
         """Record an update. Tensors among the values are read from the device all at once.
