@@ -14,10 +14,18 @@ from models import SIZE, make_data, make_model
 from processes import plant
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from tools.compatibility.rows import ROWS
-from utils import loading, results, run_files, saving
+from utils import experts, loading, results, run_files, saving
 
 pytestmark = pytest.mark.cases
 METHODS = {name: row for name, row in ROWS.items() if row.base == "float32" and not row.flags}
@@ -267,6 +275,63 @@ def test_a_failed_push_leaves_the_files(tmp_path, monkeypatch, capsys):
         results.push_to_hub(config)
     assert "Nothing is lost" in capsys.readouterr().err
     assert_weights_are_kept(tmp_path, weights)
+
+
+# Modules that a process calls only for some rows --------------------------------------------------
+class Chooser(torch.nn.ModuleDict):
+    def forward(self, hidden):
+        return self["expert_0"](hidden)
+
+
+class Block(torch.nn.Module):
+    def __init__(self, **modules):
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+
+LINEAR = torch.nn.Linear(2, 2)
+BLOCKS = {  # name -> (model, the class of its blocks that skip modules)
+    "container that chooses": (Block(mlp=Chooser({"expert_0": LINEAR})), Chooser),
+    "list of experts": (Block(mlp=Block(experts=torch.nn.ModuleList([LINEAR]))), Block),
+    "list of layers": (Block(layers=torch.nn.ModuleList([LINEAR])), None),
+    "no list": (Block(experts=LINEAR), None),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_that_skip_modules_are_found(name):
+    model, kind = BLOCKS[name]
+    assert {type(block) for block in experts.skipping_blocks(model)} == ({kind} - {None})
+
+
+@pytest.mark.parametrize("name", ["container that chooses", "list of layers"])
+def test_ddp_looks_for_unused_parameters_where_a_model_skips_some(name):
+    accelerator = SimpleNamespace(deepspeed_plugin=None, ddp_handler=None)
+    experts.allow_skipping(accelerator, BLOCKS[name][0])
+    assert (accelerator.ddp_handler is not None) == (name == "container that chooses")
+
+
+SWITCH = ("seq2seq_lora", "ddp"), ("seq2seq_lora_zero3_offload", "zero3")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, config", SWITCH)
+def test_experts_of_their_own_weights_train_on_two_processes(launch, tmp_path, script, config):
+    size = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    size |= {"num_decoder_layers": 2, "num_experts": 8, "num_sparse_encoder_layers": 1}
+    size |= {"num_sparse_decoder_layers": 1, "expert_capacity": 64, "decoder_start_token_id": 0}
+    make_model(tmp_path / "t5", "t5")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "t5")
+    ends = {"pad_token_id": 0, "eos_token_id": 1, "vocab_size": len(tokenizer)}
+    config_of = AutoConfig.for_model("switch_transformers", **size, **ends)
+    AutoModelForSeq2SeqLM.from_config(config_of).save_pretrained(tmp_path / "switch")
+    tokenizer.save_pretrained(tmp_path / "switch")
+    make_data(tmp_path / "data", train=32, validation=4)
+    flags = ("--model_name_or_path", tmp_path / "switch", "--dataset_name", tmp_path / "data")
+    flags += ("--attn_implementation", "eager", "--per_device_train_batch_size", 2)
+    launch(script, config, *flags, "--max_steps", 4, "--output_dir", tmp_path / "run", processes=2)
+    assert len(read_metrics(tmp_path / "run")["losses"]) == 4
 
 
 # What is saved behaves as what was trained --------------------------------------------------------

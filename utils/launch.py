@@ -32,6 +32,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from utils.environment import deepspeed_file, is_enabled, threads_of_the_user
 from utils.errors import first_line, refuse
+from utils.experts import allow_skipping
 
 PR_SET_PDEATHSIG = 1  # option of Linux's prctl: the signal that a process gets when its parent dies
 # How long a collective waits for the other processes. NCCL's default is 10 minutes and gloo's 30,
@@ -353,18 +354,18 @@ def precision_hint(device, mixed_precision, tf32):
 def configure_deepspeed(accelerator, config, model, **settings):
     """Write the script's settings into DeepSpeed's config before `prepare`.
 
-    Does nothing without DeepSpeed, which accumulates and clips by its own config, not by
-    accelerate's. The numbers of the launch config are replaced (`check_launch` has named them).
-    Also lowers `reduce_bucket_size` to the number of trainable parameters: ZeRO-3 allocates a
-    buffer of that size on every GPU (by default 5e8 elements, 1 to 2 GB), even for a small adapter.
-    A value in the user's own deepspeed_config_file is kept. Under ZeRO-3 a 4-bit model is sharded
-    by `shard_4bit_model`.
+    DeepSpeed accumulates and clips by its own config, not by accelerate's. The numbers of the
+    launch config are replaced (`check_launch` has named them). Also lowers `reduce_bucket_size` to
+    the number of trainable parameters: ZeRO-3 allocates a buffer of that size on every GPU (by
+    default 5e8 elements, 1 to 2 GB), even for a small adapter. A value in the user's own
+    deepspeed_config_file is kept. `shard_4bit_model` and `allow_skipping` are called if needed.
 
     Args:
         config: its gradient_accumulation_steps and max_grad_norm are read.
         model: with its trainable parameters, sharded by zero.Init or not.
         settings: further keys of DeepSpeed's config.
     """
+    allow_skipping(accelerator, model)
     if accelerator.deepspeed_plugin is None:
         return
     deepspeed_config = accelerator.deepspeed_plugin.deepspeed_config
@@ -379,8 +380,7 @@ def configure_deepspeed(accelerator, config, model, **settings):
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     total = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainable)
     even = total + total % 2  # even, as ZeRO-1 and 2 require of allgather_bucket_size
-    zero = deepspeed_config["zero_optimization"]
-    zero.setdefault("reduce_bucket_size", min(BUCKET, even))
+    deepspeed_config["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, even))
 
 
 OPTIMIZERS = {

@@ -20,6 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 
 from utils.errors import first_line, or_refuse, refuse, say
+from utils.experts import skipping_blocks
 from utils.launch import launched_precision, launched_strategy
 from utils.vocabulary import check_end, check_tokens_used
 from utils.lora import (
@@ -253,6 +254,11 @@ def check_layers(config, culprit, skeleton):
         check_target_parameters(config.lora_target_parameters, skeleton)
     if flags.get("modules_to_save"):
         check_modules_to_save(config, skeleton)
+    if strategy == "fsdp1" and skipping_blocks(skeleton):
+        refuse(
+            f"{culprit} has experts that a process calls only for some rows; fsdp1 would wait for "
+            "the other processes forever: take a script for zero3, or launch with configs/ddp.yaml"
+        )
     if {"target_modules", "lora_dropout"} <= set(flags):  # not a script with another method
         check_lora(config, skeleton)
 
