@@ -154,6 +154,7 @@ def build_model(config, tokenizer):
         use_safetensors=True,
         device_map=device_map(),  # the strategy decides where the weights go
     )
+    model.get_decoder().layerdrop = 0.0  # processes that skip different layers would wait forever
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model.generation_config = GenerationConfig(**ends)  # greedy, whatever the checkpoint asks for
     if config.gradient_checkpointing:
@@ -262,13 +263,12 @@ def main():
             parameter.data.copy_(value)
         for part, value in zip(stateful, state["stateful"], strict=True):
             part.load_state_dict(value)
-        # the seed decides the order of the rows; skip those of the updates that were made
-        done = len(progress.updates) * config.gradient_accumulation_steps
-        train_loader = accelerator.skip_first_batches(train_loader, done)
+        # the seed decides the order of the rows; skip those that were trained on
+        train_loader = accelerator.skip_first_batches(train_loader, len(progress.updates) * steps)
         # iter(loader) draws a number; from a generator of its own, not from that of dropout
         train_loader.base_dataloader.generator = torch.Generator()
-        for generator, random_state in zip(generators, state["random"][accelerator.process_index]):
-            generator.set_rng_state(random_state)
+        for one, random_state in zip(generators, state["random"][accelerator.process_index]):
+            one.set_rng_state(random_state)
         accelerator.print(f"Resumed from {resumed}, after {len(progress.updates)} updates.")
 
     # 6. Training loop -----------------------------------------------------------------------------
@@ -328,7 +328,7 @@ def main():
         after, samples = evaluate(accelerator, model, tokenizer, valid_loader, config)
     weights = gather_weights(accelerator, model)
     tracker.seconds["train"] += seconds  # before the interruption
-    scores = {name: (before[name], after[name]) for name in after}
+    scores = {name: (before.get(name, math.nan), after[name]) for name in after}
     metrics = collect_metrics(accelerator, model, config, tracker, scores, progress.updates)
     if accelerator.is_main_process:
         # checks the written files at the end, and adds the metrics, the log and the plots

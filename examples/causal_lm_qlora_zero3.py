@@ -161,6 +161,7 @@ def build_model(config, tokenizer):
         quantization_config=quantization,
         device_map={"": "cpu"},  # else transformers puts the full model on every GPU
     )
+    model.get_decoder().layerdrop = 0.0  # processes that skip different layers would wait forever
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model.generation_config = GenerationConfig(**ends)  # greedy, whatever the checkpoint asks for
     if config.gradient_checkpointing:
@@ -273,7 +274,7 @@ def main():
     with tracker.phase("eval"):
         after, samples = evaluate(accelerator, model, tokenizer, valid_loader, config)
     weights = gather_weights(accelerator, model)
-    scores = {name: (before[name], after[name]) for name in after}
+    scores = {name: (before.get(name, math.nan), after[name]) for name in after}
     metrics = collect_metrics(accelerator, model, config, tracker, scores, progress.updates)
     if accelerator.is_main_process:
         # checks the written files at the end, and adds the metrics, the log and the plots

@@ -538,7 +538,8 @@ def main():
     with tracker.phase("load"), explaining(*describe(config)):
         model = build_model(config, tokenizer, num_added)
         flop = flop_per_token(model)
-        checkpoints = 1 if config.save_strategy == "no" else 2  # a new one beside the last
+        # a new one beside the last, which is on the disk already if the run is resumed
+        checkpoints = 1 if config.save_strategy == "no" or resumed else 2
         files = WeightFiles(accelerator, config, model, tokenizer, checkpoints)
         model, optimizer = prepare(config, accelerator, model)
         progress = Progress(accelerator, model, config, max_steps, data.num_sequences)

@@ -264,7 +264,7 @@ def main():
     with tracker.phase("eval"):
         after, samples = evaluate(accelerator, model, tokenizer, valid_loader, config)
     weights = gather_weights(accelerator, model)
-    scores = {name: (before[name], after[name]) for name in after}
+    scores = {name: (before.get(name, math.nan), after[name]) for name in after}
     metrics = collect_metrics(accelerator, model, config, tracker, scores, progress.updates)
     if accelerator.is_main_process:
         # checks the written files at the end, and adds the metrics, the log and the plots

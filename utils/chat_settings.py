@@ -18,6 +18,7 @@ from peft import PeftConfig
 from transformers import AutoConfig
 from transformers.utils import is_liger_kernel_available
 
+from utils.checkpoint import checkpoints
 from utils.errors import or_refuse, refuse, say
 from utils.folders import check_output, lock_folder
 from utils.launch import launched_precision, launched_strategy, shards_parameters, uses_gpu
@@ -117,10 +118,13 @@ def take_adapter(config):
     if not place:
         return
     culprit = f"--adapter_name_or_path {place}"
-    kind = or_refuse(f"{culprit} cannot be read", PeftConfig.from_pretrained, place).peft_type
+    adapter = or_refuse(f"{culprit} cannot be read", PeftConfig.from_pretrained, place)
+    kind, named = adapter.peft_type, adapter.base_model_name_or_path
     if kind != "LORA":
         refuse(f"{culprit} is an adapter of type {kind.value}: chat_sft trains only LORA on")
-    say(f"The adapter {place} is trained on, on its base {config.model_name_or_path}.")
+    base = config.model_name_or_path
+    told = "" if base == named else f", although it names {named} as its base"
+    say(f"The training of the adapter {place} continues, on {base}{told}.")
     config.use_peft_lora = True
 
 
@@ -341,6 +345,11 @@ def check_run_folder(config):
     if config.overwrite_output_dir and metrics.is_file():
         culprit = f"--output_dir {folder} has a metrics.json that cannot be read, choose another"
         or_refuse(culprit, lambda: list(json.loads(metrics.read_text())["saved"]))
+    if continues and wanted.lower() == "true" and metrics.is_file() and not checkpoints(folder):
+        refuse(
+            f"--output_dir {folder} holds a finished run and no checkpoint to resume: choose "
+            "another, or give --overwrite_output_dir in place of --resume_from_checkpoint"
+        )
     if not continues and not config.overwrite_output_dir:
         refuse(
             f"--output_dir {folder} holds a run: add --resume_from_checkpoint True to resume it, "

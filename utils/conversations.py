@@ -152,6 +152,11 @@ def as_document(row, shape, where):
     values = [as_messages(row.get(column, "")) for column in shape]
     if len(values) == 2 and any(isinstance(value, list) for value in values):
         prompt, completion = values
+        if not completion:
+            raise EmptyRow(note("rows with an empty completion, which are left out", "rows"))
+        for column, value in zip(shape, values):
+            if isinstance(value, list) and isinstance(row[column], str):
+                notes.append(note(f"{column} as text, which is parsed", "rows"))
         prompt = [message("user", prompt)] if isinstance(prompt, str) else prompt
         completion = (
             [message("assistant", completion)] if isinstance(completion, str) else completion
@@ -221,13 +226,14 @@ def converse(row, entries, where, notes, first=0):
             learned.append(number)
     system = next((row[column] for column in SYSTEM if row.get(column)), "")
     system = as_text(system, f"{where} has no text in system")
-    if system and messages[0]["role"] == "system":
+    if system and messages and messages[0]["role"] == "system":
         notes.append(note("column system beside a system message, which is used", "rows"))
     elif system:
         messages = [message("system", system), *messages]
         learned = [number + 1 for number in learned]
     tools = row.get("tools")
-    tools = parse(tools) if isinstance(tools, str) and tools.strip() else tools or None
+    is_text = isinstance(tools, str) and tools.strip()
+    tools = parse(tools, keeps_nulls=True) if is_text else tools or None
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise DataError(f"{where} has tools that are not a list of JSON schemas: fix them")
     return Conversation(messages, learned, tools or None, notes)
@@ -244,7 +250,9 @@ def read_message(entry, where, notes):
     """
     keys = dict(entry) if isinstance(entry, dict) else {}
     said = keys.pop("role", None) or keys.pop("from", None)
-    content = keys.pop("content", None) or keys.pop("value", None) or ""
+    content = keys.pop("content", None)
+    content = keys.pop("value", None) if content in (None, "") else content
+    content = "" if content is None else content
     if said is None:
         raise DataError(f'{where} is not {{"role": ..., "content": ...}}: fix it')
     if not isinstance(said, str):
@@ -321,7 +329,7 @@ def read_tool_calls(calls, where):
     for call in calls:
         function = call.get("function", call)
         if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-            arguments = parse(function["arguments"])
+            arguments = parse(function["arguments"], keeps_nulls=True)
             function = function | {"arguments": arguments}
         read.append(call | {"function": function} if "function" in call else function)
     return read
@@ -348,16 +356,18 @@ def as_messages(value):
     """Return a list of messages that stands as text; another value as it is."""
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         parsed = parse(value)
-        if isinstance(parsed, list) and all("role" in one or "from" in one for one in parsed):
+        if isinstance(parsed, list) and all(
+            isinstance(one, dict) and {"role", "from"} & set(one) for one in parsed
+        ):
             return parsed
     return value
 
 
-def parse(text):
+def parse(text, keeps_nulls=False):
     """Return the value of a text in JSON, or as Python writes it; the text where it is neither."""
     for read in (json.loads, ast.literal_eval):
         try:
-            return without_nulls(read(text))
+            return read(text) if keeps_nulls else without_nulls(read(text))
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
     return text

@@ -288,13 +288,15 @@ def read_stream(config, rows, unread, epoch, is_strict=False, **encoding):
             "row is met for the first time, and counted at the end of each epoch."
         )
         say_census("The stream", unread, {})
+    name = "the stream"
     if config.shuffle:
         rows = rows.shuffle(seed=config.seed + epoch, buffer_size=SHUFFLE_BUFFER)
+        name = f"the stream, as shuffled for epoch {epoch + 1}"
     notes, num_kept, num_rows, num_long, broken = Counter(), 0, 0, 0, 0
     for number, row in enumerate(readable(rows)):
         num_rows += 1
         try:
-            documents = encode(row, number, config, split="the stream", **encoding)
+            documents = encode(row, number, config, split=name, **encoding)
         except DataError as error:
             if is_strict:
                 raise

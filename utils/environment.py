@@ -33,7 +33,15 @@ def launcher():
         return [], {}
     variables = os.fsdecode(environ).split("\0")
     pairs = (variable.partition("=") for variable in variables)
-    return os.fsdecode(command).split("\0"), {name: value for name, _, value in pairs}
+    words = os.fsdecode(command).split("\0")
+    # accelerate also takes --config-file for --config_file, and so on
+    words = [re.sub(r"^--[^=]+", lambda flag: underscored(flag[0]), word) for word in words]
+    return words, {name: value for name, _, value in pairs}
+
+
+def underscored(flag):
+    """Return a flag with underscores for hyphens."""
+    return f"--{flag[2:].replace('-', '_')}"
 
 
 def is_accelerate(command):
@@ -141,7 +149,7 @@ def settle_group():
     elif rank >= size:
         ignore("RANK", STORE)
         refuse(f"RANK is {rank} in the environment, and WORLD_SIZE {size}: unset both")
-    elif size > 1 and ("TORCHELASTIC_RUN_ID" not in os.environ or "RANK" in launcher()[1]):
+    elif size > 1 and ("TORCHELASTIC_RUN_ID" not in os.environ or "LOCAL_RANK" in launcher()[1]):
         address = f"{given['MASTER_ADDR']}:{given['MASTER_PORT']}"
         print(
             f"RANK is {rank} and WORLD_SIZE {size} in the environment: this process waits for "

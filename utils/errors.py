@@ -55,7 +55,8 @@ def refusing(*errors):
     try:
         yield
     except errors as error:
-        refuse(str(error))
+        last = str(error).strip().splitlines()[-1]  # a loader's worker puts a traceback before it
+        refuse(last.removeprefix(f"{type(error).__module__}.{type(error).__name__}: "))
 
 
 @contextlib.contextmanager
@@ -73,6 +74,8 @@ def explaining(what, remedy):
     except Exception as error:  # libraries raise anything for a model that they cannot run
         if transformers.logging.get_verbosity() <= transformers.logging.DEBUG:
             traceback.print_exc()
+        if isinstance(error, OSError):
+            remedy = "check the files of the model, the disk and the network"
         if isinstance(error, torch.OutOfMemoryError):
             remedy = "give a smaller batch or --max_length, or a strategy that shards the model"
         refuse(f"{what}: {first_line(error)} [{remedy}; --log_level debug shows the traceback]")

@@ -68,6 +68,7 @@ def as_lines(file, unread):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as part:
             part.write(text)
+        os.chmod(part.name, 0o644)  # others may share the cache
         os.replace(part.name, target)  # several processes may write it
     return target
 

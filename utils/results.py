@@ -269,8 +269,9 @@ class WeightFiles:
         self.base_class = type(self.base)  # FSDP2 replaces it by one of its own
         self.adapter = AdapterLayout(model) if self.is_adapter else None
         self.total_parameters = count_elements(model)
-        parts = self.adapter.tensors if self.is_adapter else model.parameters()
-        needed = sum(math.prod(full_shape(one)) * one.element_size() for one in parts)
+        weights = () if self.is_adapter else model.parameters()
+        needed = sum(math.prod(full_shape(one)) * one.element_size() for one in weights)
+        needed += self.adapter.num_bytes if self.is_adapter else 0
         state = 12 * count_elements(model, trainable_only=True)  # values, two means, in float32
         needed, free = needed + checkpoints * (needed + state), free_bytes(self.target)
         if needed > free:

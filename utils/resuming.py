@@ -69,9 +69,12 @@ def identify(config, accelerator, data):
     free |= set() if config.dataset_config else {"dataset_config"}  # checkpoints from before it
     if config.lr_scheduler_type.startswith("constant") and not config.warmup_ratio:
         free |= {"max_steps", "num_train_epochs"}  # no rate depends on the number of updates
-    contents = {known: content_of(getattr(config, place)) for place, known in PLACES.items()}
-    if data.facts:
-        contents["stream_content"] = "documents"
+    contents = {
+        known: "documents"  # their checksum is in the facts
+        if data.facts and place == "dataset_name"
+        else content_of(getattr(config, place))
+        for place, known in PLACES.items()
+    }
     return {name: value for name, value in vars(config).items() if name not in free} | {
         **contents,
         **dated,

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import math
 import os
 import shutil
 import signal
@@ -34,7 +35,7 @@ class AdapterLayout:
     """What PEFT saves of a model's adapter, read before `prepare`; and the content of the file.
 
     Attributes:
-        tensors: every tensor of the file, as it is now.
+        num_bytes: size of all tensors of the file.
         shapes: key in the file -> full shape.
         names: key -> name of the trained parameter.
         fixed: key -> tensor that is saved but not trained, on the CPU.
@@ -53,7 +54,8 @@ class AdapterLayout:
         )
         trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
         known = set(map(id, state.values()))
-        self.tensors = list(saved.values())
+        sizes = (math.prod(full_shape(one)) * one.element_size() for one in saved.values())
+        self.num_bytes = sum(sizes)
         self.shapes = {key: full_shape(tensor) for key, tensor in saved.items()}
         self.names = {k: trained[id(one)] for k, one in saved.items() if id(one) in trained}
         self.before = {key: fingerprint(saved[key]) for key in self.names}
@@ -126,7 +128,7 @@ def fingerprint(tensor):
     """Return two sums that almost surely change if the tensor changes; None for a shard."""
     if not tensor.numel() or hasattr(tensor, "ds_shape") or tensor.is_meta:
         return None
-    values = tensor.detach().double()
+    values = tensor.detach().cpu().double()  # on one device, so that equal tensors have equal sums
     return values.sum().item(), values.abs().sum().item()
 
 
@@ -196,7 +198,7 @@ def holding_signals():
             signal.signal(number, handler)
     if received:
         name = signal.Signals(received[0]).name
-        print(f"{name} arrived while the run was saved, and ends it now.", file=sys.stderr)
+        print(f"{name} arrived while the run was saved, and is handled now.", file=sys.stderr)
         sys.stderr.flush()
         os.kill(os.getpid(), received[0])
 

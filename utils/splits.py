@@ -284,8 +284,14 @@ def csv_options(files):
 def default_splits(found):
     """Return the names of the split to train on and, if there is one, of a held-out split."""
     held_out = [name for name in HELD_OUT if name in found]
-    names = [name for name in ("train", *held_out[:1]) if name in found]
-    return names or list(found)[:1]
+    others = [name for name in found if name not in HELD_OUT]
+    if "train" in found:
+        return ["train", *held_out[:1]]
+    if not others:
+        raise DataError(
+            f"the data has only the splits {', '.join(found)}: name one to train on in --splits"
+        )
+    return others[:1]
 
 
 def find_split(found, name, dataset_name):

@@ -49,6 +49,12 @@ def resize(model, tokenizer, num_added, adapter):
         model.resize_token_embeddings(rows, mean_resizing=False)
     if not num_added:
         return []
+    if adapter:
+        refuse(
+            f"--adapter_name_or_path {adapter} does not train the {num_added} tokens that the chat "
+            "template adds: give a --chat_template_format of known tokens, or merge the adapter "
+            "with tools.merge_adapter and train a new one"
+        )
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # some have rows to spare
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
