@@ -85,7 +85,7 @@ def train(accelerator, folder, case, whose, **options):
         for name, weight in model.named_parameters():
             if "lora_B" in name:  # 0 at first, which would leave lora_A without a gradient
                 weight.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
-        model, optimizer, _ = chat_sft.prepare(config, accelerator, model)
+        model, optimizer = chat_sft.prepare(config, accelerator, model)
     pair = [
         {"input_ids": list(range(at, at + 9)), "labels": list(range(at, at + 9))}
         for at in (100, 200)

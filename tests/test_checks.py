@@ -315,7 +315,7 @@ ARGUMENTS = [  # (flags, expected parts of the line: the culprit, then the remed
     (f"{MODEL} a_file", "a_file is neither a folder", "check the path"),
     (f"{MODEL} ./nothing", "./nothing is neither a folder", "check the path"),
     (f"{MODEL} nobody/nothing", "nobody/nothing cannot be read", "check the path"),
-    (f"{MODEL} broken_config", "broken_config cannot be read", "config.json' is not a valid JSON"),
+    (f"{MODEL} broken_config", "broken_config: config.json is not valid JSON", "save the model"),
     (f"{MODEL} no_config", "no_config holds no config.json", "give the folder of a model"),
     (f"{MODEL} no_weights", "no_weights holds no model.safetensors", "save the model again"),
     (f"{MODEL} truncated", "model.safetensors is damaged or truncated", "download it again"),

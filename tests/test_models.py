@@ -170,7 +170,9 @@ def loaders(script, folder, dataset, **settings):
     settings |= {"dataset_name": str(dataset), "model_name_or_path": str(folder)}
     settings |= dict(zip(("text_column", "label_column"), COLUMNS))
     [config] = HfArgumentParser(module.Config).parse_dict(settings)
-    both = module.build_dataloaders(config, tokenizer, SimpleNamespace(num_processes=1))
+    both = module.build_dataloaders(
+        config, tokenizer, SimpleNamespace(num_processes=1, print=print)
+    )
     return (*both, tokenizer, config)
 
 

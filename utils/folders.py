@@ -61,9 +61,9 @@ def lock_folder(flag, name):
     or_refuse(culprit, folder.exists)  # the name may be too long
     full = folder.resolve()
     file = full.with_name(f".{full.name}.lock")
+    or_refuse(culprit, file.parent.mkdir, parents=True, exist_ok=True)
     if int(os.environ.get("RANK", 0)) > 0 or file in LOCKS:
         return folder
-    or_refuse(culprit, file.parent.mkdir, parents=True, exist_ok=True)
     while True:
         descriptor = or_refuse(culprit, os.open, file, os.O_RDWR | os.O_CREAT, 0o666)
         try:

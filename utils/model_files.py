@@ -93,7 +93,8 @@ def check_code(name, culprit):
     file = Path(name) / "config.json"
     if not file.is_file():
         return
-    settings = or_refuse(f"{culprit}: config.json", lambda: dict(json.loads(file.read_text())))
+    broken = f"{culprit}: config.json is not valid JSON, save the model again"
+    settings = or_refuse(broken, lambda: dict(json.loads(file.read_text())))
     kind = settings.get("model_type")
     if settings.get("auto_map") and kind not in CONFIG_MAPPING:
         refuse(

@@ -353,7 +353,8 @@ def new_folder(config, metrics=None, files=None, progress=None, with_log=True):
     """
     target = Path(config.output_dir)
     folder = target.parent / f".{target.name}.{os.getpid()}"
-    with holding_signals():
+    # without metrics nothing was trained, and an interrupt may end it at once
+    with holding_signals() if metrics is not None else contextlib.nullcontext():
         written = False
         try:
             folder.mkdir(parents=True)

@@ -14,7 +14,7 @@ from transformers import HfArgumentParser
 from utils.environment import settle_environment
 from utils.errors import or_refuse, refuse, say
 from utils.folders import check_output, lock_folder
-from utils.launch import OPTIMIZERS
+from utils.launch import OPTIMIZERS, quiet_libraries
 from utils.launch_checks import check_launch
 from utils.model_files import DTYPES, check_model
 
@@ -82,6 +82,7 @@ def read_settings(Config, strategies, auto_model, base):
 def parse_arguments(Config):
     """Return an instance of the dataclass with the values of the command line."""
     settle_environment()
+    quiet_libraries()
     parser = HfArgumentParser(Config)
     parser.error = lambda message: refuse(f"{message}: --help lists the flags")
     parser.allow_abbrev = False
