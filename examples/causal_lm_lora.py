@@ -128,7 +128,7 @@ def build_dataloaders(config, tokenizer, accelerator):
         valid,
         config.per_device_eval_batch_size,
         collate_fn=collate_valid,
-        generator=torch.Generator(),  # else an evaluation draws from the generator of dropout
+        generator=torch.Generator(),  # else evaluating would advance the RNG that dropout uses
     )
     return train_loader, valid_loader
 
@@ -210,7 +210,7 @@ def main():
         optimizer = torch.optim.AdamW(trainable.values(), **options)
         configure_deepspeed(accelerator, config, model)  # DeepSpeed accumulates and clips by itself
         model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
-        # prepared separately: DeepSpeed reads its micro-batch size from the loaders of `prepare`
+        # not in `prepare`, where DeepSpeed would also read the batch size of this loader
         valid_loader = accelerator.prepare_data_loader(valid_loader)
     max_steps = len(train_loader) // config.gradient_accumulation_steps
     warmup = int(config.warmup_ratio * max_steps)
@@ -260,7 +260,7 @@ def main():
     scores = {name: (before.get(name, math.nan), after[name]) for name in after}
     metrics = collect_metrics(accelerator, model, config, tracker, scores, progress.updates)
     if accelerator.is_main_process:
-        # checks the written files at the end, and adds the metrics, the log and the plots
+        # when the block ends, new_folder checks the files and adds metrics, log and plots
         with files.new_folder(metrics, progress) as folder:
             files.write(folder, weights)
     progress.show_samples(samples)

@@ -135,7 +135,7 @@ def build_dataloaders(config, tokenizer, accelerator):
         valid,
         config.per_device_eval_batch_size,
         collate_fn=collate_valid,
-        generator=torch.Generator(),  # else an evaluation draws from the generator of dropout
+        generator=torch.Generator(),  # else evaluating would advance the RNG that dropout uses
     )
     return train_loader, valid_loader
 
@@ -217,7 +217,7 @@ def main():
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         for module in model.modules():
             if isinstance(module, ModulesToSaveWrapper):
-                # the frozen copy is not used, and a tied weight in two units is an error in FSDP2
+                # drop the unused frozen copy: FSDP2 fails if it shares a tied weight with a layer
                 module.original_module = torch.nn.Identity()
         options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
         options["fused"] = accelerator.device.type == "cuda"  # one kernel per step
@@ -274,7 +274,7 @@ def main():
     scores = {name: (before.get(name, math.nan), after[name]) for name in after}
     metrics = collect_metrics(accelerator, model, config, tracker, scores, progress.updates)
     if accelerator.is_main_process:
-        # checks the written files at the end, and adds the metrics, the log and the plots
+        # when the block ends, new_folder checks the files and adds metrics, log and plots
         with files.new_folder(metrics, progress) as folder:
             files.write(folder, weights)
     progress.show_samples(samples)

@@ -138,7 +138,7 @@ def build_dataloaders(config, tokenizer, accelerator):
         valid,
         config.per_device_eval_batch_size,
         collate_fn=collate_valid,
-        generator=torch.Generator(),  # else an evaluation draws from the generator of dropout
+        generator=torch.Generator(),  # else evaluating would advance the RNG that dropout uses
     )
     return train_loader, valid_loader
 
@@ -201,7 +201,7 @@ def evaluate(accelerator, model, tokenizer, valid_loader, config):
 
 
 def find_checkpoint(config, run):
-    """Return the checkpoint and its state, or two empty values; stop where its `run` differs."""
+    """Return the checkpoint and its state, or two empty values; stop if its `run` differs."""
     folders = Path(config.checkpoint_dir).glob("checkpoint-[0-9]*")
     newest = max(folders, key=lambda folder: (len(folder.name), folder.name), default="")
     wanted = config.resume_from_checkpoint
@@ -265,7 +265,7 @@ def main():
             part.load_state_dict(value)
         # the seed decides the order of the rows; skip those that were trained on
         train_loader = accelerator.skip_first_batches(train_loader, len(progress.updates) * steps)
-        # iter(loader) draws a number; from a generator of its own, not from that of dropout
+        # iter(loader) draws a random seed; from the global RNG, it would change dropout
         train_loader.base_dataloader.generator = torch.Generator()
         for one, random_state in zip(generators, state["random"][accelerator.process_index]):
             one.set_rng_state(random_state)
@@ -331,7 +331,7 @@ def main():
     scores = {name: (before.get(name, math.nan), after[name]) for name in after}
     metrics = collect_metrics(accelerator, model, config, tracker, scores, progress.updates)
     if accelerator.is_main_process:
-        # checks the written files at the end, and adds the metrics, the log and the plots
+        # when the block ends, new_folder checks the files and adds metrics, log and plots
         with files.new_folder(metrics, progress) as folder:
             files.write(folder, weights)
     progress.show_samples(samples)

@@ -135,7 +135,7 @@ def build_dataloaders(config, tokenizer, accelerator):
         valid,
         config.per_device_eval_batch_size,
         collate_fn=collate_valid,
-        generator=torch.Generator(),  # else an evaluation draws from the generator of dropout
+        generator=torch.Generator(),  # else evaluating would advance the RNG that dropout uses
     )
     return train_loader, valid_loader
 
@@ -227,7 +227,7 @@ def main():
         optimizer = adamw(config.optim)(trainable.values(), **options)
         configure_deepspeed(accelerator, config, model)  # also shards the 4-bit weights
         model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
-        # prepared separately: DeepSpeed reads its micro-batch size from the loaders of `prepare`
+        # not in `prepare`, where DeepSpeed would also read the batch size of this loader
         valid_loader = accelerator.prepare_data_loader(valid_loader)
     max_steps = len(train_loader) // config.gradient_accumulation_steps
     warmup = int(config.warmup_ratio * max_steps)
@@ -277,7 +277,7 @@ def main():
     scores = {name: (before.get(name, math.nan), after[name]) for name in after}
     metrics = collect_metrics(accelerator, model, config, tracker, scores, progress.updates)
     if accelerator.is_main_process:
-        # checks the written files at the end, and adds the metrics, the log and the plots
+        # when the block ends, new_folder checks the files and adds metrics, log and plots
         with files.new_folder(metrics, progress) as folder:
             files.write(folder, weights)
     progress.show_samples(samples)
@@ -290,7 +290,7 @@ def gather_weights(accelerator, model):
     """Return name -> trained parameter, in full. Every process must call it: they all gather."""
     unwrapped = accelerator.unwrap_model(model)
     trainable = {n: p for n, p in unwrapped.named_parameters() if p.requires_grad}
-    # a process holds a slice of each; only these are gathered, the frozen base stays sharded
+    # each process holds slices of the parameters: gather the trainable ones, not the frozen base
     with GatheredParameters(list(trainable.values())):
         return {name: p.detach().cpu().clone() for name, p in trainable.items()}
 

@@ -68,7 +68,7 @@ class Config:
     )
     dtype: str = HfArg(
         default="auto",
-        help="dtype of the loaded weights; auto: that of the mixed precision for a frozen base, "
+        help="dtype of the loaded weights; auto: the mixed-precision dtype if the base is frozen, "
         "else float32",
     )
     attn_implementation: str = HfArg(
@@ -90,8 +90,8 @@ class Config:
     )
     splits: str = HfArg(
         default="",
-        help="split to train on and split to evaluate on, such as train,test; empty: train, and "
-        "test, validation or eval if there is one",
+        help="training split and held-out split, such as train,test; empty: train, and the first "
+        "of test, validation and eval that exists",
     )
     streaming: bool = HfArg(
         default=False,
@@ -104,7 +104,7 @@ class Config:
     )
     train_on: str = HfArg(
         default="assistant",
-        help="tokens with a loss: assistant (answers, or the completion of a pair) or all",
+        help="tokens with a loss: assistant (assistant turns, completions, answers) or all",
     )
     add_special_tokens: bool | None = HfArg(
         default=None,
@@ -145,13 +145,13 @@ class Config:
         "experts.down_proj; or experts for all of them",
     )
     adapter_name_or_path: str = HfArg(
-        default="", help="LoRA adapter to train on, folder or Hub id; empty: a new one"
+        default="", help="LoRA adapter to train further, folder or Hub id; empty: a new one"
     )
     use_4bit_quantization: bool = HfArg(
         default=False, help="load the frozen base in 4 bits (QLoRA)"
     )
     use_8bit_quantization: bool = HfArg(
-        default=False, help="load the frozen base in 8 bits, which no strategy shards"
+        default=False, help="load the frozen base in 8 bits; not with ZeRO-3 or FSDP"
     )
     use_nested_quant: bool = HfArg(
         default=False, help="quantize the scales of the 4-bit weights, too"
@@ -272,7 +272,7 @@ class Config:
 # 2. Data ------------------------------------------------------------------------------------------
 # yours to change
 def read_rows(config):
-    """Return the `Splits` of the data: the rows to train and evaluate on, and what they are."""
+    """Return the `Splits` of the data: the rows to train on and to evaluate on, and their form."""
     source = (config.dataset_name, config.dataset_config)
     with refusing(DataError):
         splits = read_splits(*source, config.splits, config.streaming)
@@ -347,7 +347,7 @@ def build_model(config, tokenizer, num_added):
             bnb_4bit_quant_storage=config.bnb_4bit_quant_storage_dtype or config.dtype,
         )
     if config.use_4bit_quantization and shards_parameters():
-        options["device_map"] = {"": "cpu"}  # else transformers packs the full model on every GPU
+        options["device_map"] = {"": "cpu"}  # else every GPU quantizes the full model
         unset_hf_deepspeed_config()  # under ZeRO-3 transformers takes no device_map
     model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, **options)
     modules_to_save = resize(model, tokenizer, num_added, config.adapter_name_or_path)
@@ -359,7 +359,7 @@ def build_model(config, tokenizer, num_added):
     set_seed(config.seed)  # the same LoRA matrices, however many random numbers the resizing drew
     if config.use_peft_lora:
         model = add_lora(config, model, modules_to_save)
-    if config.use_liger_kernel:  # without its loss, since add_token_loss has its own
+    if config.use_liger_kernel:  # without Liger's loss: add_token_loss replaces the loss
         apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
         if not any("forward" in vars(module) for module in model.modules()):
             say(f"Liger has no kernels for {config.model_name_or_path}: it is unused.")
@@ -391,7 +391,7 @@ def add_lora(config, model, modules_to_save):
     if launched_precision() != "no":
         for module in model.modules():
             if hasattr(module, "cast_input_dtype_enabled"):
-                # autocast casts; PEFT would cast to a dtype that changes while FSDP gathers
+                # autocast casts the input; PEFT would use the weight's dtype, which FSDP changes
                 module.cast_input_dtype_enabled = False
     return model
 
@@ -414,22 +414,22 @@ def prepare(config, accelerator, model):
             layer.compile(dynamic=True)  # the rows differ in length
     deepspeed = {"train_micro_batch_size_per_gpu": config.per_device_train_batch_size}
     deepspeed["communication_data_type"] = "fp32"
-    if strategy != "zero1":  # it would select an engine whose state checkpoint.py cannot save
+    if strategy != "zero1":  # there, this would select an engine whose state cannot be saved
         deepspeed["data_types"] = {"grad_accum_dtype": "fp32"}
     configure_deepspeed(accelerator, config, model, **deepspeed)
     if strategy == "zero3":
         gather_blocks(model)
-    if strategy == "fsdp1":  # it makes the flat parameters that the optimizer steps
+    if strategy == "fsdp1":  # prepare the model first: the optimizer needs its flat parameters
         if config.use_peft_lora:  # a unit for each LoRA matrix
             accelerator.state.fsdp_plugin.auto_wrap_policy = fsdp_auto_wrap_policy(model)
         model = accelerator.prepare(model)
         optimizer = accelerator.prepare(build_optimizer(config, model))
-        move_quant_states(model, accelerator.device)  # the scales are not parameters
+        move_quant_states(model, accelerator.device)  # FSDP moves only parameters
         return model, optimizer
     if strategy == "fsdp2":
         for module in model.modules():
             if isinstance(module, ModulesToSaveWrapper):
-                # the frozen copy is not used, and a tied weight in two units is an error in FSDP2
+                # drop the unused frozen copy: FSDP2 fails if it shares a tied weight with a layer
                 module.original_module = torch.nn.Identity()
     model, optimizer = accelerator.prepare(model, build_optimizer(config, model))
     if strategy == "fsdp2":
@@ -494,7 +494,7 @@ def show_answers(config, accelerator, model, tokenizer, prompts):
     unwrapped = accelerator.unwrap_model(model)
     own = unwrapped.generation_config
     ends = {"eos_token_id": own.eos_token_id, "pad_token_id": own.eos_token_id[0]}
-    # greedy: generate fills what is not set from the model's own settings, so these are replaced
+    # greedy: replace the model's own settings, from which generate would take all unset options
     unwrapped.generation_config = GenerationConfig(**ends)
     with generating(accelerator, model, config.layerwise_generation) as generator:
         for prompt in prompts:
@@ -622,12 +622,12 @@ def main():
     if not is_stopped:
         # only the trainable parameters are gathered, a frozen base stays sharded
         weights = gather_trained(accelerator, model)
-        tracker.seconds["train"] = log.seconds  # updates only, also those before a resume
+        tracker.seconds["train"] = log.seconds  # of all updates, without evaluations and saves
         scores, updates = log.scores(), progress.updates
         metrics = collect_metrics(accelerator, model, config, tracker, scores, updates)
         metrics["evaluations"] = progress.evaluations
         if accelerator.is_main_process:
-            # checks the written files at the end, and adds the metrics and memory.png
+            # when the block ends, new_folder checks the files and adds metrics and memory.png
             with files.new_folder(metrics, progress, with_log=False, overwrite=True) as folder:
                 files.write(folder, weights)
             print_scores(metrics)
@@ -635,7 +635,7 @@ def main():
             if hub:
                 hub.push(config.output_dir, "End of training", ignore=("checkpoint-*", "runs"))
     end_run(accelerator)
-    if hub:  # on this process only: no collective times out during a long upload
+    if hub:  # main process only; all collectives are done, so a long upload cannot time one out
         hub.finish()
 
 

@@ -84,7 +84,7 @@ def build_dataloaders(config, tokenizer, accelerator):
     labels = dict.fromkeys(map(str, [*train[config.label_column], *valid[config.label_column]]))
     head, tail = config.prompt_template.split("{text}")
     targets = {label: tokenizer(text_target=label).input_ids for label in labels}
-    eos = tokenizer.eos_token_id  # some tokenizers add none, and no answer would end
+    eos = tokenizer.eos_token_id  # some tokenizers do not append it; generation would not stop
     targets = {label: ids if eos in ids else [*ids, eos] for label, ids in targets.items()}
     fixed = len(tokenizer(head + tail).input_ids)
     known, limit = train[config.label_column], config.max_length
@@ -128,7 +128,7 @@ def build_dataloaders(config, tokenizer, accelerator):
         valid,
         config.per_device_eval_batch_size,
         collate_fn=collate_valid,
-        generator=torch.Generator(),  # else an evaluation draws from the generator of dropout
+        generator=torch.Generator(),  # else evaluating would advance the RNG that dropout uses
     )
     return train_loader, valid_loader
 
@@ -146,7 +146,7 @@ def build_model(config, tokenizer):
     )
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model.generation_config = GenerationConfig(**ends)  # greedy, whatever the checkpoint asks for
-    # the decoder starts as in training: with the config's token, or with mBART's language
+    # the decoder starts as in training: with the config's start token, or mBART's language token
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
         target = torch.tensor([tokenizer(text_target="label").input_ids])
         start = model.prepare_decoder_input_ids_from_labels(target)[0, 0].item()
@@ -217,7 +217,7 @@ def main():
         optimizer = torch.optim.AdamW(trainable.values(), **options)
         configure_deepspeed(accelerator, config, model)  # DeepSpeed accumulates and clips by itself
         model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
-        # prepared separately: DeepSpeed reads its micro-batch size from the loaders of `prepare`
+        # not in `prepare`, where DeepSpeed would also read the batch size of this loader
         valid_loader = accelerator.prepare_data_loader(valid_loader)
     max_steps = len(train_loader) // config.gradient_accumulation_steps
     warmup = int(config.warmup_ratio * max_steps)
@@ -267,7 +267,7 @@ def main():
     scores = {name: (before.get(name, math.nan), after[name]) for name in after}
     metrics = collect_metrics(accelerator, model, config, tracker, scores, progress.updates)
     if accelerator.is_main_process:
-        # checks the written files at the end, and adds the metrics, the log and the plots
+        # when the block ends, new_folder checks the files and adds metrics, log and plots
         with files.new_folder(metrics, progress) as folder:
             files.write(folder, weights)
     progress.show_samples(samples)

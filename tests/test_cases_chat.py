@@ -421,7 +421,7 @@ def test_arguments_of_other_rows_are_not_added(train):
 
 # Templates ----------------------------------------------------------------------------------------
 THOUGHT = turns("one?", "<think>a</think>First.", "two?", "<think>b</think>Second.")
-OWN = "turns on their own, as the template rewrites earlier ones"
+OWN = "earlier turns that the template rewrites, each in its own document"
 SEEN = {  # id -> template, messages; labels of each document; what is said
     "as Qwen3": (
         (QWEN3, TWO),
@@ -441,7 +441,7 @@ SEEN = {  # id -> template, messages; labels of each document; what is said
     "as DeepSeek-R1": (
         (R1, TWO),
         [["First.</s>", "Second.</s>"]],
-        ["answers that begin otherwise than the prompt for generation (2 turns)"],
+        ["answers whose beginning differs from the prompt for generation (2 turns)"],
     ),
     "as DeepSeek-R1, thoughts": (
         (R1, THOUGHT),
@@ -784,7 +784,7 @@ def test_what_is_not_read_is_said_in_one_line(train, tmp_path):
     write(tmp_path / "data/more.csv", TABLE)
     [line] = [one for one in train(tmp_path / "data").said.splitlines() if "not used" in one]
     assert line == (
-        "train, not used or read otherwise: files more.csv (read: dev.jsonl, test.jsonl, "
+        "train, not used or changed: files more.csv (read: dev.jsonl, test.jsonl, "
         "train.jsonl); split validation (1 rows); column id (1 rows); key name (1 messages)."
     )
 
@@ -918,9 +918,7 @@ def test_of_a_stream_is_counted_what_is_not_used(stream):
     empty = json.dumps({"messages": []}) + "\n"
     count, said = stream(LINES * 3 + extra * 2 + empty)
     assert count == 5 and "counted at the end of each epoch" in said and "file y" in said
-    assert (
-        "The stream, met for the first time, not used or read otherwise: column id (1 rows)" in said
-    )
+    assert "New in the stream, not used or changed: column id (1 rows)" in said
     [line] = [line for line in said.splitlines() if line.startswith("The stream, epoch 1")]
     assert line.startswith("The stream, epoch 1: 5 documents of 6 rows, not used")
     assert "column id (2 rows)" in line and "empty messages, which are left out (1 rows)" in line

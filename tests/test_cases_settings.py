@@ -140,7 +140,7 @@ def test_a_process_that_waits_for_others_says_so(variables, capsys, more, starte
 ACCELERATE = ("python", "/env/bin/accelerate", "launch", "--config_file", "x.yaml", "script.py")
 TORCHRUN = ("python", "/env/bin/torchrun", "--nproc_per_node", "2", "script.py")
 WITHOUT = "Ignored: {} in the environment. No launcher started this process.\n"
-OTHER = "Ignored: {} in the environment, of another launch than this one.\n"
+OTHER = "Ignored: {} in the environment, because another launch set it.\n"
 FILE = {environment.CONFIG_FILE: "old.json"}
 STRATEGIES = {  # id -> (variables, command of the launcher, its config, what is printed, strategy)
     "FSDP without a launcher": (
@@ -182,7 +182,8 @@ STRATEGIES = {  # id -> (variables, command of the launcher, its config, what is
         GROUP | DEEPSPEED | FILE,
         ACCELERATE,
         {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}},
-        f"Ignored: {environment.CONFIG_FILE}=old.json in the environment, of another launch.\n",
+        f"Ignored: {environment.CONFIG_FILE}=old.json in the environment, because another launch "
+        "set it.\n",
         "zero2",
     ),
     "FSDP as asked": (GROUP | FSDP, ACCELERATE, {"distributed_type": "FSDP"}, "", "fsdp1"),
@@ -337,7 +338,7 @@ UNUSED = {  # id -> (content of the file, more variables, what is printed)
     "batch": (
         ZERO3 | {"train_batch_size": 64},
         {},
-        ["train_batch_size 64 of the launch config is not used", "which makes it 16."],
+        ["train_batch_size 64 of the launch config is not used", "sets it to 16."],
     ),
     "YAML without a file": (
         None,

@@ -505,7 +505,7 @@ def test_a_lock_that_a_killed_compilation_left_is_deleted_and_one_held_open_is_n
     assert lock.exists() and "Deleted" not in capfd.readouterr().out
     with pytest.raises(Accepted):
         run(OFFLOAD, "zero3_offload", shlex.split(GOOD))
-    told = f"Deleted {lock}, which a compilation that was killed had left."
+    told = f"Deleted {lock}, which a killed compilation had left."
     assert told in capfd.readouterr().out and not lock.exists()
 
 

@@ -142,7 +142,7 @@ def test_a_save_that_fails_only_at_the_end_keeps_the_files(launch, arguments, tm
 @pytest.mark.parametrize(
     "place, words",
     [
-        ("    files.try_writing(", "cannot be saved, tried before the training"),
+        ("    files.try_writing(", "a trial before the training could not save"),
         (WEIGHTS, "nothing was saved in"),
     ],
     ids=["from the start", "at the end"],

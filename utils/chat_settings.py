@@ -102,7 +102,7 @@ def as_lesson(config):
 
 
 def take_adapter(config):
-    """Let the run train an adapter on, if one is given; --model_name_or_path may be its folder.
+    """Let the run continue an adapter's training; --model_name_or_path may name the adapter.
 
     Then --model_name_or_path becomes the adapter's base, unless it is one that the user names.
     """
@@ -121,7 +121,7 @@ def take_adapter(config):
     adapter = or_refuse(f"{culprit} cannot be read", PeftConfig.from_pretrained, place)
     kind, named = adapter.peft_type, adapter.base_model_name_or_path
     if kind != "LORA":
-        refuse(f"{culprit} is an adapter of type {kind.value}: chat_sft trains only LORA on")
+        refuse(f"{culprit} is an adapter of type {kind.value}: chat_sft continues only type LORA")
     base = config.model_name_or_path
     told = "" if base == named else f", although it names {named} as its base"
     say(f"The training of the adapter {place} continues, on {base}{told}.")
@@ -129,7 +129,7 @@ def take_adapter(config):
 
 
 def split_names(text):
-    """Return the names that a flag lists, comma separated; a regular expression stays in one."""
+    """Return the names that a flag lists, comma separated; a regular expression is not split."""
     if PATTERN.search(text):
         return [text.strip()]
     return [name.strip() for name in text.split(",")] if text.strip() else []
@@ -146,7 +146,7 @@ def check_choices(config):
 def check_template_choice(template):
     """Stop if --chat_template_format names a file that cannot be read.
 
-    Whether another name is a template of the tokenizer, `build_tokenizer` checks.
+    `build_tokenizer` checks whether another name is a template of the tokenizer.
     """
     if template.endswith(".jinja"):
         or_refuse(f"--chat_template_format {template} cannot be read", Path(template).read_text)
@@ -297,8 +297,8 @@ def limit_length(config):
 def check_row_length(config):
     """Stop if a row would be longer than this attention, or this model, allows.
 
-    Llama 4 attends within chunks of a document, by its mask alone. It also scales its attention by
-    the position in the row, from a certain one on, which is not the position in a document.
+    Llama 4 attends within chunks of a document, which only its mask defines. From a certain
+    position on it also scales its attention, by the position in the row, not in the document.
     """
     model_config = AutoConfig.from_pretrained(config.model_name_or_path).get_text_config()
     if config.attn_implementation != "documents":
@@ -307,8 +307,8 @@ def check_row_length(config):
     if chunk and "chunked_attention" in (getattr(model_config, "layer_types", None) or ()):
         if config.max_length > chunk:
             refuse(
-                f"--max_length {config.max_length} exceeds {chunk} tokens, the chunks of the "
-                "model's attention, which --attn_implementation documents does not have: give "
+                f"--max_length {config.max_length} exceeds {chunk} tokens, the size of the "
+                "model's attention chunks, which --attn_implementation documents lacks: give "
                 f"--max_length {chunk}, or --attn_implementation sdpa"
             )
 

@@ -113,17 +113,17 @@ DATE = re.compile(r"""strftime_now\(\s*(["'])(.+?)\1\s*\)""")
 
 
 def pin_date(tokenizer, date):
-    """Return a tokenizer whose chat template writes this date for today's, and the date.
+    """Return a tokenizer whose chat template writes this date, not today's; and the date.
 
-    A template that writes today's date would make other documents of the data when a run is
-    resumed on a later day. Collective.
+    With today's date, a run that is resumed on a later day would train on other documents.
+    Collective.
 
     Args:
-        date: of the first start, in ISO format; None at the first start.
+        date: the date of the first start, in ISO format; None at the first start.
 
     Returns:
-        The tokenizer itself and None, where the template writes no date. Otherwise a copy: the
-        tokenizer that is saved still writes today's.
+        The tokenizer itself and None if the template writes no date. Otherwise a copy and the date;
+        the original, which is saved, still writes today's date.
     """
     own = tokenizer.chat_template
     texts = own if isinstance(own, dict) else {"": own or ""}

@@ -64,7 +64,7 @@ class Conversation(NamedTuple):
         messages: dicts with role, content, and what other keys the data has.
         learned: indices of the assistant's messages that are trained on.
         tools: list of JSON schemas, or None.
-        notes: one for everything that is not used, or read otherwise than it stands (`note`).
+        notes: a `note` for everything that is not used, or is changed when it is read.
     """
 
     messages: list[dict]
@@ -74,7 +74,7 @@ class Conversation(NamedTuple):
 
 
 def note(text, unit):
-    """Return a note for the census: what was found, and in what it is counted."""
+    """Return a note for the census: what was found, and the unit of its count."""
     return f"{text}|{unit}"
 
 
@@ -111,7 +111,7 @@ def shape_of(rows, text_field=""):
 
 
 def used_columns(shape):
-    """Return the columns that are read of rows of a shape."""
+    """Return the columns that are read from rows of this shape."""
     if shape in INSTRUCTIONS:
         return (*shape, "input", "history", "tools", *SYSTEM)
     return (*shape, "tools", *SYSTEM)
@@ -133,7 +133,7 @@ def as_document(row, shape, where):
     """Return a row as a `Conversation`, or as the strings of a pair or a text.
 
     Args:
-        row: column -> value. None counts as absent, also in what a value holds.
+        row: column -> value. None counts as absent, also inside a value.
         shape: what `shape_of` returned for the split.
         where: the name of the row in an error.
 
@@ -243,7 +243,7 @@ def read_message(entry, where, notes):
     """Return a message with the names that chat templates know, and whether it may have a label.
 
     Args:
-        notes: list that gets what is read otherwise than it stands.
+        notes: list that gets what is changed when it is read.
 
     Raises:
         DataError: it is no message, or its content is of another type.
@@ -295,7 +295,7 @@ def read_message(entry, where, notes):
 
 
 def is_parts(content):
-    """Return whether content consists of parts, as texts and images are given."""
+    """Return whether content is a list of parts, such as texts and images."""
     parts = [content] if isinstance(content, dict) else content
     return all(
         isinstance(part, str) or (isinstance(part, dict) and "type" in part) for part in parts
@@ -303,7 +303,7 @@ def is_parts(content):
 
 
 def join_parts(content, where, notes):
-    """Return the text of content in parts. DataError: a part is no text."""
+    """Return the text of content that is in parts; raise DataError if a part is not text."""
     parts = [content] if isinstance(content, dict) else content
     texts = []
     for part in parts:
@@ -337,7 +337,7 @@ def read_tool_calls(calls, where):
 
 # Values -------------------------------------------------------------------------------------------
 def without_nulls(value):
-    """Return a value without the keys that hold None: Arrow adds those of other rows."""
+    """Return a value without the keys that hold None: Arrow adds the keys of other rows."""
     if isinstance(value, dict):
         return {key: without_nulls(one) for key, one in value.items() if one is not None}
     return [without_nulls(one) for one in value] if isinstance(value, list) else value
@@ -353,7 +353,7 @@ def as_text(value, complaint):
 
 
 def as_messages(value):
-    """Return a list of messages that stands as text; another value as it is."""
+    """Return the list of messages that a text holds; any other value unchanged."""
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         parsed = parse(value)
         if isinstance(parsed, list) and all(
@@ -364,7 +364,7 @@ def as_messages(value):
 
 
 def parse(text, keeps_nulls=False):
-    """Return the value of a text in JSON, or as Python writes it; the text where it is neither."""
+    """Return the value that a text writes in JSON or Python; the text if it is neither."""
     for read in (json.loads, ast.literal_eval):
         try:
             return read(text) if keeps_nulls else without_nulls(read(text))

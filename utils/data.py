@@ -18,7 +18,7 @@ SPLITS = ("train", "validation")
 def load_data(dataset_name, columns, seed=0, *, keep=()):
     """Return the training rows and the held-out rows, each a `datasets.Dataset`.
 
-    Without a validation split about a fifth of the rows is held out. Rows that are equal in the
+    Without a validation split, about a fifth of the rows is held out. Rows that are equal in the
     first column stay on the same side of the split, so no held-out text is also trained on. One
     line names every column, file and split that is not used.
 
@@ -71,7 +71,7 @@ def hold_out(rows, name, seed, culprit):
     """Return the training rows and about a fifth of all rows, held out. No value is in both.
 
     Args:
-        name: the column in which rows that are equal stay together.
+        name: a column; rows with the same value in it stay together.
     """
     counts = Counter(rows[name])
     if len(rows) < 2:
@@ -94,8 +94,8 @@ def hold_out(rows, name, seed, culprit):
     rarest = min(counts, key=counts.get)
     held = held or Counter({rarest: counts[rarest]})
     say(
-        f"{len(rows)} rows have {len(counts)} different {name!r}: {len(held)} of them are held "
-        f"out, with all their {held.total()} rows."
+        f"{len(rows)} rows have {len(counts)} different {name!r}: {len(held)} of these values are "
+        f"held out, {held.total()} rows in all."
     )
     sides = [[], []]
     for index, value in enumerate(rows[name]):
@@ -148,7 +148,7 @@ def find_splits(folder):
 def check_columns(rows, split, columns, known):
     """Stop if a column is missing, is not text or numbers, or has an empty cell.
 
-    Of the first column the empty cells are counted, in a line.
+    Empty cells of the first column are no error: their number is printed.
 
     Args:
         known: the names of all columns of the split, for the error.
@@ -203,7 +203,7 @@ def replace(rows, name, cells):
 
 
 def check_labels(train, targets, tokenizer, max_length, prompt_length, is_shared=True):
-    """Return what a correct answer is; stop if class labels or a row's text would be lost.
+    """Return each label's answer and the room for text; stop if a label or text would be lost.
 
     Labels that become the same text after tokenizing count as the same answer. If they are classes,
     this is an error, unless they differ in blanks only. They are classes if the training rows

@@ -2,7 +2,7 @@
 
 A document is a dict with the lists `input_ids` and `labels`, of one length, and `length`, the
 number of tokens before truncation. A label stands where its token stands; -100 means no loss. Its
-`notes` say what of its row is not used, or read otherwise than it stands.
+`notes` say what of its row is not used, or is changed when it is read.
 """
 
 import hashlib
@@ -67,7 +67,7 @@ def encode_batch(columns, numbers, **encoding):
 
     Args:
         columns: name -> values, one for each row.
-        numbers: of the rows, from 0.
+        numbers: the rows' numbers, from 0.
         encoding: the other arguments of `encode`.
     """
     names, documents = list(columns.keys()), []
@@ -88,7 +88,7 @@ def encode(row, index, config, tokenizer, shape, split, code="", num_rows=math.i
         shape: what `shape_of` in conversations.py returned.
         split: the name of the split in errors.
         code: digest of the code (`code_digest`); `datasets` keys its cache by the arguments.
-        num_rows: of the model's embedding; some tokenizers have more tokens.
+        num_rows: rows in the model's embedding; some tokenizers have more tokens.
 
     Raises:
         DataError: the row cannot be trained on.
@@ -249,10 +249,10 @@ def build_documents(config, accelerator, rows, split, unread=(), **encoding):
 
 
 def say_census(split, unread, notes):
-    """Print one line with all that is not used, or read otherwise than it stands."""
+    """Print one line with all that is not used, or is changed when it is read."""
     parts = "; ".join(filter(None, [*unread, census(notes)]))
     if parts:
-        say(f"{split}, not used or read otherwise: {parts}.")
+        say(f"{split}, not used or changed: {parts}.")
 
 
 def nothing_left(split, config, num_long, notes):
@@ -269,14 +269,13 @@ def nothing_left(split, config, num_long, notes):
 def read_stream(config, rows, unread, epoch, is_strict=False, **encoding):
     """Yield the documents of a stream that can be trained on, shuffled anew in each epoch.
 
-    The rows cannot be counted before training. So whatever is not used is printed when it is met
-    for the first time, and counted at the end of each epoch. A row that cannot be trained on is
-    left out.
+    The rows cannot be counted before training. So whatever is not used is printed when it first
+    occurs, and counted at the end of each epoch. A row that cannot be trained on is left out.
 
     Args:
         unread: names of what was not read.
-        is_strict: for a look at the beginning: raise the DataError of such a row, and print that
-            the stream is counted later.
+        is_strict: for a look at the beginning: raise the DataError of a row that cannot be trained
+            on, and print that rows are counted later.
         encoding: tokenizer and shape, for `encode`.
 
     Raises:
@@ -284,8 +283,8 @@ def read_stream(config, rows, unread, epoch, is_strict=False, **encoding):
     """
     if is_strict:
         say(
-            "The stream: rows that are truncated, left out or not fully used are named when such a "
-            "row is met for the first time, and counted at the end of each epoch."
+            "The stream: whenever rows are truncated, left out or not fully used for a new reason, "
+            "the reason is printed. These rows are counted at the end of each epoch."
         )
         say_census("The stream", unread, {})
     name = "the stream"
@@ -315,7 +314,7 @@ def read_stream(config, rows, unread, epoch, is_strict=False, **encoding):
                 found[note("without a label within --max_length, left out", "documents")] += 1
             new = Counter(dict.fromkeys(found.keys() - notes.keys(), 1))
             if new and not is_strict and not epoch:
-                say_census("The stream, met for the first time", [], new)
+                say_census("New in the stream", [], new)
             notes += found
             if is_kept(document, config):
                 num_kept += 1

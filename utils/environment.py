@@ -120,7 +120,7 @@ def settle_environment():
 
 
 def settle_group():
-    """Stop if the variables of a process group contradict each other; ignore parts of a group."""
+    """Stop if variables of a process group contradict each other; ignore an incomplete set."""
     for name in {*GROUP, *NUMBERS}:
         if os.environ.get(name) == "":
             del os.environ[name]
@@ -174,14 +174,14 @@ def settle_strategy():
             say(f"Ignored: {name} in the environment. No launcher started this process.")
         elif is_accelerate(command) and asked[0] != kind:
             ignore(name)
-            say(f"Ignored: {name} in the environment, of another launch than this one.")
+            say(f"Ignored: {name} in the environment, because another launch set it.")
     has_file = "deepspeed_config_file" in (config.get("deepspeed_config") or {})
     has_file |= any(word.startswith("--deepspeed_config_file") for word in command)
     if is_accelerate(command) and CONFIG_FILE in os.environ and not has_file:
         told = os.environ[CONFIG_FILE]
         ignore(CONFIG_FILE)
         if asked[0] == "DEEPSPEED":
-            say(f"Ignored: {CONFIG_FILE}={told} in the environment, of another launch.")
+            say(f"Ignored: {CONFIG_FILE}={told} in the environment, because another launch set it.")
 
 
 def ignore(*names):

@@ -43,7 +43,7 @@ def check_earlier_run(folder):
 
 
 def lock_folder(flag, name):
-    """Stop if another run writes into the folder; until this process ends, keep others out.
+    """Stop if another run uses the folder; keep other runs out until this process ends.
 
     The lock is a hidden file beside the folder, `.NAME.lock`. It says which process holds it. The
     system releases it when that process ends, however it ends. The first process of a launch holds

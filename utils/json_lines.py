@@ -1,4 +1,4 @@
-"""Rows of JSON as lines of text, so that they stay as they stand.
+"""Keep rows of JSON as lines of text, so that no value changes.
 
 Arrow would give every row the keys of all others, turn 1 into 1.0 and dates into timestamps, and
 fail where a value has several types. So `datasets` holds the lines, and each is parsed where it is
@@ -24,7 +24,7 @@ def has_text(row):
 
 
 def parse_row(row):
-    """Return the row of a line of JSON; where it is none, a row with the reason under BROKEN."""
+    """Return the row in a line of JSON; if it is not JSON, a row with the reason under BROKEN."""
     reason = reason_of(row[LINE])
     return {BROKEN: f"is not a JSON object ({reason})"} if reason else json.loads(row[LINE])
 

@@ -15,7 +15,7 @@ from utils.environment import deepspeed_file, is_enabled, launch_config
 from utils.errors import or_refuse, refuse, say
 from utils.launch import deepspeed_settings, launched_precision, launched_strategy, uses_gpu
 
-# the script's own flags, which DeepSpeed is given -> the name in a DeepSpeed config
+# flag of the script -> its name in a DeepSpeed config; the flag decides
 OWN = {
     "gradient_accumulation_steps": "gradient_accumulation_steps",
     "max_grad_norm": "gradient_clipping",
@@ -33,7 +33,7 @@ BESIDE = {
 BESIDE |= {f"offload_{part}_device" for part in ("optimizer", "param")}
 BESIDE |= {f"offload_{part}_nvme_path" for part in ("optimizer", "param")}
 PARALLEL = ("TP", "CP", "SP")  # tensor, context and sequence parallelism
-# keys of a deepspeed_config_file that the scripts, or Hugging Face's models, make no use of
+# keys of a deepspeed_config_file that change nothing in these scripts -> what to do instead
 IDLE = {
     "activation_checkpointing": "give --gradient_checkpointing",
     "steps_per_print": "accelerate turns it off",
@@ -51,8 +51,8 @@ def check_launch(config, strategies, base):
     for part in PARALLEL:
         if os.environ.get(f"PARALLELISM_CONFIG_{part}_SIZE", "1") not in ("1", "None"):
             refuse(
-                f"parallelism_config_{part.lower()}_size splits the model or its rows, and the "
-                "scripts do not know how: set it to 1"
+                f"parallelism_config_{part.lower()}_size splits the model or its rows, which "
+                "the scripts do not support: set it to 1"
             )
     if strategy.startswith("zero"):
         check_deepspeed(config, precision)
@@ -115,9 +115,9 @@ def check_deepspeed(config, precision):
 
 
 def check_deepspeed_file(config):
-    """Stop if a deepspeed_config_file contradicts the script; print what of it has no effect.
+    """Stop if a deepspeed_config_file contradicts the script; print its keys without effect.
 
-    The same for the numbers of a launch config without such a file.
+    Also prints the numbers of a launch config without such a file that are not used.
     """
     name, content = deepspeed_file()
     culprit = f"deepspeed_config_file {name}"
@@ -147,8 +147,8 @@ def check_deepspeed_file(config):
         flag, value = flags.get(key, ("", None))
         if value is not None and told not in (None, "auto") and not is_equal(told, value):
             say(
-                f"{key} {told} of the launch config is not used: --{flag} of the script decides, "
-                f"which makes it {value}."
+                f"{key} {told} of the launch config is not used: the script's --{flag} "
+                f"sets it to {value}."
             )
     for key, remedy in IDLE.items():
         if key in content:
@@ -156,7 +156,7 @@ def check_deepspeed_file(config):
 
 
 def is_equal(told, value):
-    """Return whether what a config says, in any type, is that number."""
+    """Return whether the value in a config, of any type, equals this number."""
     try:
         return float(told) == value
     except (TypeError, ValueError):
@@ -228,9 +228,9 @@ def free_extension_lock(name):
     if int(os.environ.get("LOCAL_RANK", 0)) or not lock.exists() or is_open(lock):
         return
     if lock.exists():
-        culprit = f"{lock} was left by a compilation that was killed, and cannot be deleted"
+        culprit = f"{lock} was left by a killed compilation and cannot be deleted"
         or_refuse(culprit, lock.unlink, missing_ok=True)
-        say(f"Deleted {lock}, which a compilation that was killed had left.")
+        say(f"Deleted {lock}, which a killed compilation had left.")
 
 
 def is_open(path):

@@ -73,7 +73,7 @@ def load_lines(folder, output_dir, metrics):
     else:
         lines += [f'model = {name}.from_pretrained("{output_dir}"{options})']
     if library(folder) == "peft" and (folder / "generation_config.json").is_file():
-        # else `generate` knows only the tokens that end a text of the base model
+        # else `generate` stops only at the end tokens of the base model
         lines.insert(1, "from transformers import GenerationConfig")
         lines += [f'model.generation_config = GenerationConfig.from_pretrained("{output_dir}")']
     return "\n".join(lines)

@@ -45,7 +45,7 @@ def lora_targets(model, wanted):
 
 
 def matching(target, names):
-    """Return those of the names that a LoRA target stands for: a name or a regular expression."""
+    """Return the names that a LoRA target, a name or a regular expression, selects."""
     if PATTERN.search(target):
         return [name for name in names if re.fullmatch(target, name)]
     return [name for name in names if name == target or name.endswith(f".{target}")]
@@ -69,7 +69,7 @@ def text_layers(model):
         decoder = model.get_decoder()
         part = next(name for name, module in modules.items() if module is decoder)
         inner = [tower.removeprefix(f"{part}.") for tower in towers if is_within(tower, part)]
-        # a tower may be inside of the decoder, as in Phi 4 multimodal: then the branch that has it
+        # in Phi 4 multimodal a tower is inside the decoder: leave out the branch that holds it
         outside |= {f"{part}.{tower.split('.')[0]}" for tower in inner}
         outside |= {
             name for name in modules if not (is_within(name, part) or is_within(part, name))
@@ -135,10 +135,12 @@ def adapter_rows(place, model):
 
 
 def settle_dtypes(model, dtype, is_engine):
-    """Round the trainable weights as DeepSpeed does, and keep them in float32 elsewhere.
+    """Round the trainable weights to the base's dtype; under DeepSpeed also store them in it.
+
+    DeepSpeed rounds them in any case. So all strategies start from the same values.
 
     Args:
-        dtype: of the base.
+        dtype: the base's dtype.
         is_engine: whether DeepSpeed's engine trains, which wants one dtype.
     """
     for weight in model.parameters():
@@ -190,7 +192,7 @@ def check_target_parameters(wanted, skeleton):
 def gather_blocks(model):
     """Let ZeRO-3 gather a block with adapted experts as a whole, the LoRA matrices included.
 
-    PEFT reads the weights of these matrices without calling them, so they would stay sharded.
+    PEFT reads these matrices without calling their modules, so they would stay sharded.
     Call it before `accelerator.prepare`; without adapted experts it does nothing.
     """
     from deepspeed.utils import set_z3_leaf_modules  # a large import
@@ -202,7 +204,7 @@ def gather_blocks(model):
 
 
 def say_experts(model):
-    """Print how many numbers of fused experts have LoRA, and what 4-bit leaves unquantized.
+    """Print how many parameters of fused experts get LoRA, and which stay unquantized.
 
     Args:
         model: a `PeftModel`, before a strategy shards it.
@@ -219,13 +221,13 @@ def say_experts(model):
         )
         say(
             f"LoRA goes on {len(adapted)} fused weights of routed experts, "
-            f"{sum(map(math.prod, shapes)):,} parameters, with {trained:,} of its own."
+            f"{sum(map(math.prod, shapes)):,} parameters; it adds {trained:,} trainable ones."
         )
     is_4bit = any(getattr(module, "quant_state", None) is not None for module in model.modules())
     if is_4bit and (experts := fused_experts(model)):
         weights = [weight for name, weight in model.named_parameters() if name in experts]
         size = sum(weight.numel() * weight.element_size() for weight in weights)
         say(
-            f"bitsandbytes quantizes linear layers alone: {len(weights)} fused weights of experts "
+            f"bitsandbytes quantizes only linear layers: {len(weights)} fused weights of experts "
             f"stay in {str(weights[0].dtype).removeprefix('torch.')}, {size:,} bytes."
         )

@@ -27,7 +27,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 # change at all, but mixtures of experts round differently.
 LEAK = {torch.float32: 5e-7, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 
-# where the documents of a row begin and end, as `join` in packing.py says it
+# where the documents of a row begin and end, as `join` in packing.py returns it
 BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "document_lengths")
 
 
@@ -203,7 +203,7 @@ def add_token_loss(model, chunk_bytes=None):
         starts = kwargs.get("cu_seq_lens_q")
         is_ours = causal.config._attn_implementation == "documents"
         if starts is not None and len(starts) == 2 and not is_ours:
-            # one document: no borders, for which some models ask for kernels that are not there
+            # one document needs no borders, and some models need missing kernels for them
             kwargs = {name: kwargs[name] for name in kwargs if name not in BORDERS}
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         hidden = base(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state

@@ -85,11 +85,11 @@ def check_model(config, auto_model, base, pads=True):
     dropped = {name: rate for name, rate in vars(model_config).items() if "layerdrop" in name}
     if any(dropped.values()):
         told = ", ".join(f"{name} {rate}" for name, rate in dropped.items() if rate)
-        say(f"{told} of the model's config is unused: all processes run the same layers.")
+        say(f"{told} of the model's config is unused: all processes must run the same layers.")
 
 
 def check_code(name, culprit):
-    """Stop if the model is of no class of transformers, but brings Python code of its own."""
+    """Stop if transformers lacks the model's class, and the checkpoint brings code for it."""
     file = Path(name) / "config.json"
     if not file.is_file():
         return
@@ -111,7 +111,7 @@ def check_place(name, culprit):
         if is_adapter:
             refuse(
                 f"{culprit} holds an adapter of {base or 'an unnamed model'}: give that model, "
-                "train the adapter on with chat_sft.py, or merge both with tools.merge_adapter"
+                "continue its training with chat_sft.py, or merge both with tools.merge_adapter"
             )
         if not (folder / "config.json").is_file():
             refuse(

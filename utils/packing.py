@@ -294,8 +294,8 @@ def one_document(query, key, value, window, softcap, sinks, dropout, scaling):
         query: of the last tokens of the document, whose keys may be cached from earlier calls.
         window: a token attends to itself and to `window` - 1 tokens before it; None: to all.
         softcap: scores become softcap * tanh(scores / softcap); None: they stay.
-        sinks: [heads], a score that each head adds to those of the keys; its value is 0. None: no
-            such score.
+        sinks: [heads], one more score of each head, beside the scores of the keys, with the value
+            0. None: no such score.
     """
     queries, keys = query.shape[2], key.shape[2]
     mask, is_plain = None, softcap is None and sinks is None

@@ -28,11 +28,11 @@ class Text(NamedTuple):
 
 
 def render(tokenizer, chat, where, learns_all=False):
-    """Return the texts to train on of a conversation, and notes of what is not written in them.
+    """Return the texts of a conversation to train on, and notes of what these texts leave out.
 
-    Usually that is one text. Where the template rewrites earlier turns, as Qwen3's drops what the
-    assistant thought in them, such a turn has a text of its own, which ends with it. So each
-    turn is learned after what the model sees when it generates that turn.
+    Usually there is one text. Some templates rewrite earlier turns: Qwen3's drops the thoughts in
+    them. Then such a turn gets a text of its own, which ends with this turn. So the model learns
+    each turn after exactly the text that it sees when it generates the turn.
 
     Args:
         chat: a `Conversation`.
@@ -53,7 +53,9 @@ def render(tokenizer, chat, where, learns_all=False):
         if not texts[-1].text.startswith(through):
             texts.append(Text(turn[0], [], number + 1))
             unit = "documents"
-            notes.append(note("turns on their own, as the template rewrites earlier ones", unit))
+            notes.append(
+                note("earlier turns that the template rewrites, each in its own document", unit)
+            )
         spans = find_turn(write, chat.messages, number, turn, where, notes)
         texts[-1].spans.extend(spans)
     if not texts[0].spans and len(texts) > 1:  # its answers have texts of their own
@@ -125,8 +127,8 @@ def with_text_arguments(message):
 def find_turn(write, messages, number, turn, where, notes):
     """Return the spans of a turn of the assistant in the text that ends with it.
 
-    The turn begins where the text with the prompt for generation ends. Where the template writes
-    another beginning than that prompt, it begins at the first difference.
+    The turn begins where the text with the prompt for generation ends. If the template begins the
+    turn otherwise than that prompt, the turn begins at the first difference.
 
     Args:
         turn: what `write` returned for the messages through this one.
@@ -148,7 +150,7 @@ def find_turn(write, messages, number, turn, where, notes):
     common = len(os.path.commonprefix([prompt, through]))
     if number and common >= len(os.path.commonprefix([before.rstrip(), prompt])):
         unit = "turns"
-        notes.append(note("answers that begin otherwise than the prompt for generation", unit))
+        notes.append(note("answers whose beginning differs from the prompt for generation", unit))
         return [(common, len(through))]
     content = messages[number].get("content", "").strip()
     start = through.rfind(content) if content else -1
@@ -203,7 +205,7 @@ def find_unwritten(tokenizer, chat, where, texts):
 
 
 def differs(write, messages, texts):
-    """Return whether `write` makes another text of the messages than stands in `texts`."""
+    """Return whether `write` makes texts of the messages that differ from `texts`."""
     try:
         return any(write(messages[: one.length])[0] != one.text for one in texts)
     except DataError:  # the template needs what the messages lack

@@ -247,8 +247,8 @@ def collect_metrics(accelerator, model, config, tracker, scores, updates):
 class WeightFiles:
     """The weights that a run saves: under which keys, with which shapes, and how they are written.
 
-    Made from the model before `prepare`, while every process has all of it. After `prepare` PEFT
-    would read shards, or wait for processes that do not take part.
+    Made from the model before `prepare`, while every process has the full model. After `prepare`
+    PEFT would read shards, or wait for processes that do not take part.
 
     Stops the run if a trainable parameter would not be saved, or if the disk has too little space.
 
@@ -327,7 +327,7 @@ class WeightFiles:
             self.write(folder, state_dict)
             self.check(folder)
         except Exception as error:  # of the disk, PEFT, transformers or safetensors
-            fail(f"the weights cannot be saved, tried before the training: {first_line(error)}")
+            fail(f"a trial before the training could not save the weights: {first_line(error)}")
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

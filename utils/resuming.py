@@ -24,8 +24,8 @@ FREE = (
     "layerwise_generation",
 )
 FREE_PREFIXES = ("log", "eval", "save", "push", "hub")
-# Settings that name files: their content decides, wherever they are now. The content is part of
-# what identifies a run, by the names on the right.
+# Settings that name files or folders -> the name of their content in a run's identity. A resumed
+# run needs the same content, which may have moved.
 PLACES = {
     "model_name_or_path": "model_content",
     "adapter_name_or_path": "adapter_content",
@@ -61,12 +61,12 @@ def identify(config, accelerator, data):
     """Return what a run must have in common with the one whose checkpoint it resumes.
 
     Args:
-        data: `Data`, of which the line that counts the documents, with their checksum, and the date
-            in the chat template are read.
+        data: `Data`; read are the line that counts the documents, with their checksum, and the
+            date in the chat template.
     """
     dated = {"template_date": data.template_date} if data.template_date else {}
     free = {name for name in vars(config) if name in FREE or name.startswith(FREE_PREFIXES)}
-    free |= set() if config.dataset_config else {"dataset_config"}  # checkpoints from before it
+    free |= set() if config.dataset_config else {"dataset_config"}  # older checkpoints lack it
     if config.lr_scheduler_type.startswith("constant") and not config.warmup_ratio:
         free |= {"max_steps", "num_train_epochs"}  # no rate depends on the number of updates
     contents = {
@@ -88,7 +88,7 @@ def identify(config, accelerator, data):
 def content_of(place):
     """Return a digest of a file, or of the files of a folder; a Hub id as it is.
 
-    Of a model or an adapter only the weights and the config count, and of large files a sample.
+    For a model or an adapter only the weights and the config count; large files are sampled.
     """
     path = Path(place)
     if not place or not path.exists():
@@ -113,7 +113,7 @@ def content_of(place):
 def by_content(then, now):
     """Return both identities without the names of files whose content is the same.
 
-    A checkpoint of before content was compared has the names alone: then the place decides.
+    Older checkpoints hold only the names. Then both names must lead to the same place.
     """
     then, now = dict(then), dict(now)
     for place, known in PLACES.items():

@@ -24,7 +24,7 @@ def write_adapter_config(folder, peft_config, base_class):
     """Write adapter_config.json as PEFT's save_pretrained does.
 
     Args:
-        peft_config: of the adapter. It has the name of the base model.
+        peft_config: the adapter's config, which names the base model.
         base_class: class of the base model. Without a task type PEFT needs it to load the adapter.
     """
     peft_config, mapping = copy.copy(peft_config), None

@@ -40,7 +40,7 @@ class AdapterLayout:
         names: key -> name of the trained parameter.
         fixed: key -> tensor that is saved but not trained, on the CPU.
         before: key -> `fingerprint` of the trained parameter.
-        encoder: of a prompt method, what `encode_prompt` needs; else None.
+        encoder: what `encode_prompt` needs, for a prompt method; else None.
         is_converted: whether the method saves tensors by a rule of its own.
     """
 
@@ -209,7 +209,7 @@ def keep_unchecked(folder, target, metrics, progress, with_log):
     if kept.exists():
         kept = target.with_name(f"{kept.name}.{os.getpid()}")
     folder.replace(kept)
-    with contextlib.suppress(Exception):  # what can be written beside them is
+    with contextlib.suppress(Exception):  # write as much beside them as possible
         write_beside(kept, metrics, progress, with_log)
     print(f"The files are kept, unchecked, in {kept}", file=sys.stderr, flush=True)
     return kept

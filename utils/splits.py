@@ -68,16 +68,16 @@ def read_splits(dataset_name, config_name="", splits="", streaming=False):
             wrote; or a Hub id.
         config_name: the configuration of a data set that has several; empty: its only one.
         splits: one or two names, comma separated, the held-out one second. Slices are possible:
-            "train[:90%],train[90%:]". Empty: train, and test, validation or eval if there is one.
+            "train[:90%],train[90%:]". Empty: train, and the first of test, validation, eval.
         streaming: read the training rows when they are needed, for data larger than memory. The
             held-out rows are read at once.
 
     Raises:
         DataError: there is no such data or split, or a file cannot be read; broken JSON is named by
-            its line. Of a stream only the beginning is read here.
+            its line. Only the beginning of a stream is read here.
     """
     datasets.disable_progress_bars()
-    set_verbosity(logging.CRITICAL)  # what they would log is in the one sentence
+    set_verbosity(logging.CRITICAL)  # the error's one sentence says what they would log
     wanted = [name.strip() for name in splits.split(",") if name.strip()]
     if len(wanted) > 2:
         raise DataError(
@@ -105,7 +105,7 @@ def read_splits(dataset_name, config_name="", splits="", streaming=False):
 
 
 def check_name(dataset_name):
-    """Raise DataError where the name is no file that can be read, no folder and no Hub id."""
+    """Raise DataError unless the name is a file that can be read, a folder or a Hub id."""
     if not dataset_name:
         raise DataError("--dataset_name is empty: give a file, a folder or a Hub id")
     if "://" in dataset_name:
@@ -137,7 +137,7 @@ def use_writable_cache():
 
 
 def format_of(path):
-    """Return the format of a file by its suffix, in small or capital letters; None: another."""
+    """Return the format of a file by its suffix, in any case; None if the suffix is unknown."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes[-1:] and suffixes[-1] in COMPRESSED:
         suffixes.pop()
@@ -155,7 +155,7 @@ def find_rows(dataset_name, streaming, config_name):
     if os.path.isfile(path):
         return read_files({"train": [path]}, path.parent, streaming)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        # in memory, else it would write its caches beside the data
+        # in memory, else `datasets` would write its caches beside the data
         found = load_from_disk(path, keep_in_memory=not streaming)
         found = found if isinstance(found, DatasetDict) else DatasetDict(train=found)
         if streaming:
@@ -189,7 +189,7 @@ def find_rows(dataset_name, streaming, config_name):
 
 
 def listed(files, folder):
-    """Return the names of files in a folder as text, of many the first ones and the number."""
+    """Return the names of up to five files in a folder as text, and how many more there are."""
     names = [str(file.relative_to(folder)) for file in files]
     more = [f"and {len(names) - 5} more"] if len(names) > 5 else []
     return ", ".join([*names[:5], *more])
@@ -208,8 +208,8 @@ def visible_files(folder):
 def assign_splits(files, folder):
     """Return split name -> files, by the rules of `datasets`.
 
-    Names as data/train_sft-00000-of-00001.parquet come first, then words in the names of folders,
-    then words in the names of files. Without any of them all files are the split train.
+    Names such as data/train_sft-00000-of-00001.parquet come first, then words in the names of
+    folders, then words in the names of files. Without any of them all files are the split train.
     """
     patterns = [r"^data/(?P<any>[^/]+)-\d{5}-of-\d{5}[^/]*$"]
     for end in (r"(?=[-._ 0-9][^/]*/|/)", r"(?=[-._ 0-9][^/]*$)"):
@@ -230,7 +230,7 @@ def assign_splits(files, folder):
 def read_files(splits, folder, streaming):
     """Return split name -> function that reads its files, and the names of what is not read.
 
-    Of a split with files of several formats those of the most frequent one are read.
+    If a split has files of several formats, only those of the most frequent format are read.
     """
     found, unread = {}, []
     for name, files in splits.items():
@@ -246,7 +246,7 @@ def load_files(files, lines, kind, streaming):
 
     Args:
         files: as the user gave them.
-        lines: the files to read; of JSON those that `as_lines` returned.
+        lines: the files to read; for JSON, the files that `as_lines` returned.
     """
     paths = [escape(str(file)) for file in lines]  # `datasets` takes a path as a glob pattern
     options = {"data_files": paths, "split": "train", "streaming": streaming}
@@ -314,7 +314,7 @@ def take(rows, name):
     """Return the rows that the slice in a split's name selects, as in train[:100] or train[90%:].
 
     Raises:
-        DataError: the slice is none, or would need the length of a stream.
+        DataError: this is not a slice, or it would need the length of a stream.
     """
     if "[" not in name:
         return rows
@@ -349,7 +349,7 @@ def check_beginning(rows):
 
 
 def in_memory(rows):
-    """Return the rows of a stream as a `Dataset`, each as it stands."""
+    """Return the rows of a stream as a `Dataset`, each unchanged."""
     lines = [json.dumps(row, default=str) for row in rows]
     return Dataset.from_dict({LINE: lines}).with_transform(parse_rows)
 

@@ -10,17 +10,17 @@ from utils.lora import adapter_rows
 
 
 def tokenizer_folder(config):
-    """Return where the tokenizer is: with the adapter that is trained on, or with the model."""
+    """Return where the tokenizer is: with the adapter that is trained further, or the model."""
     adapter = config.adapter_name_or_path
     has_own = adapter and (Path(adapter) / "tokenizer_config.json").is_file()
     return adapter if has_own else config.model_name_or_path
 
 
 def check_tokens_used(culprit, skeleton, tokenizer):
-    """Stop if a token that every text ends with, or is padded with, does not exist.
+    """Stop if the embedding has no row for the token that ends or pads every text.
 
-    Other tokens of the tokenizer may lack a row in the embedding: some checkpoints have tokens for
-    images or for filling in, which no text holds. A line names them.
+    Other tokens of the tokenizer may lack a row: some checkpoints have tokens for images or for
+    filling in, which no text holds. The number of such tokens is printed.
     """
     rows = skeleton.get_input_embeddings().num_embeddings
     for name in ("eos_token", "pad_token"):
@@ -40,10 +40,10 @@ def check_tokens_used(culprit, skeleton, tokenizer):
 
 
 def resize(model, tokenizer, num_added, adapter):
-    """Give new tokens their rows; return the layers to train in full, because these are not yet.
+    """Give new tokens rows in the embedding; return the layers that must be trained in full.
 
     Args:
-        adapter: folder or Hub id of one that is trained on, with the rows that it holds; or "".
+        adapter: folder or Hub id of the adapter that is trained further; else "".
     """
     if rows := adapter_rows(adapter, model):
         model.resize_token_embeddings(rows, mean_resizing=False)
@@ -55,7 +55,7 @@ def resize(model, tokenizer, num_added, adapter):
             "template adds: give a --chat_template_format of known tokens, or merge the adapter "
             "with tools.merge_adapter and train a new one"
         )
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # some have rows to spare
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # it may have spare rows
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     names = [name for name, module in model.named_modules() if module in ends]
@@ -74,7 +74,7 @@ def check_end(name, tokenizer):
 
 
 def embedding_rows(config, tokenizer, num_added):
-    """Return how many tokens have a row in the model's embedding, also after `resize`.
+    """Return how many tokens have a row in the model's embedding once `resize` has run.
 
     Args:
         config: read are model_name_or_path and adapter_name_or_path.
@@ -104,7 +104,7 @@ def last_token(tokenizer):
 
 
 def set_ends(model, tokenizer):
-    """Let generation stop at every end token, and drop settings of it that cannot be saved."""
+    """Let generation stop at every end token, and drop its settings that cannot be saved."""
     model.generation_config = valid_generation(model.generation_config)
     known = model.generation_config.eos_token_id or []  # one or several
     ends = {*turn_ends(tokenizer), *(known if isinstance(known, list) else [known])}
