@@ -432,5 +432,5 @@ def test_a_loader_of_other_epochs_than_the_flag_says_is_named(monkeypatch, capsy
     config.per_device_train_batch_size, config.gradient_accumulation_steps = 2, 1
     accelerator = SimpleNamespace(num_processes=2)
     results.Progress(accelerator, None, config, max_steps=3, num_rows=12)  # one epoch
-    told = "--num_train_epochs is 6, and the training loader holds 1."
+    told = "--num_train_epochs is 6, but the training loader holds 1 epoch(s)."
     assert (told in capsys.readouterr().out) == is_told

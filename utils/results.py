@@ -67,7 +67,10 @@ class Progress:
         wanted, epochs = vars(config), max_steps * self.epochs_per_update
         given = wanted.get("num_train_epochs", epochs)
         if wanted.get("max_steps", -1) < 1 and abs(epochs - given) > self.epochs_per_update:
-            say(f"--num_train_epochs is {given:g}, and the training loader holds {epochs:.4g}.")
+            say(
+                f"--num_train_epochs is {given:g}, but the training loader holds {epochs:.4g} "
+                "epoch(s)."
+            )
 
     def log(self, **values):
         """Record an update. Tensors among the values are read from the device all at once.

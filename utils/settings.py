@@ -1,8 +1,8 @@
 """Read the command line, and stop with one sentence if a setting is invalid.
 
 All of this happens before a model is loaded. A flag is checked if the Config has a field of its
-name; the names are Hugging Face's. Data columns are checked in data.py, what the launch config says
-in launch_checks.py.
+name; the names are Hugging Face's. Data columns are checked in data.py, the launch config in
+launch_checks.py.
 """
 
 import math
@@ -43,7 +43,7 @@ NOT_NEGATIVE = (
     "num_samples",
     "dataloader_num_workers",
 )
-# how the names of flags end that hold a path, where ~ is the home folder
+# endings of the names of flags that hold a path, in which ~ is the home folder
 PATHS = ("_dir", "_path", "_file", "_folder", "_checkpoint", "dataset_name", "template_format")
 CHOICES = {
     "lr_scheduler_type": SCHEDULES,
