@@ -515,7 +515,7 @@ def test_the_folder_of_an_adapter_in_chat_sft(capsys, place):
     chat_settings.take_adapter(config)
     assert config.model_name_or_path == str(place / "llama") and config.use_peft_lora
     assert config.adapter_name_or_path == str(place / "adapter")
-    assert "is trained further, on its base" in capsys.readouterr().out
+    assert "continues, on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

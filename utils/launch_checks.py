@@ -147,7 +147,7 @@ def check_deepspeed_file(config):
         flag, value = flags.get(key, ("", None))
         if value is not None and told not in (None, "auto") and not is_equal(told, value):
             say(
-                f"{key} {told} of the launch config is not used: the script's --{flag} "
+                f"{key} {told} of the launch config is not used: --{flag} of the script "
                 f"sets it to {value}."
             )
     for key, remedy in IDLE.items():
