@@ -22,6 +22,7 @@ from utils.checkpoint import gather_trained
 from utils.launch import launched_strategy, start_accelerator
 from utils.loss import add_token_loss, check_token_loss
 from utils.packing import join
+from utils.saving import plain_name
 
 LORA = {"use_peft_lora": True, "lora_target_modules": "q_proj,down_proj"}
 CASES = {  # name -> model, new tokens, settings; the embedding of qwen2 is tied to its head
@@ -33,6 +34,11 @@ CASES = {  # name -> model, new tokens, settings; the embedding of qwen2 is tied
 }
 PROCESSES, UPDATES, ACCUMULATED = 2, 3, 2
 CHUNK_BYTES = 4 * 400 * 7  # of 7 rows or so
+
+
+def named(weights):
+    """Return weights by their names without the wrappers of FSDP1."""
+    return {plain_name(name): weight for name, weight in weights.items()}
 
 
 def micro_batches(process):
@@ -93,7 +99,7 @@ def train(accelerator, folder, case, whose, **options):
     reason = check_token_loss(
         accelerator, model, join(pair), [join([document]) for document in pair]
     )
-    before = gather_trained(accelerator, model)
+    before = named(gather_trained(accelerator, model))
     batches, losses = [batch for part in zip(*map(micro_batches, whose)) for batch in part], []
     accumulated = accelerator.gradient_accumulation_steps
     for start in range(0, len(batches), accumulated):
@@ -108,7 +114,7 @@ def train(accelerator, folder, case, whose, **options):
                 optimizer.step()
                 optimizer.zero_grad()
         losses.append(accelerator.reduce(step_loss).item())
-    after = gather_trained(accelerator, model)
+    after = named(gather_trained(accelerator, model))
     accelerator.free_memory()
     return losses, before, after, reason
 
