@@ -297,11 +297,11 @@ def test_tokens_of_documents_without_a_row_are_named_by_row(text, fails):
 
 # Generation settings of the checkpoint ------------------------------------------------------------
 INVALID = [  # settings, those that are dropped
-    ({"do_sample": False, "temperature": 0.9, "top_p": 0.6}, {"temperature", "top_p"}),
-    ({"early_stopping": True}, {"early_stopping"}),
-    ({"num_beams": 1, "length_penalty": 2.0}, {"length_penalty"}),
-    ({"num_return_sequences": 3}, {"num_return_sequences"}),
-    ({"top_k": 20, "min_p": 0.1, "repetition_penalty": 1.2}, {"top_k", "min_p"}),
+    ({"do_sample": False, "temperature": 0.9, "top_p": 0.6}, ["temperature", "top_p"]),
+    ({"early_stopping": True}, ["early_stopping"]),
+    ({"num_beams": 1, "length_penalty": 2.0}, ["length_penalty"]),
+    ({"num_return_sequences": 3}, ["num_return_sequences"]),
+    ({"top_k": 20, "min_p": 0.1, "repetition_penalty": 1.2}, ["top_k", "min_p"]),
 ]
 
 
