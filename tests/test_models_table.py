@@ -44,7 +44,7 @@ def test_every_model_can_be_made(tokenizer, row):
 
 
 def test_the_table_is_large_enough():
-    assert len(CAUSAL) >= 40 and len(SEQ2SEQ) >= 18
+    assert len(CAUSAL) + len(SEQ2SEQ) >= 50
     assert COLUMNS[-2:] == ("reload", "merge") and len(set(CELLS)) == len(CELLS)
     for column in RUNS:
         run = run_of("llama3", column)
@@ -125,7 +125,7 @@ def test_select():
     assert select([], [], False, done) == {}
     assert select(["t5", "qwen3*"], [], False, done) == {
         row: [cell.split("/")[1] for cell in CELLS if cell.startswith(f"{row}/")]
-        for row in ("qwen3", "qwen3_moe", "qwen3_next", "qwen3_5", "t5")
+        for row in ("qwen3", "qwen3_moe", "qwen3_next", "t5")
     }
     assert select(["gpt2"], ["zero3"], False, done) == {"gpt2": ["zero3"]}
     # the command merges what another cell has trained

@@ -265,12 +265,19 @@ def check_layers(config, culprit, skeleton):
 
 
 def check_wrap_classes(culprit, skeleton):
-    """Stop if FSDP's wrap policy finds none of its layer classes in the model."""
+    """Stop if FSDP's wrap policy finds none of its layer classes in the model.
+
+    A model may name classes of a part that it does not have, such as a vision tower. accelerate
+    would stop at these, so the others are named for it.
+    """
     classes = {type(module).__name__ for module in skeleton.modules()}
     if named := os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP"):
         missing = sorted(set(named.split(",")) - classes)
     else:
-        missing = [] if skeleton._no_split_modules else ["known class"]
+        wanted = set(skeleton._no_split_modules or ())
+        missing = [] if wanted & classes else ["known class"]
+        if wanted & classes and wanted - classes:
+            os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(sorted(wanted & classes))
     if missing:
         layers = sorted(name for name in classes if name.endswith(("Layer", "Block")))
         refuse(

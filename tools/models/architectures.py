@@ -116,12 +116,8 @@ CAUSAL = {
         | {"intermediate_size_mlp": 64, "interleave_moe_layer_step": 2, "no_rope_layers": [1, 0]},
     ),
     "mistral": Architecture("Mistral", "mistral", WINDOW),
-    "ministral3": Architecture("Ministral 3", "ministral3", HEAD),
     "mixtral": Architecture("Mixtral", "mixtral", HEAD | LOCAL),
     "qwen2": Architecture("Qwen 2, Qwen 2.5", "qwen2", SIZE),
-    "qwen2_moe": Architecture(
-        "Qwen 2 MoE", "qwen2_moe", SIZE | ROUTED | {"shared_expert_intermediate_size": 32}
-    ),
     "qwen3": Architecture("Qwen 3", "qwen3", HEAD),
     "qwen3_moe": Architecture("Qwen 3 MoE", "qwen3_moe", HEAD | ROUTED),
     "qwen3_next": Architecture(
@@ -129,7 +125,6 @@ CAUSAL = {
         "qwen3_next",
         HEAD | ROUTED | LINEAR_ATTENTION | {"shared_expert_intermediate_size": 16},
     ),
-    "qwen3_5": Architecture("Qwen 3.5 (text)", "qwen3_5_text", HEAD | LINEAR_ATTENTION),
     "gemma": Architecture("Gemma", "gemma", HEAD),
     "gemma2": Architecture("Gemma 2", "gemma2", WINDOW | MIXED | {"query_pre_attn_scalar": 8}),
     "gemma3": Architecture(
@@ -144,101 +139,30 @@ CAUSAL = {
             "mm_tokens_per_image": 4,
         },
     ),
-    "gemma3n": Architecture(
-        "Gemma 3n (text)",
-        "gemma3n_text",
-        WINDOW
-        | MIXED
-        | {
-            "vocab_size_per_layer_input": 512,
-            "hidden_size_per_layer_input": 8,
-            "laurel_rank": 8,
-            "num_kv_shared_layers": 0,
-        },
-    ),
-    "gemma4": Architecture(
-        "Gemma 4 (text)",
-        "gemma4_text",
-        WINDOW
-        | MIXED
-        | {
-            "global_head_dim": 8,
-            "vocab_size_per_layer_input": 512,
-            "hidden_size_per_layer_input": 8,
-        },
-    ),
-    "phi2": Architecture("Phi 1.5, Phi 2", "phi", SIZE | FULL),
     "phi3": Architecture("Phi 3, Phi 4", "phi3", SIZE | {"sliding_window": 64}),
-    "phimoe": Architecture("Phi 3.5 MoE", "phimoe", HEAD | LOCAL | {"sliding_window": 64}),
     "gpt2": Architecture("GPT-2", "gpt2", GPT),
-    "gpt_bigcode": Architecture("StarCoder", "gpt_bigcode", GPT),
-    "gpt_neo": Architecture(
-        "GPT-Neo",
-        "gpt_neo",
-        {
-            "hidden_size": 32,
-            "num_layers": 2,
-            "num_heads": 4,
-            "attention_types": [[["global", "local"], 1]],
-            "window_size": 64,
-            "max_position_embeddings": 512,
-        },
-    ),
     "gptj": Architecture("GPT-J", "gptj", GPT | {"rotary_dim": 4}),
     "gpt_neox": Architecture("GPT-NeoX, Pythia", "gpt_neox", SIZE),
     "gpt_oss": Architecture("gpt-oss", "gpt_oss", WINDOW | LOCAL),
     "opt": Architecture("OPT", "opt", SIZE | {"ffn_dim": 64, "word_embed_proj_dim": 32}),
     "bloom": Architecture("Bloom", "bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
-    "mpt": Architecture(
-        "MPT", "mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 512}
-    ),
     "falcon": Architecture("Falcon 7B", "falcon", SIZE),
-    "falcon_40b": Architecture(
-        "Falcon 40B and 180B",
-        "falcon",
-        SIZE | {"num_kv_heads": 2, "new_decoder_architecture": True},
-    ),
     "falcon_h1": Architecture("Falcon-H1", "falcon_h1", HEAD | MAMBA | {"mamba_d_ssm": 64}),
     "deepseek_v2": Architecture("DeepSeek V2", "deepseek_v2", LATENT),
     "deepseek_v3": Architecture(
         "DeepSeek V3, R1", "deepseek_v3", LATENT | {"n_group": 2, "topk_group": 1}
     ),
     "glm4": Architecture("GLM-4", "glm4", HEAD),
-    "glm4_moe": Architecture(
-        "GLM-4.5",
-        "glm4_moe",
-        HEAD
-        | {
-            "moe_intermediate_size": 16,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "first_k_dense_replace": 1,
-        },
-    ),
     "granite": Architecture("Granite 3", "granite", SIZE),
-    "granitemoe": Architecture("Granite 3 MoE", "granitemoe", SIZE | LOCAL),
-    "granitemoehybrid": Architecture(
-        "Granite 4",
-        "granitemoehybrid",
-        SIZE
-        | LOCAL
-        | MAMBA
-        | {"shared_intermediate_size": 32, "layer_types": ["mamba", "attention"]},
-    ),
     "cohere": Architecture("Command R (Cohere)", "cohere", SIZE),
     "cohere2": Architecture(
         "Command R7B (Cohere 2)", "cohere2", SIZE | MIXED | {"sliding_window": 64}
     ),
     "olmo": Architecture("OLMo", "olmo", SIZE),
     "olmo2": Architecture("OLMo 2", "olmo2", SIZE),
-    "olmo3": Architecture("OLMo 3", "olmo3", SIZE | MIXED | {"sliding_window": 64}),
-    "olmoe": Architecture("OLMoE", "olmoe", SIZE | {"num_experts": 4, "num_experts_per_tok": 2}),
     "smollm3": Architecture("SmolLM3", "smollm3", SIZE | {"no_rope_layers": [1, 0]}),
     "stablelm": Architecture("StableLM 2", "stablelm", SIZE),
     "starcoder2": Architecture("StarCoder2", "starcoder2", SIZE | {"sliding_window": 64}),
-    "mamba": Architecture(
-        "Mamba", "mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
-    ),
     "mamba2": Architecture(
         "Mamba 2",
         "mamba2",
@@ -252,17 +176,6 @@ CAUSAL = {
             "chunk_size": 16,
         },
     ),
-    "jamba": Architecture(
-        "Jamba",
-        "jamba",
-        SIZE
-        | {
-            "num_experts": 4,
-            "attn_layer_period": 2,
-            "attn_layer_offset": 1,
-            "mamba_d_state": 8,
-        },
-    ),
     "lfm2": Architecture(
         "LFM2",
         "lfm2",
@@ -270,31 +183,10 @@ CAUSAL = {
     ),
     "exaone4": Architecture("EXAONE 4", "exaone4", WINDOW | MIXED),
     "ernie4_5": Architecture("ERNIE 4.5", "ernie4_5", HEAD),
-    "ernie4_5_moe": Architecture(
-        "ERNIE 4.5 MoE",
-        "ernie4_5_moe",
-        SIZE
-        | {
-            "moe_intermediate_size": 16,
-            "moe_num_experts": 4,
-            "moe_k": 2,
-            "moe_num_shared_experts": 1,
-        },
-    ),
-    "seed_oss": Architecture("Seed-OSS", "seed_oss", HEAD),
-    "nemotron": Architecture("Nemotron 4", "nemotron", HEAD),
-    "apertus": Architecture("Apertus", "apertus", SIZE),
 }
 SEQ2SEQ = {
     "t5": Architecture("T5", "t5", T5, True),
-    "flan_t5": Architecture(
-        "T5 1.1, Flan-T5",
-        "t5",
-        T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
-        True,
-    ),
     "mt5": Architecture("mT5", "mt5", T5, True),
-    "umt5": Architecture("UMT5", "umt5", T5, True),
     "t5gemma": Architecture("T5Gemma", "t5gemma", {"encoder": T5_GEMMA, "decoder": T5_GEMMA}, True),
     "longt5": Architecture("LongT5", "longt5", T5 | {"local_radius": 31}, True),
     "switch": Architecture(
@@ -312,20 +204,10 @@ SEQ2SEQ = {
     "bart": Architecture("BART", "bart", BART, True),
     "mbart": Architecture("mBART", "mbart", BART, True),
     "pegasus": Architecture("Pegasus", "pegasus", BART, True),
-    "pegasus_x": Architecture(
-        "Pegasus-X", "pegasus_x", BART | {"num_global_tokens": 8, "block_size": 32}, True
-    ),
-    "bigbird_pegasus": Architecture("BigBird-Pegasus", "bigbird_pegasus", BART, True),
     "marian": Architecture(
         "Marian (Opus-MT)", "marian", BART | {"decoder_start_token_id": 0}, True
     ),
     "m2m_100": Architecture("M2M100, NLLB", "m2m_100", BART, True),
-    "nllb_moe": Architecture(
-        "NLLB MoE",
-        "nllb-moe",
-        BART | {"num_experts": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 2},
-        True,
-    ),
     "led": Architecture(
         "LED",
         "led",
@@ -339,8 +221,6 @@ SEQ2SEQ = {
     ),
     "prophetnet": Architecture("ProphetNet", "prophetnet", PROPHETNET, True),
     "blenderbot": Architecture("Blenderbot", "blenderbot", BART, True),
-    "blenderbot_small": Architecture("Blenderbot Small", "blenderbot-small", BART, True),
     "fsmt": Architecture("FSMT (WMT19)", "fsmt", BART, True),
-    "plbart": Architecture("PLBart", "plbart", BART, True),
 }
 ARCHITECTURES = CAUSAL | SEQ2SEQ
