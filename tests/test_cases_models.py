@@ -692,3 +692,11 @@ def test_experts_train_alike_under_every_strategy(launch, place, tmp_path, strat
         launch("chat_sft", config, *flags, tmp_path / config, processes=2)
         losses.append(read_metrics(tmp_path / config)["losses"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind, strategy", [("fsmt", "ddp"), ("pegasus", "zero3")])
+def test_models_that_cannot_be_trained_are_an_error(monkeypatch, capsys, kind, strategy):
+    monkeypatch.setattr(model_files, "launched_strategy", lambda: strategy)
+    config = SimpleNamespace(model_type=kind, is_encoder_decoder=True)
+    line = error_of(capsys, model_files.check_kind, "AutoModelForSeq2SeqLM", config, "the model")
+    assert "take " in line

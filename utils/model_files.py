@@ -177,6 +177,16 @@ def weight_files(folder, culprit):
 
 def check_kind(class_name, model_config, culprit):
     """Stop if a script for causal models gets a sequence-to-sequence one, or the reverse."""
+    if model_config.model_type == "fsmt":
+        refuse(
+            f"{culprit} is an FSMT model, whose decoder does not read the labels, so it cannot be "
+            "trained: take another one, such as Marian or M2M100"
+        )
+    if model_config.model_type == "pegasus" and launched_strategy() == "zero3":
+        refuse(
+            f"{culprit} is a Pegasus model, which computes its positions from the full weight, and "
+            "zero3 shards that: take seq2seq_lora.py with configs/ddp.yaml"
+        )
     kinds = {"CausalLM": "a causal language model", "Seq2Seq": "a sequence-to-sequence model"}
     for part, kind in kinds.items():
         if part in class_name and model_config.is_encoder_decoder != (part == "Seq2Seq"):
