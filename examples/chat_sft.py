@@ -508,6 +508,8 @@ def show_answers(config, accelerator, model, tokenizer, prompts):
             said = tokenizer.decode(tokens[0, len(prompt) :], skip_special_tokens=True).strip()
             accelerator.print(f"  {tokenizer.decode(prompt)[-100:]!r} -> {said!r}")
     unwrapped.generation_config = own  # it is saved with the model
+    if hasattr(unwrapped, "peft_config"):  # PEFT's generate gave its base the greedy one
+        unwrapped.get_base_model().generation_config = own
     model.train()
 
 

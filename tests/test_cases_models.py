@@ -700,3 +700,8 @@ def test_models_that_cannot_be_trained_are_an_error(monkeypatch, capsys, kind, s
     config = SimpleNamespace(model_type=kind, is_encoder_decoder=True)
     line = error_of(capsys, model_files.check_kind, "AutoModelForSeq2SeqLM", config, "the model")
     assert "take " in line
+
+
+def test_names_in_a_list_may_end_with_a_comma():
+    assert chat_settings.split_names("q_proj, v_proj,") == ["q_proj", "v_proj"]
+    assert chat_settings.split_names(" ") == []

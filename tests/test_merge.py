@@ -291,3 +291,13 @@ def test_files_of_the_result(tmp_path, llama, capsys):
     (adapter / "tokenizer_config.json").write_text('{"of": "adapter"}')
     run(adapter, "--base_model_name_or_path", base, "--output_dir", tmp_path / "second")
     assert (tmp_path / "second" / "tokenizer_config.json").read_text() == '{"of": "adapter"}'
+
+
+@pytest.mark.cases
+def test_the_end_tokens_beside_the_adapter_are_those_of_the_merge(tmp_path, llama):
+    shutil.copytree(llama[1], tmp_path / "adapter")
+    ends = transformers.GenerationConfig(eos_token_id=[2, 5], pad_token_id=0)
+    ends.save_pretrained(tmp_path / "adapter")
+    run(tmp_path / "adapter", "--output_dir", tmp_path / "out")
+    merged = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert merged["eos_token_id"] == [2, 5]

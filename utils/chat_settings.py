@@ -132,7 +132,7 @@ def split_names(text):
     """Return the names that a flag lists, comma separated; a regular expression is not split."""
     if PATTERN.search(text):
         return [text.strip()]
-    return [name.strip() for name in text.split(",")] if text.strip() else []
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def check_choices(config):

@@ -98,9 +98,9 @@ def merge(arguments):
         config.architectures = [model_class.__name__]
         config.save_pretrained(folder)
         write_model(folder, weights, wanted, arguments.max_shard_size)
-        if (base.folder / "generation_config.json").is_file():
-            file = "generation_config.json"
-            shutil.copyfile(base.folder / file, folder / file)
+        for source in (base.folder, adapter_folder):  # the adapter's has the new end tokens
+            if (file := source / "generation_config.json").is_file():
+                shutil.copyfile(file, folder / file.name)
         copy_tokenizer(folder, (adapter_folder, base.folder))
         config = transformers.AutoConfig.from_pretrained(folder)
         written = build_model(model_class, config, read_weights(folder, "model", "result"))
