@@ -220,8 +220,12 @@ def test_a_sample_gives_the_committed_answers(environment, tmp_path):
     assert_as_committed(cells)
 
 
+# of each kind of architecture and answer; all of them take most of an hour
+AGAIN = "llama3 gemma3_vision falcon deepseek_v2 gpt_oss t5 bart switch m2m_100 fsmt".split()
+
+
 @pytest.mark.slow
-def test_every_cell_gives_the_committed_answer(environment, tmp_path):
-    cells = measured(environment, tmp_path, "--rows", "*")
-    assert list(cells) == CELLS
+def test_ten_rows_give_the_committed_answers(environment, tmp_path):
+    cells = measured(environment, tmp_path, "--rows", ",".join(AGAIN))
+    assert list(cells) == [cell for cell in CELLS if cell.split("/")[0] in AGAIN]
     assert_as_committed(cells)
