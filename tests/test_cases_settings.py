@@ -126,7 +126,7 @@ def test_empty_variables_are_no_variables(variables, capsys):
 
 
 @pytest.mark.parametrize(
-    "more, started_with", [({}, {}), ({"TORCHELASTIC_RUN_ID": "none"}, {"RANK": "0"})]
+    "more, started_with", [({}, {}), ({"TORCHELASTIC_RUN_ID": "none"}, {"LOCAL_RANK": "0"})]
 )
 def test_a_process_that_waits_for_others_says_so(variables, capsys, more, started_with):
     variables(GROUP | more, started_with=started_with)

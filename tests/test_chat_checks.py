@@ -393,7 +393,7 @@ CASES = [  # flags; what the line must say, culprit first
     (RESUME + "True --output_dir {p}/run --packing", "packing False (now True)"),
     (
         RESUME + "True --output_dir {p}/run --dataset_name {p}/other.jsonl",
-        "dataset_name",
+        "was made with data 4 documents",
         "checksum",
     ),
     (RESUME + "{p}/run/checkpoint-1 --output_dir {p}/run2", "run2 holds a run", "choose another"),

@@ -17,16 +17,16 @@ SETTINGS += ("--lora_dropout", 0.1, "--learning_rate", 1e-2)
 WHOLE, HALF = ("--per_device_train_batch_size", 4), ("--per_device_train_batch_size", 2)
 SAME = ("losses", "learning_rates", "grad_norms", "scores", "target_tokens", "input_tokens")
 LOAD = "part.load_state_dict(value)"
-DONE = "done = len(progress.updates)"
+DONE = "len(progress.updates) * steps)"
 GENERATOR = "        train_loader.base_dataloader.generator = torch.Generator()"
 # what a resume must restore -> (a line of the script, a replacement that does not restore it)
 FORGOTTEN = {
     "weights": ("            parameter.data.copy_(value)", "            pass"),
     "optimizer": (f"            {LOAD}", f"            part is scheduler and {LOAD}"),
     "schedule": (f"            {LOAD}", f"            part is optimizer and {LOAD}"),
-    "order of the rows": (f"{DONE} * ", "done = 0 * "),
-    "micro-batches": (f"{DONE} * config.gradient_accumulation_steps", DONE),
-    "random numbers": ("            generator.set_rng_state(random_state)", "            pass"),
+    "order of the rows": (DONE, "0)"),
+    "micro-batches": (DONE, "len(progress.updates))"),
+    "random numbers": ("            one.set_rng_state(random_state)", "            pass"),
     "draw of the loader": (GENERATOR, "        pass"),
 }
 
