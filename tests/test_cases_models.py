@@ -1,9 +1,7 @@
 """Checkpoints and flags that were lost, misread or ended in a traceback: models, LoRA, resuming."""
 
-import importlib.util
 import json
 import shutil
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +14,7 @@ from models import make_model
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from single import run_single
+from test_models import load
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from utils import chat_settings, documents, errors, model_files, resuming, vocabulary
@@ -96,16 +95,6 @@ def build(name, **more):
 def on_meta(name, **more):
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(make_config(name, **more))
-
-
-def load(script):
-    """Import a script as a module."""
-    spec = importlib.util.spec_from_file_location(script, ROOT / "examples" / f"{script}.py")
-    module = sys.modules[script] = importlib.util.module_from_spec(spec)
-    path = list(sys.path)
-    spec.loader.exec_module(module)
-    sys.path[:] = path
-    return module
 
 
 def error_of(capsys, function, *args, **kwargs):

@@ -7,14 +7,14 @@ import sys
 import pytest
 from conftest import ROOT
 
-from tools.compatibility.results import cell_file, dump, versions
+from tools.compatibility.results import cell_file, dump, read_cells, versions
 from tools.models import measure
 from tools.models.architectures import ARCHITECTURES, CAUSAL, SEQ2SEQ
 from tools.models.compare import CHAT_ANSWER, LINES, ROW_ANSWER, difference
 from tools.models.make import build_model, make_tokenizer
 from tools.models.measure import judge
 from tools.models.page import PAGE, render
-from tools.models.results import RESULTS, has_failed, read_cells, select
+from tools.models.results import RESULTS, has_failed, select
 from tools.models.rows import CELLS, COLUMNS, RUNS, run_of
 
 YES = {"answer": "yes", "reload": "", "seconds": 1.0}
@@ -145,7 +145,7 @@ def test_resume(tmp_path):
     file.write_text(json.dumps(YES | {"versions": versions()}))
     old = YES | {"versions": versions() | {"torch": "0.1"}}
     cell_file(tmp_path, "gpt2/fsdp2").write_text(json.dumps(old))
-    assert list(read_cells(tmp_path, committed)) == ["gpt2/lesson", "gpt2/zero3"]
+    assert list(read_cells(tmp_path, committed, CELLS)) == ["gpt2/lesson", "gpt2/zero3"]
 
 
 def test_render():

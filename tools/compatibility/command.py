@@ -1,7 +1,6 @@
 """The command line of tools/compatibility."""
 
 import argparse
-import datetime
 import json
 import tempfile
 from pathlib import Path
@@ -9,8 +8,8 @@ from pathlib import Path
 from tools import compatibility
 from tools.compatibility.judge import judge, status
 from tools.compatibility.measure import ROOT, measure, run_step, start_server
-from tools.compatibility.page import PAGE, hardware, render
-from tools.compatibility.results import RESULTS, cell_file, dump, read_cells, select, versions
+from tools.compatibility.page import PAGE, render, write_results
+from tools.compatibility.results import RESULTS, cell_file, read_cells, select, versions
 from tools.compatibility.rows import CELLS
 
 
@@ -64,8 +63,4 @@ def main(arguments=None):
         measure_all(todo, options.folder, cells)
     if options.write:
         cells = {cell: cells[cell] for cell in CELLS if cell in cells}
-        date = datetime.date.today().isoformat()
-        results = {"versions": versions(), "hardware": hardware(), "date": date, "cells": cells}
-        RESULTS.write_text(dump(results))
-        PAGE.write_text(render(results))
-        print(f"wrote {PAGE.relative_to(ROOT)} and {RESULTS.relative_to(ROOT)}")
+        write_results(cells, RESULTS, PAGE, render)

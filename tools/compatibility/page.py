@@ -1,11 +1,13 @@
 """Write docs/compatibility.md from the results, which are the content of compatibility.json."""
 
+import datetime
 import os
 import re
 from pathlib import Path
 
 from tools.compatibility.judge import CHECKS, LOGITS_TOLERANCE, TOLERANCE, judge, status
 from tools.compatibility.measure import ROOT, count_gpus
+from tools.compatibility.results import dump, versions
 from tools.compatibility.rows import CELLS, COLUMNS, ROWS, SETTINGS
 
 PAGE = ROOT / "docs" / "compatibility.md"
@@ -90,6 +92,20 @@ def hardware():
     names = ", ".join(sorted({re.sub(r"\s+(\d+-Core )?Processor$", "", model) for model in models}))
     gpus = f"{count_gpus()} GPU(s)" if count_gpus() else "no GPU"
     return f"{len(os.sched_getaffinity(0))} cores of an {names}, {gpus}"
+
+
+def write_results(cells, file, page, render):
+    """Write the facts of the cells as JSON, with versions, hardware and date, and the page of them.
+
+    Args:
+        file, page: the paths.
+        render: function of the results that returns the page.
+    """
+    date = datetime.date.today().isoformat()
+    results = {"versions": versions(), "hardware": hardware(), "date": date, "cells": cells}
+    file.write_text(dump(results))
+    page.write_text(render(results))
+    print(f"wrote {page.relative_to(ROOT)} and {file.relative_to(ROOT)}")
 
 
 def table(entry):

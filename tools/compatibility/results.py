@@ -22,23 +22,26 @@ def cell_file(folder, cell):
     return Path(folder) / f"{cell}.json"
 
 
-def read_cells(folder, results=RESULTS):
+def read_cells(folder, results=RESULTS, known=CELLS):
     """Return cell -> facts of the cells that were measured with the installed versions.
 
     The cells in the folder are newer than those of the committed file.
+
+    Args:
+        known: the cells of the table, in its order.
     """
     cells, now = {}, versions()
     if Path(results).is_file():
         committed = json.loads(Path(results).read_text())
         if committed["versions"] == now:
             cells |= committed["cells"]
-    for cell in CELLS:
+    for cell in known:
         file = cell_file(folder, cell)
         if file.is_file():
             kept = json.loads(file.read_text())
             if kept.pop("versions") == now:
                 cells[cell] = kept
-    return {cell: cells[cell] for cell in CELLS if cell in cells}
+    return {cell: cells[cell] for cell in known if cell in cells}
 
 
 def dump(results):

@@ -1,17 +1,16 @@
 """The command line of tools/models."""
 
 import argparse
-import datetime
 import json
 import tempfile
 from pathlib import Path
 
 from tools import models
-from tools.compatibility.page import hardware
-from tools.compatibility.results import ROOT, cell_file, dump, versions
+from tools.compatibility.page import write_results
+from tools.compatibility.results import ROOT, cell_file, read_cells, versions
 from tools.models.measure import measure_row, start_server
 from tools.models.page import PAGE, render
-from tools.models.results import RESULTS, read_cells, select
+from tools.models.results import RESULTS, select
 from tools.models.rows import CELLS
 
 
@@ -68,14 +67,10 @@ def main(arguments=None):
         "--write", action="store_true", help="write docs/models.md and .json at the end"
     )
     options = parser.parse_args(arguments)
-    cells = read_cells(options.folder)
+    cells = read_cells(options.folder, RESULTS, CELLS)
     todo = select(options.rows, options.columns, options.failed, cells)
     if todo:
         measure_all(todo, options.folder, cells)
     if options.write:
         cells = {cell: cells[cell] for cell in CELLS if cell in cells}
-        date = datetime.date.today().isoformat()
-        results = {"versions": versions(), "hardware": hardware(), "date": date, "cells": cells}
-        RESULTS.write_text(dump(results))
-        PAGE.write_text(render(results))
-        print(f"wrote {PAGE.relative_to(ROOT)} and {RESULTS.relative_to(ROOT)}")
+        write_results(cells, RESULTS, PAGE, render)

@@ -1,33 +1,12 @@
 """Keep the facts of the cells, and choose which to measure."""
 
-import json
 from fnmatch import fnmatch
-from pathlib import Path
 
-from tools.compatibility.results import ROOT, cell_file, versions
+from tools.compatibility.results import ROOT
 from tools.models.rows import CELLS
 
 RESULTS = ROOT / "docs" / "models.json"
 GOOD = ("yes", "nothing")  # answers that --failed does not measure again
-
-
-def read_cells(folder, results=RESULTS):
-    """Return cell -> facts of the cells that were measured with the installed versions.
-
-    The cells in the folder are newer than those of the committed file.
-    """
-    cells, now = {}, versions()
-    if Path(results).is_file():
-        committed = json.loads(Path(results).read_text())
-        if committed["versions"] == now:
-            cells |= committed["cells"]
-    for cell in CELLS:
-        file = cell_file(folder, cell)
-        if file.is_file():
-            kept = json.loads(file.read_text())
-            if kept.pop("versions") == now:
-                cells[cell] = kept
-    return {cell: cells[cell] for cell in CELLS if cell in cells}
 
 
 def has_failed(facts):
