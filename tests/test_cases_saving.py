@@ -236,6 +236,16 @@ def test_weights_are_on_the_disk_whatever_fails(tmp_path, monkeypatch, capsys, b
     assert str(folder) in capsys.readouterr().err
 
 
+def test_what_was_gathered_is_kept_if_a_parameter_was_not(tmp_path, capsys):
+    model = adapt(lora())
+    files, weights = files_of(model, tmp_path / "run"), trained(model)
+    del weights[next(iter(weights))]
+    with pytest.raises(SystemExit):
+        save_run(tmp_path / "run", model, files, weights)
+    assert assert_weights_are_kept(tmp_path, weights) == tmp_path / "run.unchecked"
+    assert "the written adapter lacks " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 @pytest.mark.parametrize("moment", ["writing", "plotting"])
 def test_a_signal_does_not_end_a_save_half_way(tmp_path, monkeypatch, capsys, name, moment):

@@ -79,14 +79,14 @@ class AdapterLayout:
         from peft import get_peft_model_state_dict  # a large import
 
         state_dict = {name: tensor.detach().cpu() for name, tensor in state_dict.items()}
-        if lacking := sorted(set(self.names.values()) - set(state_dict)):
-            fail(f"{lacking[0]} was not gathered, so it cannot be saved: gather all trained ones")
         if self.is_converted:
             tensors = get_peft_model_state_dict(
                 self.model, state_dict=state_dict, save_embedding_layers=False
             )
         else:
-            tensors = {key: state_dict[name] for key, name in self.names.items()} | self.fixed
+            # a missing one is for `check_adapter` to name, after the others were written
+            names = {key: name for key, name in self.names.items() if name in state_dict}
+            tensors = {key: state_dict[name] for key, name in names.items()} | self.fixed
         if self.encoder is not None:
             tensors[PROMPT_KEY] = encode_prompt(self.encoder, state_dict)
         # clones: safetensors refuses tensors that share their memory
