@@ -668,7 +668,7 @@ def test_runs_reload_and_merge(train, place, tmp_path, name):
     if name == "experts":
         assert "LoRA goes on 4 fused weights of routed experts" in output
     if name == "trained on":
-        assert f"The adapter {place}/run/vision is trained on" in output
+        assert f"The training of the adapter {place}/run/vision continues" in output
 
 
 @pytest.mark.slow
