@@ -38,12 +38,13 @@ from utils.checkpoint import CheckpointError, gather_trained, keep_newest, load_
 from utils.checkpoint import remove_checkpoints, save_checkpoint
 from utils.conversations import DataError, holds_chats, shape_of
 from utils.documents import Data, build_documents, build_held_out, preview, probe, read_stream
+from utils.environment import launched_precision, launched_strategy, shards_parameters
 from utils.errors import explaining, fail, fail_together, refusing, say
 from utils.flops import flop_per_token
 from utils.generation import generating
 from utils.hub import push_checkpoint, start_pusher
-from utils.launch import OPTIMIZERS, adamw, configure_deepspeed, device_map, launched_precision
-from utils.launch import launched_strategy, move_quant_states, shards_parameters, start_accelerator
+from utils.launch import OPTIMIZERS, adamw, configure_deepspeed, device_map, move_quant_states
+from utils.launch import start_accelerator
 from utils.lora import expert_targets, gather_blocks, lora_targets, say_experts, settle_dtypes
 from utils.loss import add_token_loss, check_token_loss
 from utils.memory import MemoryTracker

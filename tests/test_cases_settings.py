@@ -101,7 +101,7 @@ def test_parts_of_a_group_are_ignored_and_named(variables, capsys, case):
     line = capsys.readouterr().out
     assert line.startswith("Ignored: ") and "The script runs in one process." in line
     assert not ignored & {*os.environ} and all(f"{name}=" in line for name in ignored)
-    assert launch.launched_strategy() == "single"
+    assert environment.launched_strategy() == "single"
 
 
 @pytest.mark.parametrize("case", UNTOUCHED)
@@ -218,7 +218,7 @@ def test_the_strategy_is_that_of_this_launch(variables, capsys, case):
     variables(given | {"TORCHELASTIC_RUN_ID": "1"}, command, config)
     environment.settle_environment()
     assert capsys.readouterr().out == printed
-    assert launch.launched_strategy() == strategy
+    assert environment.launched_strategy() == strategy
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from utils import (
     launch,
     loss,
     packing,
+    process_group,
     results,
     run_log,
     signals,
@@ -494,7 +495,9 @@ def test_the_gpu_is_set_before_the_group_and_the_group_before_the_accelerator(mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     set_device = lambda device: calls.append(("set_device", device))  # noqa: E731
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
-    monkeypatch.setattr(launch, "PartialState", lambda **options: calls.append(("group", options)))
+    monkeypatch.setattr(
+        process_group, "PartialState", lambda **options: calls.append(("group", options))
+    )
     monkeypatch.setattr(launch, "Accelerator", accelerator)
     monkeypatch.setattr(launch, "use_all_cores", lambda: None)
     environ = os.environ | {"LOCAL_RANK": "1", "OMP_NUM_THREADS": "1"}
@@ -534,7 +537,7 @@ def test_use_cpu_of_the_launch_config_is_respected(monkeypatch, told, expected):
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     if told:  # spelled as accelerate spells it
         monkeypatch.setenv("ACCELERATE_USE_CPU", told)
-    assert launch.uses_gpu() == expected
+    assert environment.uses_gpu() == expected
 
 
 @pytest.mark.parametrize(
@@ -559,7 +562,7 @@ def assert_threads(monkeypatch, given, launched, processes, threads):
     monkeypatch.setattr(environment, "launcher", lambda: ([], of_user))
     of_process = {"LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": given or "1"} | launched
     monkeypatch.setattr(os, "environ", of_process)
-    assert launch.use_all_cores() == (0 if given else threads)
+    assert process_group.use_all_cores() == (0 if given else threads)
     assert os.environ["OMP_NUM_THREADS"] == str(threads)
     assert found == ([] if given else [threads])
 

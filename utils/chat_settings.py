@@ -19,9 +19,9 @@ from transformers import AutoConfig
 from transformers.utils import is_liger_kernel_available
 
 from utils.checkpoint import checkpoints
+from utils.environment import launched_precision, launched_strategy, shards_parameters, uses_gpu
 from utils.errors import or_refuse, refuse, say
 from utils.folders import check_output, lock_folder
-from utils.launch import launched_precision, launched_strategy, shards_parameters, uses_gpu
 from utils.lora import PATTERN
 from utils.model_files import DTYPES, HALF, ONE_BY_ONE, adapter_base, check_model
 from utils.settings import check_launch, check_numbers, parse_arguments

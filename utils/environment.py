@@ -6,9 +6,10 @@ import re
 import sys
 from pathlib import Path
 
+import torch
 import yaml
 from accelerate.commands.config.config_args import default_config_file
-from accelerate.utils import str_to_bool
+from accelerate.utils import parse_flag_from_env, str_to_bool
 
 from utils.errors import or_refuse, refuse, say
 
@@ -104,6 +105,58 @@ def threads_of_the_user():
     if "LOCAL_RANK" in os.environ or "ACCELERATE_DYNAMO_BACKEND" in os.environ:
         return environ.get("OMP_NUM_THREADS")
     return os.environ.get("OMP_NUM_THREADS")
+
+
+# What was launched --------------------------------------------------------------------------------
+def launched_strategy():
+    """Return the strategy of the launch config: "single", "ddp", "zero1", "fsdp2", ...
+
+    `accelerate launch` passes it to its processes in environment variables.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        return f"zero{deepspeed_settings()['stage']}"
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        return f"fsdp{os.environ.get('FSDP_VERSION', 1)}"
+    return "ddp" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "single"
+
+
+def shards_parameters():
+    """Return whether the launched strategy shards the parameters."""
+    return launched_strategy() in ("zero3", "fsdp1", "fsdp2")
+
+
+def deepspeed_settings():
+    """Return stage, optimizer offload device and precision of the launched DeepSpeed config."""
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    if not stage.isdigit():
+        refuse(f"zero_stage is {stage!r} in the launch config: give one of the numbers 0, 1, 2, 3")
+    settings = {
+        "stage": int(stage),
+        "optimizer": os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none"),
+        "precision": os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
+    }
+    _, content = deepspeed_file()
+    if content:
+        zero = content["zero_optimization"]
+        if zero.get("stage") != "auto":
+            settings["stage"] = int(zero.get("stage", 0))
+        settings["optimizer"] = (zero.get("offload_optimizer") or {}).get("device", "none")
+        for precision in ("fp16", "bf16"):
+            if is_enabled(content.get(precision)):
+                settings["precision"] = precision
+    return settings
+
+
+def launched_precision():
+    """Return the launched mixed precision: "no", "bf16", "fp16", or another value of the config."""
+    if launched_strategy().startswith("zero"):
+        return deepspeed_settings()["precision"]
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def uses_gpu():
+    """Return whether this process runs on a GPU: there is one, and `use_cpu` is not set."""
+    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 # What is undone -----------------------------------------------------------------------------------

@@ -6,91 +6,27 @@ libraries can do better: DeepSpeed, FSDP and DDP all run on CPU processes with g
 group exists before the Accelerator is created. `start_accelerator` creates it.
 """
 
-import ctypes
 import dataclasses
 import importlib
 import os
-import signal
 import sys
 import warnings
-from datetime import timedelta
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 
 import torch
 import transformers
 from accelerate import Accelerator, PartialState
-from accelerate.utils import (
-    DistributedType,
-    GradientAccumulationPlugin,
-    gather_object,
-    parse_flag_from_env,
-)
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, gather_object
 from datasets import disable_progress_bars
-from torch.distributed import DistNetworkError, distributed_c10d
+from torch.distributed import DistNetworkError
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from utils.environment import deepspeed_file, is_enabled, threads_of_the_user
+from utils.environment import uses_gpu
 from utils.errors import first_line, refuse
 from utils.experts import allow_skipping
+from utils.process_group import end_with_launcher, join_group, use_all_cores
 
-PR_SET_PDEATHSIG = 1  # option of Linux's prctl: the signal that a process gets when its parent dies
-# How long a collective waits for the other processes. NCCL's default is 10 minutes and gloo's 30,
-# but one process may tokenize, save or hash for longer than that.
-TIMEOUT = timedelta(hours=6)
 BUCKET = 500_000_000  # DeepSpeed's default for reduce_bucket_size, in elements
-
-
-# What was launched --------------------------------------------------------------------------------
-def launched_strategy():
-    """Return the strategy of the launch config: "single", "ddp", "zero1", "fsdp2", ...
-
-    `accelerate launch` passes it to its processes in environment variables.
-    """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        return f"zero{deepspeed_settings()['stage']}"
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        return f"fsdp{os.environ.get('FSDP_VERSION', 1)}"
-    return "ddp" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "single"
-
-
-def shards_parameters():
-    """Return whether the launched strategy shards the parameters."""
-    return launched_strategy() in ("zero3", "fsdp1", "fsdp2")
-
-
-def deepspeed_settings():
-    """Return stage, optimizer offload device and precision of the launched DeepSpeed config."""
-    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-    if not stage.isdigit():
-        refuse(f"zero_stage is {stage!r} in the launch config: give one of the numbers 0, 1, 2, 3")
-    settings = {
-        "stage": int(stage),
-        "optimizer": os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none"),
-        "precision": os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
-    }
-    _, content = deepspeed_file()
-    if content:
-        zero = content["zero_optimization"]
-        if zero.get("stage") != "auto":
-            settings["stage"] = int(zero.get("stage", 0))
-        settings["optimizer"] = (zero.get("offload_optimizer") or {}).get("device", "none")
-        for precision in ("fp16", "bf16"):
-            if is_enabled(content.get(precision)):
-                settings["precision"] = precision
-    return settings
-
-
-def launched_precision():
-    """Return the launched mixed precision: "no", "bf16", "fp16", or another value of the config."""
-    if launched_strategy().startswith("zero"):
-        return deepspeed_settings()["precision"]
-    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-
-
-def uses_gpu():
-    """Return whether this process runs on a GPU: there is one, and `use_cpu` is not set."""
-    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 # The Accelerator ----------------------------------------------------------------------------------
@@ -194,87 +130,6 @@ def quiet_libraries():
         if "bitsandbytes" in sys.modules:
             # On CPUs with AVX512-BF16 it would repack 4-bit weights in place, less exactly.
             sys.modules["bitsandbytes.nn.modules"].has_avx512bf16 = lambda: False
-
-
-def end_with_launcher():
-    """Ask Linux to end this process when its launcher dies, even if the launcher is killed."""
-    # `accelerate launch` sets the first one even for a single process
-    was_launched = {"ACCELERATE_DYNAMO_BACKEND", "LOCAL_RANK"} & set(os.environ)
-    if was_launched and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def join_group():
-    """Create the process group for accelerate. Return the settings that were turned off."""
-    use_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    # for groups that libraries create later: DeepSpeed's own copy, the meshes of hybrid FSDP
-    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = TIMEOUT
-    if use_deepspeed:
-        # DeepSpeed builds extensions with ninja, which is in the same folder as python
-        folders = [str(Path(sys.executable).parent), os.environ["PATH"]]
-        os.environ["PATH"] = os.pathsep.join(folders)
-    if uses_gpu():
-        join_group_on_gpu(use_deepspeed)
-    elif use_deepspeed:
-        import cpuinfo
-        import deepspeed.ops
-
-        # DeepSpeed calls this several times, and each call is slow
-        cpuinfo.get_cpu_info = cache(cpuinfo.get_cpu_info)
-        # optional, for collectives on CPUs; compiling it takes longer than a small run
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        PartialState(backend="gloo", timeout=TIMEOUT)
-    elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        turned_off = turn_off_gpu_settings()
-        state = PartialState(backend="gloo", timeout=TIMEOUT)
-        state.distributed_type = DistributedType.MULTI_GPU  # accelerate needs this to turn on FSDP
-        return turned_off
-    else:
-        PartialState(cpu=True, backend="gloo", timeout=TIMEOUT)
-    return []
-
-
-def join_group_on_gpu(use_deepspeed):
-    """Set the process's GPU, then create the process group.
-
-    Without this order FSDP's plugin asks for the current device too early, and every process starts
-    CUDA on GPU 0. The environment variable TESTS_GPU_BACKEND is for tests: with gloo, two processes
-    that are launched as two machines can share one GPU, which NCCL refuses.
-    """
-    rank = int(os.environ["LOCAL_RANK"])
-    torch.cuda.set_device(rank)
-    options = {"timeout": TIMEOUT}
-    if backend := os.environ.get("TESTS_GPU_BACKEND"):
-        options["backend"] = backend
-    elif not use_deepspeed:  # DeepSpeed sets device_id itself; with it NCCL connects at once
-        options["device_id"] = torch.device("cuda", rank)
-    PartialState(**options)
-
-
-def use_all_cores():
-    """Divide the machine's cores among its processes.
-
-    `accelerate launch` gives every process one thread (OMP_NUM_THREADS=1), unless the user set a
-    number. With a GPU the CPU's threads pack 4-bit weights and step an offloaded optimizer. Returns
-    the number of threads, or 0 if the user's number is kept.
-    """
-    if threads_of_the_user() is not None:
-        return 0
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # for CPU Adam, which brings its own OpenMP
-    torch.set_num_threads(threads)
-    return threads
-
-
-def turn_off_gpu_settings():
-    """Turn off the settings of FSDP that raise without a GPU; return those that were on."""
-    settings = ["OFFLOAD_PARAMS"]
-    if os.environ.get("FSDP_VERSION", "1") == "1":
-        settings += ["CPU_RAM_EFFICIENT_LOADING", "SYNC_MODULE_STATES"]
-    found = [name for name in settings if os.environ.get(f"FSDP_{name}") == "true"]
-    os.environ |= {f"FSDP_{name}": "false" for name in found}
-    return [f"fsdp_{name.lower()}" for name in found]
 
 
 def keep_float32(plugin):

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
-from utils.environment import deepspeed_file, is_enabled, launch_config
+from utils.environment import deepspeed_file, deepspeed_settings, is_enabled, launch_config
+from utils.environment import launched_precision, launched_strategy, uses_gpu
 from utils.errors import or_refuse, refuse, say
-from utils.launch import deepspeed_settings, launched_precision, launched_strategy, uses_gpu
 
 # flag of the script -> its name in a DeepSpeed config; the flag decides
 OWN = {

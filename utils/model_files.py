@@ -19,9 +19,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, GenerationCo
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 
+from utils.environment import launched_precision, launched_strategy
 from utils.errors import first_line, or_refuse, refuse, say
 from utils.experts import skipping_blocks
-from utils.launch import launched_precision, launched_strategy
 from utils.vocabulary import check_end, check_tokens_used
 from utils.lora import (
     LINEAR,

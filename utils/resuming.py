@@ -5,8 +5,8 @@ from pathlib import Path
 
 from utils.checkpoint import CheckpointError, check_same_run, checkpoints, find_checkpoint
 from utils.checkpoint import read_state, remove_checkpoints
+from utils.environment import launched_precision, launched_strategy
 from utils.errors import refusing, say
-from utils.launch import launched_precision, launched_strategy
 from utils.saving import earlier_files
 
 START = {"step": 0, "updates": [], "evaluations": [], "seconds": 0.0, "identity": {}}

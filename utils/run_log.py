@@ -7,9 +7,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from utils.environment import launched_precision
 from utils.errors import fail_together
 from utils.flops import peak_flop_per_second
-from utils.launch import launched_precision
 
 
 def is_due(strategy, every, progress):

@@ -35,7 +35,8 @@ from torch.utils.data import DataLoader, RandomSampler
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from utils.engine import bytes_held, held_part, stepping_optimizer
-from utils.launch import launched_strategy, start_accelerator
+from utils.environment import launched_strategy
+from utils.launch import start_accelerator
 from utils.results import WeightFiles
 from utils.saving import plain_name
 
