@@ -44,7 +44,7 @@ from utils.flops import flop_per_token
 from utils.generation import generating
 from utils.hub import push_checkpoint, start_pusher
 from utils.launch import OPTIMIZERS, adamw, configure_deepspeed, device_map, move_quant_states
-from utils.launch import start_accelerator
+from utils.launch import start_accelerator, state_bytes
 from utils.lora import expert_targets, gather_blocks, lora_targets, say_experts, settle_dtypes
 from utils.loss import add_token_loss, check_token_loss
 from utils.memory import MemoryTracker
@@ -53,7 +53,7 @@ from utils.results import Progress, WeightFiles, collect_metrics, end_run, print
 from utils.results import print_scores
 from utils.resuming import check_resumed, find_run, identify, remove_earlier_run, restore_progress
 from utils.run_log import RunLog, is_due, tracker_options
-from utils.signals import StopSignals, say_stopped
+from utils.signals import StopSignals, UpdateReader, say_stopped
 from utils.splits import read_splits
 from utils.vocabulary import check_end, embedding_rows, resize, set_ends
 
@@ -291,7 +291,8 @@ def build_dataloaders(config, accelerator, tokenizer, rows, state, num_added):
     train, valid, unread, shape, is_chat = rows
     date = state["identity"].get("template_date")
     pinned, date = pin_date(tokenizer, date) if is_chat else (tokenizer, None)
-    check_end(config.model_name_or_path, tokenizer)
+    ends_turns = is_chat and not config.append_concat_token
+    check_end(config.model_name_or_path, tokenizer, ends_turns)
     num_rows = embedding_rows(config, tokenizer, num_added)
     encoding = {"tokenizer": pinned, "shape": shape, "num_rows": num_rows}
     limit, workers = config.max_length, config.dataloader_num_workers
@@ -542,8 +543,8 @@ def main():
         model = build_model(config, tokenizer, num_added)
         flop = flop_per_token(model)
         # a new one beside the last, which is on the disk already if the run is resumed
-        checkpoints = 1 if config.save_strategy == "no" or resumed else 2
-        files = WeightFiles(accelerator, config, model, tokenizer, checkpoints)
+        kept = 1 if config.save_strategy == "no" or resumed else 2
+        files = WeightFiles(accelerator, config, model, tokenizer, kept, state_bytes(config.optim))
         model, optimizer = prepare(config, accelerator, model)
         progress = Progress(accelerator, model, config, max_steps, data.num_sequences)
         restore_progress(progress, state)
@@ -571,11 +572,10 @@ def main():
     if data.valid_batches and not resumed:
         evaluate_now()
     with tracker.phase("train"):
-        batches = iter(data.train_loader)
+        reader = UpdateReader(data.train_loader, accumulated, max_steps - start)
         for step in range(start + 1, max_steps + 1):
             begin = time.perf_counter()
-            with refusing(DataError):  # the rows of a stream were not checked before
-                micro_batches = [next(batches) for _ in range(accumulated)]
+            micro_batches = reader.take()
             targets = sum(count_targets(batch) for batch in micro_batches)
             inputs = sum(batch["input_ids"].numel() for batch in micro_batches)
             # label tokens and input tokens of this update, summed over all processes
@@ -595,7 +595,7 @@ def main():
                         grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
                     optimizer.step()
                     optimizer.zero_grad()
-            flags = signals.flags(accelerator.device)
+            flags = signals.flags(accelerator.device) | reader.flags(accelerator.device)
             loss, *received = accelerator.reduce(torch.stack([step_loss, *flags.values()]))
             rate, received = scheduler.get_last_lr()[0], dict(zip(flags, received, strict=True))
             counts = {"target_tokens": step_targets, "input_tokens": step_inputs}
@@ -640,6 +640,7 @@ def main():
     end_run(accelerator)
     if hub:  # main process only; all collectives are done, so a long upload cannot time one out
         hub.finish()
+    reader.check()  # the data could not be read to the end
 
 
 # 7. Save ------------------------------------------------------------------------------------------

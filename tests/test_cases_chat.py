@@ -22,7 +22,7 @@ from utils.chat_templates import build_tokenizer, pin_date
 from utils.conversations import DataError
 from utils.documents import build_documents, code_digest, preview, read_stream
 from utils.splits import read_splits
-from utils.vocabulary import turn_ends
+from utils.vocabulary import check_end, turn_ends
 
 pytestmark = pytest.mark.cases
 ASK, SAY = "Where is it?", "It came today."
@@ -607,6 +607,18 @@ def test_generation_stops_where_the_template_ends_an_answer():
     tokenizer.chat_template = CHATML  # as a base model of Qwen: another eos token
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert turn_ends(tokenizer) == {tokenizer.eos_token_id, end}
+
+
+def test_a_template_with_an_end_of_its_own_needs_no_eos_token(capsys):
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/tiny-causal-lm")
+    tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
+    tokenizer.eos_token, tokenizer.chat_template = None, CHATML
+    check_end("a model", tokenizer, ends_turns=True)
+    for template, ends_turns in ((CHATML, False), ("{{ messages[-1].content }}", True)):
+        tokenizer.chat_template = template
+        with pytest.raises(SystemExit):
+            check_end("a model", tokenizer, ends_turns)
+        assert "a tokenizer without eos_token" in capsys.readouterr().err
 
 
 def test_a_checkpoint_and_a_merge_hold_a_folder_of_templates(tmp_path, monkeypatch):

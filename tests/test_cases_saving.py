@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from tools.compatibility.rows import ROWS
-from utils import experts, loading, results, run_files, saving
+from utils import experts, launch, loading, results, run_files, saving
 
 pytestmark = pytest.mark.cases
 METHODS = {name: row for name, row in ROWS.items() if row.base == "float32" and not row.flags}
@@ -139,7 +139,11 @@ def test_a_trained_parameter_outside_the_adapter_is_an_error(tmp_path, capsys):
 def test_a_disk_without_space_is_an_error(tmp_path, capsys, monkeypatch, free):
     monkeypatch.setattr(results, "free_bytes", lambda path: free)
     with pytest.raises(SystemExit):
-        files_of(adapt(lora()), tmp_path / "run", checkpoints=0 if free == 10 else 9)
+        kept = {
+            "checkpoints": 0 if free == 10 else 9,
+            "state_bytes": launch.state_bytes("adamw_torch"),
+        }
+        files_of(adapt(lora()), tmp_path / "run", **kept)
     message = capsys.readouterr().err
     assert f"and {free:,} are free on that disk" in message and "another one" in message
 

@@ -10,6 +10,7 @@ import sys
 import pytest
 from conftest import ROOT, read_metrics
 from hub_server import TOKEN, serve_hub
+from processes import plant
 from single import run_single
 from safetensors.torch import load_file
 
@@ -269,34 +270,65 @@ def test_streaming_trains_alike_on_two_processes(launch, forks, tmp_path):
     assert one["losses"] == pytest.approx(other["losses"], rel=1e-4)
 
 
-@pytest.mark.parametrize("broken", ["nan", "zero"])
-def test_a_loss_that_is_none_stops_the_run(forks, tmp_path, broken):
-    from processes import plant
-
+@pytest.mark.parametrize("loss", ["float('nan')", "0.0"])
+def test_a_loss_that_is_nan_stops_the_run_and_one_of_zero_does_not(forks, tmp_path, loss):
     line = "                    loss = compute_loss(model, batch) / step_targets"
-    worse = (
-        f"{line} * (float('nan') if step == 3 else 1)"
-        if broken == "nan"
-        else f"{line} * (step != 3)"
-    )
+    worse = f"{line} * ({loss} if step == 3 else 1)"
     script = plant(tmp_path, "chat_sft", (line, worse))
-    flags = (
-        "--use_peft_lora",
-        "--max_steps",
-        6,
-        "--save_strategy",
-        "steps",
-        "--save_steps",
-        1,
-        "--num_samples",
-        0,
-    )
+    flags = ("--use_peft_lora", "--max_steps", 4, "--num_samples", 0)
+    flags += ("--save_strategy", "steps", "--save_steps", 1)
     command = (script, *flags, "--output_dir", tmp_path / "run")
     [(code, output)] = run_single(forks, tmp_path, command)
-    assert code == 1
-    [line] = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert "the loss of update 3 is " in line and str(tmp_path / "run/checkpoint-2") in line
-    assert not (tmp_path / "run/metrics.json").exists()
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert (tmp_path / "run/metrics.json").exists() == (loss == "0.0")
+    if loss == "0.0":
+        assert (code, errors) == (0, [])
+        assert output.count("The loss of update 3 is exactly 0") == 1
+    else:
+        assert code == 1
+        [line] = errors
+        assert "the loss of update 3 is " in line and str(tmp_path / "run/checkpoint-2") in line
+
+
+@pytest.mark.cases
+def test_data_that_one_process_cannot_read_stops_both_with_a_checkpoint(launch, tmp_path):
+    """The second process fails when it reads its fourth update, while the third one runs."""
+    line = "        reader = UpdateReader(data.train_loader, accumulated, max_steps - start)"
+    fails = """
+        if not accelerator.is_main_process:
+            broken = (1 / 0 for _ in range(1))
+            reader.batches = __import__("itertools").chain([next(reader.batches)] * 2, broken)"""
+    script = plant(tmp_path, "chat_sft", (line, line + fails))
+    flags = ("--use_peft_lora", "--max_steps", 6, "--eval_strategy", "no", "--save_strategy", "no")
+    done = launch(script, "ddp", *flags, *HALF, "--output_dir", tmp_path / "run", code=1)
+    assert done.stdout.count("Stopped by unreadable data after update 3 of 6") == 1
+    assert done.stdout.count("error: division by zero") == 1
+    assert (tmp_path / "run/checkpoint-3/state.json").is_file()
+
+
+@pytest.mark.cases
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_updates_are_read_one_ahead_and_no_further(accumulated):
+    from utils.signals import UpdateReader
+
+    read = []
+    loader = (read.append(number) or number for number in range(99))
+    reader = UpdateReader(loader, accumulated, num_updates=3)
+    for update in range(3):
+        expected = [*range(update * accumulated, (update + 1) * accumulated)]
+        assert reader.take() == expected
+        assert len(read) == min(update + 2, 3) * accumulated
+        assert not any(reader.flags("cpu").values())
+    reader.check()
+
+
+@pytest.mark.cases
+def test_data_that_cannot_be_read_at_all_is_an_error_before_the_first_update(capsys):
+    from utils.signals import UpdateReader
+
+    with pytest.raises(SystemExit):
+        UpdateReader((1 / 0 for _ in range(1)), 1, 3)
+    assert capsys.readouterr().err == "error: division by zero\n"
 
 
 @pytest.fixture

@@ -132,8 +132,9 @@ def test_a_bad_update_ends_the_run(
     log.progress.log(
         loss=torch.tensor(loss).double(), learning_rate=0.1, grad_norm=grad_norm, **counts
     )
-    if loss == 1.0 and (grad_norm == 1.0 or precision == "fp16"):
+    if loss in (0.0, 1.0) and (grad_norm == 1.0 or precision == "fp16"):
         log.check_last_update("run/checkpoint-1")
+        assert ("is exactly 0" in capsys.readouterr().out) == (loss == 0.0)
         return
     with pytest.raises(SystemExit):
         log.check_last_update("run/checkpoint-1")

@@ -654,11 +654,11 @@ def test_launches_that_fit_are_accepted(run, script, config, flags, words):
 # The real launcher --------------------------------------------------------------------------------
 ZERO3 = (OFFLOAD, "zero3_offload")
 LAUNCHED = [  # (whether the launch is a real one, script, config, flags, expected part of the line)
-    (True, *ZERO3, "--learning_rat 0.1", "--learning_rat 0.1 is not a flag"),
+    (True, LORA, "ddp", "--learning_rat 0.1", "--learning_rat 0.1 is not a flag"),
     (False, *ZERO3, "--lora_r 0", "--lora_r is 0"),
     (False, *ZERO3, "--dataset_name data/nothing.csv", "data/nothing.csv does not exist"),
     (False, *ZERO3, "--label_column label", "the columns are 'Tweet text', 'Label'"),
-    (True, *ZERO3, f"{MODEL} nobody/nothing", "the Hub cannot be reached"),
+    (True, LORA, "ddp", f"{MODEL} nobody/nothing", "the Hub cannot be reached"),
     (True, OFFLOAD, "use_cpu.yaml", "", "use_cpu: true"),
     (False, OFFLOAD, "ddp", "", "was launched with ddp"),
     (False, LORA, "ddp", f"{MODEL} data", "data holds no config.json"),

@@ -194,6 +194,7 @@ def test_facts_come_from_the_engine(launch, small, tmp_path):
     assert_complete(metrics, 2, "causal_lm_lora")
 
 
+@pytest.mark.slow  # in the default suite the README's command learns
 def test_causal_lm_lora_learns(launch, tmp_path):
     launch("causal_lm_lora", "ddp", "--output_dir", tmp_path / "run", processes=2)
     metrics = read_metrics(tmp_path / "run")

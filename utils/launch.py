@@ -246,6 +246,11 @@ OPTIMIZERS = {
 }
 
 
+def state_bytes(name):
+    """Return the bytes of a checkpoint per trainable parameter: its value and AdamW's two means."""
+    return 4 + 2 * (1 if name.endswith("8bit") else 4)
+
+
 def adamw(name):
     """Return the class of an AdamW, by the name that transformers gives it.
 

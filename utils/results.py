@@ -260,11 +260,11 @@ class WeightFiles:
         config: its output_dir and overwrite_output_dir are read.
         model: a model of PEFT, of which the adapter is saved; or a model that is saved in full.
         tokenizer: is saved beside the weights; None saves none.
-        checkpoints: number of checkpoints, with the weights and the state of AdamW, that are on the
-            disk at once.
+        checkpoints: number of checkpoints that are on the disk at once.
+        state_bytes: bytes per trainable parameter of a checkpoint, beside the weights.
     """
 
-    def __init__(self, accelerator, config, model, tokenizer, checkpoints=0):
+    def __init__(self, accelerator, config, model, tokenizer, checkpoints=0, state_bytes=0):
         self.accelerator, self.model, self.tokenizer = accelerator, model, tokenizer
         self.config, self.target = config, Path(config.output_dir)
         self.is_adapter = hasattr(model, "peft_config")
@@ -275,7 +275,7 @@ class WeightFiles:
         weights = () if self.is_adapter else model.parameters()
         needed = sum(math.prod(full_shape(one)) * one.element_size() for one in weights)
         needed += self.adapter.num_bytes if self.is_adapter else 0
-        state = 12 * count_elements(model, trainable_only=True)  # values, two means, in float32
+        state = state_bytes * count_elements(model, trainable_only=True)
         needed, free = needed + checkpoints * (needed + state), free_bytes(self.target)
         if needed > free:
             refuse(

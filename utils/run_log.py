@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from utils.environment import launched_precision
-from utils.errors import fail_together
+from utils.errors import fail_together, say
 from utils.flops import peak_flop_per_second
 
 
@@ -71,7 +71,9 @@ class RunLog:
         self.path.write_text("".join(kept))
 
     def check_last_update(self, last_good):
-        """Stop if the last update's loss is NaN, infinite or 0, or its gradient norm is NaN.
+        """Stop if the last update's loss is NaN or infinite, or its gradient norm is NaN.
+
+        A loss of exactly 0 is printed once: the update changes nothing, and the next one may.
 
         Args:
             last_good: the checkpoint to name in the error, or None. Its weights are finite.
@@ -80,7 +82,12 @@ class RunLog:
         loss, grad_norm = (progress.updates[-1][name] for name in ("loss", "grad_norm"))
         # the loss scaler of fp16 skips an update whose gradients overflow
         is_nan = math.isnan(grad_norm) and launched_precision() != "fp16"
-        if math.isfinite(loss) and loss != 0 and not is_nan:
+        if math.isfinite(loss) and not is_nan:
+            if loss == 0 and all(update["loss"] for update in progress.updates[:-1]):
+                say(
+                    f"The loss of update {len(progress.updates)} is exactly 0: the model predicts "
+                    "its label tokens with certainty, or a loss of your own is wrong."
+                )
             return
         progress.close()
         fail_together(

@@ -64,12 +64,19 @@ def resize(model, tokenizer, num_added, adapter):
     return modules_to_save
 
 
-def check_end(name, tokenizer):
-    """Stop if the tokenizer has no token that ends a text."""
-    if tokenizer.eos_token_id is None:
+def check_end(name, tokenizer, ends_turns=False):
+    """Stop if no token ends a text.
+
+    Args:
+        ends_turns: whether the token that ends an answer in the chat template is enough. Otherwise
+            the tokenizer needs an eos token.
+    """
+    ends = turn_ends(tokenizer) if ends_turns else {tokenizer.eos_token_id}
+    if ends == {None}:
+        own = " and a chat template without an end token of its own" if ends_turns else ""
         refuse(
-            f"--model_name_or_path {name} has a tokenizer without eos_token, so generated text "
-            "would never end: set one and save it"
+            f"--model_name_or_path {name} has a tokenizer without eos_token{own}, so generated "
+            "text would never end: set one and save it"
         )
 
 
