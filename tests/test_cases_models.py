@@ -691,6 +691,13 @@ def test_models_that_cannot_be_trained_are_an_error(monkeypatch, capsys, kind, s
     assert "take " in line
 
 
+def test_a_model_of_images_that_has_no_causal_class_is_an_error_with_a_remedy(capsys):
+    config = SimpleNamespace(attn_implementation="sdpa")
+    arguments = (config, AutoModelForCausalLM, transformers.LlavaConfig(), "the model")
+    line = error_of(capsys, model_files.build_skeleton, *arguments)
+    assert "AutoModelForCausalLM" in line and "save its language model alone" in line
+
+
 def test_names_in_a_list_may_end_with_a_comma():
     assert chat_settings.split_names("q_proj, v_proj,") == ["q_proj", "v_proj"]
     assert chat_settings.split_names(" ") == []

@@ -17,6 +17,7 @@ from peft.tuners.lora import ParamWrapper
 from safetensors import safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.core_model_loading import WeightConverter, rename_source_key
 
 from utils.environment import launched_precision, launched_strategy
@@ -213,6 +214,8 @@ def build_skeleton(config, auto_model, model_config, culprit):
             remedy = f": give --attn_implementation {other}"
     if remedy and attention == "documents":
         remedy += f", and, if that mixes the documents of a row, {ONE_BY_ONE}"
+    if not remedy and type(model_config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        remedy = ": it also reads images; save its language model alone and give that, or another"
     refuse(
         f"{culprit} cannot be made by {auto_model.__name__} with --attn_implementation "
         f"{attention} ({reason}){remedy}"
