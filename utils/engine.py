@@ -143,6 +143,14 @@ def stepping_optimizer(optimizer):
     return optimizer
 
 
+def print_optimizer(accelerator):
+    """Print which optimizer runs: its class, where it is from, and whether it is one kernel."""
+    for optimizer in map(stepping_optimizer, accelerator._optimizers[:1]):
+        library = type(optimizer).__module__.partition(".")[0]
+        fused = ", fused" if optimizer.defaults.get("fused") else ""
+        accelerator.print(f"Optimizer: {type(optimizer).__name__} ({library}{fused})")
+
+
 def engine_facts(accelerator, parameters):
     """Return what the live optimizer and engine say of themselves. Collective.
 
