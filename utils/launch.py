@@ -219,10 +219,11 @@ def configure_deepspeed(accelerator, config, model, **settings):
     """Write the script's settings into DeepSpeed's config before `prepare`.
 
     DeepSpeed accumulates and clips by its own config, not by accelerate's. The numbers of the
-    launch config are replaced (`check_launch` has named them). Also lowers `reduce_bucket_size` to
-    the number of trainable parameters: ZeRO-3 allocates a buffer of that size on every GPU (by
-    default 5e8 elements, 1 to 2 GB), even for a small adapter. A value in the user's own
-    deepspeed_config_file is kept. `shard_4bit_model` and `allow_skipping` are called if needed.
+    launch config are replaced (`check_launch` has named them). Also lowers two bucket sizes to the
+    number of trainable parameters. Every GPU holds a buffer of `reduce_bucket_size` elements, by
+    default 5e8 elements (2 GB in float32), even for a small adapter. DeepSpeed reads
+    `allgather_bucket_size` only where torch cannot gather into one tensor. A number in a config of
+    the user is kept. `shard_4bit_model` and `allow_skipping` are called if needed.
 
     Args:
         config: its gradient_accumulation_steps and max_grad_norm are read.

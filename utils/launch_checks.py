@@ -38,6 +38,8 @@ def check_launch(config, strategies, base, optimizer_in_config=False):
         check_deepspeed(config, precision, optimizer_in_config)
         if deepspeed_settings()["optimizer"] != "none":
             free_extension_lock("cpu_adam")
+        if optimizer_in_config:
+            free_extension_lock("fused_adam")
     elif config.dtype != "float32" and base == "trained":
         refuse(
             f"--dtype {config.dtype} would also keep the trained weights in {config.dtype}, which "
