@@ -226,6 +226,11 @@ SAID = {  # id -> (blocks that differ from the example's, what is printed)
     ),
     "no optimizer of torch": (optimizer("lr_scheduler"), "asks for the optimizer lr_scheduler"),
     "an optimizer of torch": (optimizer("RAdam", lr="auto", weight_decay="auto"), ""),
+    "a parameter of another optimizer": (
+        optimizer("AdamW", lr="auto", weight_decay="auto", torch_adam=True, cuda_aware=True),
+        "wrong params for AdamW: got an unexpected keyword argument 'cuda_aware'",
+    ),
+    "FusedAdam": (optimizer("Adam", lr="auto", weight_decay="auto", adam_w_mode=False), ""),
     "an unknown scheduler": (
         scheduler("StepLR"),
         "asks for the scheduler StepLR: choose one of WarmupLR, WarmupDecayLR",

@@ -74,6 +74,7 @@ FILLED = {  # "auto" values that accelerate fills from DummyOptim and DummySched
     "optimizer": {"lr", "weight_decay"},
     "scheduler": {"warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps"},
 }
+OF_ADAM = ("adam_w_mode", "fp32_optimizer_states")  # params that DeepSpeed takes out for Adam
 SCRIPT = {}  # what check_deepspeed was given, for a dict that the script passes later
 
 
@@ -288,7 +289,37 @@ def check_optimizer_blocks(culprit, content):
             f"{culprit} asks for the optimizer {optimizer}: choose one of "
             f"{', '.join(DEEPSPEED_OPTIMIZERS)}, or a class of torch.optim"
         )
+    check_optimizer_params(culprit, content, found if is_torch else None)
     check_schedule(culprit, content)
+
+
+def check_optimizer_params(culprit, content, optimizer):
+    """Stop if AdamW or an optimizer of torch does not take the params of a DeepSpeed config.
+
+    Args:
+        optimizer: a class of torch.optim; None if torch has none of that name.
+    """
+    name, params = content["optimizer"]["type"], {**get(content, "optimizer.params", {})}
+    if name.lower() in ("adam", "adamw"):
+        from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam  # takes seconds
+
+        is_torch = params.pop("torch_adam", False)
+        offloads = get(content, "zero_optimization.offload_optimizer.device", "none") != "none"
+        optimizer = DeepSpeedCPUAdam if offloads else FusedAdam
+        optimizer = torch.optim.AdamW if is_torch else optimizer
+        params = {key: params[key] for key in params if key not in OF_ADAM}
+    if optimizer is not None:
+        bind(f"{culprit} has wrong params for {optimizer.__name__}", optimizer, params)
+
+
+def bind(culprit, function, params):
+    """Return the arguments of a call with a first argument and these; stop if they do not fit."""
+    try:
+        plan = inspect.signature(function).bind(None, **params)
+    except TypeError as error:
+        refuse(f"{culprit}: {first_line(error)}")
+    plan.apply_defaults()
+    return plan.arguments
 
 
 def check_schedule(culprit, content):
@@ -303,12 +334,9 @@ def check_schedule(culprit, content):
                 refuse(f'{culprit} has {part}.params.{key} "auto", which nothing fills: set it')
     from deepspeed.runtime import lr_schedules  # takes seconds
 
-    try:
-        plan = inspect.signature(getattr(lr_schedules, name)).bind(None, **params["scheduler"])
-    except TypeError as error:
-        refuse(f"{culprit} has wrong params for {name}: {first_line(error)}")
-    plan.apply_defaults()
-    config, plan = SCRIPT["config"], plan.arguments
+    schedule = getattr(lr_schedules, name)
+    plan = bind(f"{culprit} has wrong params for {name}", schedule, params["scheduler"])
+    config = SCRIPT["config"]
     rate = plan.get(SCHEDULES[name]) if SCHEDULES[name] else None
     rate = params["optimizer"].get("lr", 0.001) if rate is None else rate
     decay = params["optimizer"].get("weight_decay", "the optimizer's default")
