@@ -1,8 +1,9 @@
 """Run a script and write what DeepSpeed did to a JSON file.
 
 Run `accelerate launch --config_file CONFIG tests/deepspeed_driver.py FILE SCRIPT ARGUMENT ...`. The
-keys of the file are `rates` (the learning rate that torch's AdamW used in each update) and `group`
-(number of processes that share the second copy of the parameters; null without hpZ).
+keys of the file are `rates` (the learning rate that torch's AdamW used in each update), `group`
+(number of processes that share the second copy of the parameters; null without hpZ) and `sizes`
+(elements, as the engine's optimizer holds them).
 """
 
 import json
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import groups
 
 RATES = []
@@ -23,20 +25,45 @@ def step(optimizer, *args, **kwargs):
     return STEP(optimizer, *args, **kwargs)
 
 
+def note_group(found):
+    """Note the size of a group of hpZ once it exists."""
+    create = groups._create_zero_param_parallel_group
+
+    def noting(size):
+        create(size)
+        found["group"] = groups._get_zero_param_intra_parallel_group_world_size()
+
+    groups._create_zero_param_parallel_group = noting
+
+
+def note_sizes(found):
+    """Note the sizes that an engine's optimizer is made with."""
+    configure = DeepSpeedEngine._configure_zero_optimizer
+
+    def noting(engine, optimizer):
+        zero = configure(engine, optimizer)
+        offload = getattr(zero, "parameter_offload", None)
+        found["sizes"] = {
+            "reduce_bucket_size": zero.reduce_bucket_size,
+            "stage3_prefetch_bucket_size": getattr(zero, "prefetch_elements", None),
+            "stage3_param_persistence_threshold": getattr(
+                offload, "param_numel_persistence_threshold", None
+            ),
+        }
+        return zero
+
+    DeepSpeedEngine._configure_zero_optimizer = noting
+
+
 def main():
     file, *sys.argv = sys.argv[1:]
+    found = {"rates": RATES, "group": None}
     torch.optim.AdamW.step = step
-    create, sizes = groups._create_zero_param_parallel_group, []
-
-    def created(size):
-        create(size)
-        sizes.append(groups._get_zero_param_intra_parallel_group_world_size())
-
-    groups._create_zero_param_parallel_group = created
+    note_group(found)
+    note_sizes(found)
     runpy.run_path(sys.argv[0], run_name="__main__")
     if os.environ["RANK"] == "0":
-        facts = {"rates": RATES, "group": sizes[0] if sizes else None}
-        Path(file).write_text(json.dumps(facts))
+        Path(file).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -42,13 +42,13 @@ def single(flags, forks, tmp_path_factory):
     runs = {}
 
     def run(script, *more):
-        if script not in runs:
+        if (script, *more) not in runs:
             folder = tmp_path_factory.mktemp("single")
             command = (script, *flags, *batches(1), *more, "--output_dir", folder / "run")
             [(code, output)] = run_single(forks, folder, command)
             assert code == 0, output
-            runs[script] = Run(folder / "run", output)
-        return runs[script]
+            runs[script, *more] = Run(folder / "run", output)
+        return runs[script, *more]
 
     return run
 
@@ -264,6 +264,10 @@ SAID = {  # id -> (blocks that differ from the example's, what is printed)
         "x.json: the learning rate of OneCycle is 0.2. --learning_rate 0.01 of the script is not "
         "used.\nx.json: the warmup of OneCycle takes 0 updates. --warmup_ratio 0.25",
     ),
+    "an unknown key": (
+        {"gradient_cliping": 1.0},
+        "gradient_cliping of x.json has no effect: DeepSpeed does not know it.",
+    ),
     "no weight decay": (
         optimizer("AdamW", lr="auto"),
         "x.json: the weight decay is the optimizer's default. --weight_decay 0.1 of the script is",
@@ -279,6 +283,37 @@ def test_what_a_config_with_an_optimizer_may_say(capsys, monkeypatch, case):
     content = {key: block for key, block in example(**changes).items() if block is not None}
     said = refusal(capsys, content)
     assert printed in said and said.count("\n") <= 2 and (printed != "" or said == "")
+
+
+class Watched(dict):
+    """A dict that notes the keys that somebody asks for."""
+
+    asked = set()
+
+    def __getitem__(self, key):
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key):
+        self.asked.add(key)
+        return super().__contains__(key)
+
+    def get(self, key, default=None):
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def keys(self):
+        return self
+
+    def __copy__(self):
+        return self
+
+
+def test_the_known_keys_are_those_that_deepspeed_reads():
+    content = Watched(train_batch_size=1, zero_optimization={"stage": 2})
+    deepspeed_config.DeepSpeedConfig(content)
+    read = content.asked - {*deepspeed_config._REMOVED_TOP_LEVEL_CONFIG_KEYS}
+    assert read == {*deepspeed_checks.KNOWN.split()}
 
 
 def test_all_that_deepspeed_has_removed_is_refused_by_name():
@@ -304,9 +339,14 @@ def test_hpz_trains_like_zero3_in_two_groups_of_two(launch, flags, single, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["zero2_buckets", "zero3_buckets"])
-def test_bucket_sizes_of_a_config_win(launch, tmp_path, config):
-    file = tmp_path / "groups.json"
-    launch(ROOT / "tests/group_driver.py", config, file, processes=2, PYTHONPATH=str(ROOT))
-    facts = json.loads(file.read_text())
-    assert facts["bucket"] == 200_000_000 != facts["trained"]
+@pytest.mark.parametrize(
+    ("config", "script"),
+    [("zero2_buckets", "causal_lm_full"), ("zero3_buckets", "causal_lm_full_zero3")],
+)
+def test_sizes_of_a_config_win(launch, flags, tmp_path, config, script):
+    words = (tmp_path / "facts.json", ROOT / f"examples/{script}.py", *flags, "--max_steps", 1)
+    launch(DRIVER, config, *words, "--output_dir", tmp_path / "run", processes=2)
+    sizes = json.loads((tmp_path / "facts.json").read_text())["sizes"]
+    zero = json.loads((ROOT / f"configs/deepspeed/{config}.json").read_text())["zero_optimization"]
+    del zero["stage"]
+    assert zero == {name: sizes[name] for name in zero} and len(zero) >= 1

@@ -52,6 +52,18 @@ REMOVED = {  # key of a DeepSpeed config that DeepSpeed has removed -> what to d
     "zero_optimization.mics_hierarchical_params_gather": MICS,
     "zero_optimization.zeropp_loco_param": "remove it; zero_quantized_gradients works without it",
 }
+# what DeepSpeed 0.19.8 reads from the first level of its config; it drops other keys in silence
+KNOWN = """
+activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger
+communication_data_type compile csv_monitor data_efficiency data_types dataloader_drop_last
+datastates_ckpt disable_allgather disable_python_gc dump_state expert_parallel flops_profiler fp16
+gradient_accumulation_steps gradient_allreduce_op gradient_clipping gradient_predivide_factor
+hybrid_engine log_level managed_gradient_accumulation memory_breakdown optimizer pipeline
+prescale_gradients scheduler seq_parallel_communication_data_type steps_per_print tensor_parallel
+tensorboard timers torch_autocast train_batch_size train_micro_batch_size_per_gpu
+use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown wandb weight_quantization
+zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
+"""
 OF_ZERO3 = ("stage3_", "zero_hpz", "zero_quantized_weights", "zero_quantized_nontrainable")
 QUANTIZED = ("weights", "nontrainable_weights", "gradients")  # zero_quantized_...
 # optimizers that DeepSpeed has removed. Without this check, their names would be looked up in
@@ -148,7 +160,7 @@ def check_content(culprit, content):
     check_optimizer_blocks(culprit, content)
     check_zero_plus_plus(culprit, zero)
     compare_numbers(culprit, content)
-    idle = {}
+    idle = {key: "DeepSpeed does not know it" for key in content if key not in KNOWN.split()}
     if content.get("steps_per_print", math.inf) != math.inf:  # accelerate's own value
         idle["steps_per_print"] = "accelerate turns it off"
     if "allgather_bucket_size" in zero:
