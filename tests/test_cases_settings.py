@@ -349,17 +349,21 @@ CONTRADICTIONS = {  # id -> (content of the file, more variables, words of the e
     "MiCS": (
         {"zero_optimization": {"stage": 3, "mics_shard_size": 2}},
         {},
-        "mics_shard_size, which DeepSpeed has removed: remove it, and use configs/zero3_hpz.yaml "
-        "or configs/fsdp2_hybrid.yaml",
+        "mics_shard_size, which DeepSpeed has removed: remove it; configs/zero3_hpz.yaml and "
+        "configs/fsdp2_hybrid.yaml also gather within a node",
     ),
     "MiCS's other key": (
         {"zero_optimization": {"stage": 3, "mics_hierarchical_params_gather": False}},
         {},
-        "configs/zero3_hpz.yaml or configs/fsdp2_hybrid.yaml",
+        "configs/zero3_hpz.yaml and configs/fsdp2_hybrid.yaml",
     ),
     "elasticity": (ZERO3 | {"elasticity": {"enabled": False}}, {}, "x.json has elasticity, which"),
-    "compression": (ZERO3 | {"compression_training": {}}, {}, "has removed: train a quantized"),
-    "curriculum": (ZERO3 | {"curriculum_learning": {}}, {}, "has removed: sort your training file"),
+    "compression": (
+        ZERO3 | {"compression_training": {}},
+        {},
+        "has removed: remove it; examples/causal",
+    ),
+    "curriculum": (ZERO3 | {"curriculum_learning": {}}, {}, "remove it; the sampler in section 2"),
     "activation checkpointing": (
         ZERO3 | {"activation_checkpointing": {"partition_activations": True}},
         {},

@@ -11,8 +11,8 @@ import os
 
 import torch
 
-from utils.environment import FIELDS, deepspeed_file, is_enabled, launch_config, launched_strategy
-from utils.environment import uses_gpu
+from utils.environment import FIELDS, deepspeed_file, deepspeed_settings, is_enabled, launch_config
+from utils.environment import launched_precision, launched_strategy, uses_gpu
 from utils.errors import first_line, refuse, say
 
 # flag of the script -> its name in a DeepSpeed config; the flag decides
@@ -31,26 +31,23 @@ PLACES = {
 }
 LESSON = "examples/causal_lm_full_zero2_config.py"
 ZERO = "zero_optimization."
-HPZ = "zero_hpz_partition_size"
-MICS = (
-    "remove it, and use configs/zero3_hpz.yaml or configs/fsdp2_hybrid.yaml, which also gather "
-    "within a node"
-)
-REMOVED = {  # key of a DeepSpeed config that DeepSpeed has removed -> what to do instead
-    "elasticity": "set the number of processes with --num_processes",
-    "compression_training": "train a quantized model with examples/causal_lm_qlora.py",
-    "curriculum_learning": "sort your training file, or change the sampler in section 2",
-    "amp": "launch with `--mixed_precision bf16`",
-    "sparse_gradients": "remove it",
-    "sparse_attention": "give --attn_implementation",
-    "quantize_training": "train a quantized model with examples/causal_lm_qlora.py",
-    "eigenvalue": "remove it",
-    "progressive_layer_drop": "remove it",
-    "graph_harvesting": "remove it",
-    "nebula": "remove it",
+MICS = "; configs/zero3_hpz.yaml and configs/fsdp2_hybrid.yaml also gather within a node"
+QUANTIZED_MODEL = "; examples/causal_lm_qlora.py trains a quantized model"
+REMOVED = {  # key of a DeepSpeed config that DeepSpeed has removed -> what does the job today
+    "elasticity": "; --num_processes of accelerate sets the number of processes",
+    "compression_training": QUANTIZED_MODEL,
+    "curriculum_learning": "; the sampler in section 2 of a lesson decides the order of the rows",
+    "amp": "; `accelerate launch --mixed_precision bf16` trains in bf16",
+    "sparse_gradients": "",
+    "sparse_attention": "",
+    "quantize_training": QUANTIZED_MODEL,
+    "eigenvalue": "",
+    "progressive_layer_drop": "",
+    "graph_harvesting": "",
+    "nebula": "",
     "zero_optimization.mics_shard_size": MICS,
     "zero_optimization.mics_hierarchical_params_gather": MICS,
-    "zero_optimization.zeropp_loco_param": "remove it; zero_quantized_gradients works without it",
+    "zero_optimization.zeropp_loco_param": "; zero_quantized_gradients works without it",
 }
 # what DeepSpeed 0.19.8 reads from the first level of its config; it drops other keys in silence
 KNOWN = """
@@ -64,7 +61,7 @@ tensorboard timers torch_autocast train_batch_size train_micro_batch_size_per_gp
 use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown wandb weight_quantization
 zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
 """
-OF_ZERO3 = ("stage3_", "zero_hpz", "zero_quantized_weights", "zero_quantized_nontrainable")
+OF_ZERO3 = ("stage3_", "zero_hpz", "zero_quantized")
 QUANTIZED = ("weights", "nontrainable_weights", "gradients")  # zero_quantized_...
 # optimizers that DeepSpeed has removed. Without this check, their names would be looked up in
 # torch.optim.
@@ -128,17 +125,31 @@ def check_deepspeed(config, precision, optimizer_in_config):
 
 
 def check_plugin(plugin):
-    """Stop if the DeepSpeedPlugin of a script contradicts the launch config or the script."""
-    culprit, launched = "the DeepSpeedPlugin of the script", launched_strategy()
-    if (strategy := f"zero{plugin.zero_stage}") != launched:
+    """Stop if the DeepSpeedPlugin of a script contradicts the launch config or the script.
+
+    What the script has checked for the launch must also be true of the plugin: stage, offload and
+    precision.
+    """
+    culprit, content = "the DeepSpeedPlugin of the script", plugin.deepspeed_config
+    strategy, launched = f"zero{plugin.zero_stage}", launched_strategy()
+    if strategy != launched:
         refuse(
             f"{culprit} asks for {strategy}, and the script was launched with {launched}: launch "
-            f"with configs/{strategy}.yaml"
+            "with a config of that stage, or change the stage"
         )
     if file := deepspeed_file()[0]:
         refuse(f"{culprit} and {file} are two configs for DeepSpeed: remove one of them")
+    offload = get(content, "zero_optimization.offload_optimizer.device", "none")
+    if offload != deepspeed_settings()["optimizer"]:
+        refuse(
+            f"{culprit} offloads the optimizer to {offload}, and the launch config to "
+            f"{deepspeed_settings()['optimizer']}: make them the same"
+        )
+    for precision in ("fp16", "bf16"):
+        if is_enabled(content.get(precision)) and launched_precision() != precision:
+            refuse(f"{culprit} enables {precision}: launch with `--mixed_precision {precision}`")
     if SCRIPT:  # set by read_settings
-        check_content(culprit, plugin.deepspeed_config)
+        check_content(culprit, content)
 
 
 def check_content(culprit, content):
@@ -149,7 +160,7 @@ def check_content(culprit, content):
         content: the config, a dict.
     """
     zero = content["zero_optimization"]
-    check_keys(culprit, content)
+    known = check_keys(culprit, content)
     compare_places(culprit, zero)
     check_precision(culprit, content)
     if "activation_checkpointing" in content:
@@ -158,7 +169,7 @@ def check_content(culprit, content):
             "remove it, and give --gradient_checkpointing"
         )
     check_optimizer_blocks(culprit, content)
-    check_zero_plus_plus(culprit, zero)
+    check_zero_plus_plus(culprit, known)
     compare_numbers(culprit, content)
     idle = {key: "DeepSpeed does not know it" for key in content if key not in KNOWN.split()}
     if content.get("steps_per_print", math.inf) != math.inf:  # accelerate's own value
@@ -179,11 +190,14 @@ def get(content, path, default=None):
 
 
 def check_keys(culprit, content):
-    """Stop if a config has keys that DeepSpeed has removed or does not know, or wrong values."""
+    """Stop if a config has keys that DeepSpeed has removed or does not know, or wrong values.
+
+    Returns zero_optimization with its defaults, as DeepSpeed reads it.
+    """
     zero = content["zero_optimization"]
     for key, remedy in REMOVED.items():
         if key.removeprefix(ZERO) in (zero if key.startswith(ZERO) else content):
-            refuse(f"{culprit} has {key}, which DeepSpeed has removed: {remedy}")
+            refuse(f"{culprit} has {key}, which DeepSpeed has removed: remove it{remedy}")
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # takes seconds
     from pydantic import ValidationError
 
@@ -195,6 +209,7 @@ def check_keys(culprit, content):
         refuse(f"{culprit} has {ZERO}{place} {first['input']!r}: {first['msg']}")
     if zero.get("stage") in (1, 2) and known.allgather_bucket_size % 2:
         refuse(f"{culprit} has allgather_bucket_size {known.allgather_bucket_size}: make it even")
+    return known
 
 
 def compare_places(culprit, zero):
@@ -254,18 +269,17 @@ def check_precision(culprit, content):
 
 def check_zero_plus_plus(culprit, zero):
     """Stop if what ZeRO++ adds to ZeRO-3 does not run on these processes."""
-    keys = [f"zero_quantized_{part}" for part in QUANTIZED]
-    on = [key for key in keys if str(zero.get(key)).lower() == "true"]
+    on = [key for key in (f"zero_quantized_{part}" for part in QUANTIZED) if getattr(zero, key)]
     if on and not uses_gpu():
         refuse(
             f"{culprit} has {', '.join(on)}, which DeepSpeed computes on a GPU only: use "
             "configs/zero3_hpz.yaml, the part of ZeRO++ that runs on CPUs, too"
         )
-    size, processes = zero.get(HPZ, 1), int(os.environ.get("WORLD_SIZE", 1))
-    if size != "auto" and size > 1 and processes % min(size, processes):
+    size, processes = zero.zero_hpz_partition_size, int(os.environ.get("WORLD_SIZE", 1))
+    if size > 1 and processes % min(size, processes):
         refuse(
-            f"{culprit} has {HPZ} {size!r}, which does not divide {processes} processes: set it to "
-            "the number of GPUs per node"
+            f"{culprit} has zero_hpz_partition_size {size}, which does not divide {processes} "
+            "processes: set it to the number of GPUs per node"
         )
 
 

@@ -22,7 +22,7 @@ from torch.distributed import DistNetworkError
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from utils.deepspeed_checks import check_plugin
-from utils.environment import uses_gpu
+from utils.environment import FIELDS, uses_gpu
 from utils.errors import first_line, refuse
 from utils.experts import allow_skipping
 from utils.process_group import end_with_launcher, join_group, use_all_cores
@@ -65,6 +65,9 @@ def start_accelerator(
     quiet_libraries()
     if plugin := kwargs.get("deepspeed_plugin"):
         check_plugin(plugin)
+    # accelerate refuses a DeepSpeed config beside this key, which its own launcher asks for
+    fields = [key for key in os.environ.get(FIELDS, "").split(",") if key != "mixed_precision"]
+    os.environ[FIELDS] = ",".join(fields)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
