@@ -193,7 +193,11 @@ def main():
         # accelerate divides the total by the processes: before `prepare` the loader has all batches
         total = len(train_loader) // config.gradient_accumulation_steps
         max_steps = total // accelerator.num_processes
-        warmup = max(2, int(config.warmup_ratio * max_steps))  # DeepSpeed's minimum is 2
+        warmup = int(config.warmup_ratio * max_steps)
+        if warmup < 2:
+            accelerator.print(
+                f"--warmup_ratio gives {warmup} update(s); DeepSpeed takes 2 at least."
+            )
         scheduler = DummyScheduler(optimizer, total, warmup)
         configure_deepspeed(accelerator, config, model)  # DeepSpeed accumulates and clips by itself
         model, optimizer, scheduler, train_loader = accelerator.prepare(

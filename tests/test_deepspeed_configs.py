@@ -228,7 +228,10 @@ SAID = {  # id -> (blocks that differ from the example's, what is printed)
         optimizer("AdamW", lr="auto", weight_decay="auto", torch_adam=True, cuda_aware=True),
         "wrong params for AdamW: got an unexpected keyword argument 'cuda_aware'",
     ),
-    "FusedAdam": (optimizer("Adam", lr="auto", weight_decay="auto", adam_w_mode=False), ""),
+    "FusedAdam": (
+        optimizer("Adam", lr="auto", weight_decay="auto", adam_w_mode=False),
+        "x.json asks for Adam: FusedAdam, which DeepSpeed compiles in the first run. ",
+    ),
     "an unknown scheduler": (
         scheduler("StepLR"),
         "asks for the scheduler StepLR: choose one of WarmupLR, WarmupDecayLR",
@@ -267,7 +270,7 @@ SAID = {  # id -> (blocks that differ from the example's, what is printed)
         "gradient_cliping of x.json has no effect: DeepSpeed does not know it.",
     ),
     "no weight decay": (
-        optimizer("AdamW", lr="auto"),
+        optimizer("AdamW", lr="auto", torch_adam=True),
         "x.json: the weight decay is the optimizer's default. --weight_decay 0.1 of the script is",
     ),
 }

@@ -334,6 +334,11 @@ def check_optimizer_params(culprit, content, optimizer):
         optimizer = DeepSpeedCPUAdam if offloads else FusedAdam
         optimizer = torch.optim.AdamW if is_torch else optimizer
         params = {key: params[key] for key in params if key not in OF_ADAM}
+        if optimizer is FusedAdam:
+            say(
+                f"{culprit} asks for {name}: FusedAdam, which DeepSpeed compiles in the first run. "
+                '"torch_adam": true in its params is the AdamW of torch instead.'
+            )
     if optimizer is not None:
         bind(f"{culprit} has wrong params for {optimizer.__name__}", optimizer, params)
 
