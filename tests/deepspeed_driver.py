@@ -2,8 +2,9 @@
 
 Run `accelerate launch --config_file CONFIG tests/deepspeed_driver.py FILE SCRIPT ARGUMENT ...`. The
 keys of the file are `rates` (the learning rate that torch's AdamW used in each update), `group`
-(number of processes that share the second copy of the parameters; null without hpZ) and `sizes`
-(elements, as the engine's optimizer holds them).
+(number of processes that share the second copy of the parameters; null without hpZ), `second_copy`
+(bytes of it that the first process holds) and `sizes` (elements, as the engine's optimizer holds
+them).
 """
 
 import json
@@ -43,6 +44,8 @@ def note_sizes(found):
     def noting(engine, optimizer):
         zero = configure(engine, optimizer)
         offload = getattr(zero, "parameter_offload", None)
+        copies = [getattr(one, "ds_secondary_tensor", None) for one in engine.module.parameters()]
+        found["second_copy"] = sum(copy.nbytes for copy in copies if copy is not None)
         found["sizes"] = {
             "reduce_bucket_size": zero.reduce_bucket_size,
             "stage3_prefetch_bucket_size": getattr(zero, "prefetch_elements", None),

@@ -333,7 +333,10 @@ def test_hpz_trains_like_zero3_in_two_groups_of_two(launch, flags, single, tmp_p
         words += ("--eval_strategy", "epoch", "--output_dir", tmp_path / config)
         done = launch(DRIVER, config, *words, processes=4)
         runs[config] = Run(tmp_path / config, done.stdout)
-    assert json.loads((tmp_path / "facts.json").read_text())["group"] == 2
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert facts["group"] == 2
+    whole = 4 * runs["zero3"].metrics["total_parameters"]
+    assert facts["second_copy"] == pytest.approx(whole / 2, rel=0.05)
     assert "ZeRO stage 3, parameters also sharded in groups of 2 on 4 processes" in done.stdout
     assert_same(runs["zero3_hpz"], runs["zero3"], 1e-6)
     assert_same(runs["zero3_hpz"], single(script), 1e-3)
