@@ -59,11 +59,12 @@ def count_elements(model, trainable_only=False):
 
 
 def check_sharding(accelerator, model):
-    """Print the bytes of parameters per process; fail if a strategy has not sharded them.
+    """Print the optimizer and the bytes of parameters per process; fail if they are not sharded.
 
     Read from the live parameters, because libraries replicate some of them without a word.
     Collective.
     """
+    print_optimizer(accelerator)
     parameters = list(accelerator.unwrap_model(model).parameters())
     held, full = bytes_held(parameters)
     total, count = sum(full.values()), shards(accelerator)

@@ -25,7 +25,6 @@ from utils.engine import (
     engine_facts,
     full_shape,
     mixed_precision,
-    print_optimizer,
     quantization,
     strategy,
     trained_dtype,
@@ -52,8 +51,7 @@ class Progress:
     a dict per evaluation during the training: step, epoch and the scores.
 
     Args:
-        accelerator, model: from `prepare`. Prints the optimizer, and the bytes of parameters that
-            each process holds.
+        accelerator, model: from `prepare`. Prints how many bytes of parameters each process holds.
         config: the script's Config, with per_device_train_batch_size and
             gradient_accumulation_steps.
         max_steps: number of updates.
@@ -61,7 +59,6 @@ class Progress:
     """
 
     def __init__(self, accelerator, model, config, max_steps, num_rows):
-        print_optimizer(accelerator)
         check_sharding(accelerator, model)
         self.accelerator, self.max_steps = accelerator, max_steps
         rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
