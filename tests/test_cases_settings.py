@@ -321,6 +321,7 @@ SETTINGS = {
 }
 OPTIMIZER = {"optimizer": {"type": "AdamW"}, "scheduler": {"type": "WarmupLR"}}
 OFFLOAD = "ACCELERATE_DEEPSPEED_OFFLOAD"
+GATHER = "stage3_gather_16bit_weights_on_model_save"
 
 
 def one_bit(name):
@@ -393,6 +394,16 @@ CONTRADICTIONS = {  # id -> (content of the file, more variables, words of the e
         {"zero_optimization": {"stage": 3, "reduce_bucket_size": "many"}},
         {},
         "x.json has zero_optimization.reduce_bucket_size 'many': Input should be a valid integer",
+    ),
+    "an old key beside a new one": (
+        {"zero_optimization": {"stage": 3, GATHER.replace("16bit", "fp16"): True, GATHER: True}},
+        {},
+        "has a wrong zero_optimization: Cannot provide deprecated parameter 'stage3_gather_fp16",
+    ),
+    "an offload by its older name": (
+        {"zero_optimization": {"stage": 2, "cpu_offload": True}},
+        {},
+        'has cpu_offload, which accelerate does not read: write "offload_optimizer": {"device": "c',
     ),
     "an odd bucket": (
         {"zero_optimization": {"stage": 2, "allgather_bucket_size": 7}},

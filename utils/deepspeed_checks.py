@@ -198,6 +198,13 @@ def check_keys(culprit, content):
     for key, remedy in REMOVED.items():
         if key.removeprefix(ZERO) in (zero if key.startswith(ZERO) else content):
             refuse(f"{culprit} has {key}, which DeepSpeed has removed: remove it{remedy}")
+    for part in ("optimizer", "param"):
+        old = "cpu_offload" if part == "optimizer" else "cpu_offload_param"
+        if zero.get(old):
+            refuse(
+                f'{culprit} has {old}, which accelerate does not read: write "offload_{part}": '
+                '{"device": "cpu"}'
+            )
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # takes seconds
     from pydantic import ValidationError
 
@@ -207,6 +214,8 @@ def check_keys(culprit, content):
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         refuse(f"{culprit} has {ZERO}{place} {first['input']!r}: {first['msg']}")
+    except AssertionError as error:  # an old key beside the one that has replaced it
+        refuse(f"{culprit} has a wrong zero_optimization: {first_line(error)}")
     if zero.get("stage") in (1, 2) and known.allgather_bucket_size % 2:
         refuse(f"{culprit} has allgather_bucket_size {known.allgather_bucket_size}: make it even")
     return known

@@ -187,7 +187,7 @@ def settle_environment():
 
 def settle_group():
     """Stop if variables of a process group contradict each other; ignore an incomplete set."""
-    for name in {*GROUP, *NUMBERS}:
+    for name in {*GROUP, *NUMBERS, CONFIG_FILE}:
         if os.environ.get(name) == "":
             del os.environ[name]
     given = {name: os.environ[name] for name in {*GROUP, *NUMBERS} & {*os.environ}}
@@ -250,7 +250,7 @@ def settle_deepspeed_file():
     accelerate's launcher sets this variable for its own processes, always together with FIELDS. So
     the user has set it if the launcher was started without FIELDS.
     """
-    if (told := os.environ.get(CONFIG_FILE)) is None:
+    if (told := os.environ.get(CONFIG_FILE)) in (None, "none"):
         return
     command, started_with = launcher()
     of_user = started_with.get(CONFIG_FILE, told)
