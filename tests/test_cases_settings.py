@@ -15,7 +15,8 @@ from conftest import read_metrics
 from models import make_data, make_model
 from torch.distributed import DistNetworkError
 
-from utils import chat_settings, environment, folders, launch, launch_checks, settings
+from utils import chat_settings, deepspeed_checks, environment, folders, launch, launch_checks
+from utils import settings
 
 pytestmark = pytest.mark.cases
 
@@ -38,7 +39,7 @@ def variables(monkeypatch):
         os.environ |= given
         monkeypatch.setattr(environment, "launcher", lambda: ([*command], started_with or {}))
         monkeypatch.setattr(environment, "launch_config", lambda: config or {})
-        monkeypatch.setattr(launch_checks, "launch_config", lambda: config or {})
+        monkeypatch.setattr(deepspeed_checks, "launch_config", lambda: config or {})
 
     return variables
 
@@ -142,6 +143,7 @@ TORCHRUN = ("python", "/env/bin/torchrun", "--nproc_per_node", "2", "script.py")
 WITHOUT = "Ignored: {} in the environment. No launcher started this process.\n"
 OTHER = "Ignored: {} in the environment, because another launch set it.\n"
 FILE = {environment.CONFIG_FILE: "old.json"}
+ZERO2 = {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}}
 STRATEGIES = {  # id -> (variables, command of the launcher, its config, what is printed, strategy)
     "FSDP without a launcher": (
         {"ACCELERATE_USE_FSDP": "true"},
@@ -178,13 +180,21 @@ STRATEGIES = {  # id -> (variables, command of the launcher, its config, what is
         OTHER.format("ACCELERATE_USE_DEEPSPEED"),
         "fsdp1",
     ),
-    "a config file in a launch without one": (
-        GROUP | DEEPSPEED | FILE,
+    "a DeepSpeed config in a launch of DDP": (
+        GROUP | FILE,
         ACCELERATE,
-        {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}},
-        f"Ignored: {environment.CONFIG_FILE}=old.json in the environment, because another launch "
-        "set it.\n",
-        "zero2",
+        {"distributed_type": "MULTI_GPU"},
+        f"Ignored: {environment.CONFIG_FILE}=old.json in the environment. DeepSpeed was not "
+        "launched.\n",
+        "ddp",
+    ),
+    "a DeepSpeed config without a launcher": (
+        FILE,
+        (),
+        {},
+        f"Ignored: {environment.CONFIG_FILE}=old.json in the environment. DeepSpeed was not "
+        "launched.\n",
+        "single",
     ),
     "FSDP as asked": (GROUP | FSDP, ACCELERATE, {"distributed_type": "FSDP"}, "", "fsdp1"),
     "DeepSpeed as asked": (
@@ -219,6 +229,39 @@ def test_the_strategy_is_that_of_this_launch(variables, capsys, case):
     environment.settle_environment()
     assert capsys.readouterr().out == printed
     assert environment.launched_strategy() == strategy
+
+
+def test_a_deepspeed_config_that_another_launch_left_is_ignored(variables, capsys):
+    """accelerate's launcher sets the variable together with another one."""
+    left = FILE | {environment.FIELDS: "zero_stage"}
+    variables(GROUP | DEEPSPEED | FILE | {"TORCHELASTIC_RUN_ID": "1"}, ACCELERATE, ZERO2, left)
+    environment.settle_environment()
+    told = f"Ignored: {environment.CONFIG_FILE}=old.json in the environment, because another launch"
+    assert capsys.readouterr().out == f"{told} set it.\n"
+    assert environment.CONFIG_FILE not in os.environ
+
+
+@pytest.mark.parametrize("command", [ACCELERATE, TORCHRUN])
+def test_a_deepspeed_config_that_the_user_names_is_kept(variables, capsys, tmp_path, command):
+    (tmp_path / "own.json").write_text('{"zero_optimization": {"stage": 1}}')
+    own = {environment.CONFIG_FILE: str(tmp_path / "own.json")}
+    variables(GROUP | DEEPSPEED | own | {"TORCHELASTIC_RUN_ID": "1"}, command, ZERO2, own)
+    environment.settle_environment()
+    assert capsys.readouterr().out == ""
+    culprit, content = environment.deepspeed_file()
+    assert culprit == f"{environment.CONFIG_FILE}={tmp_path / 'own.json'}"
+    assert content == {"zero_optimization": {"stage": 1}}
+
+
+def test_a_deepspeed_config_of_the_user_and_one_of_the_launch_config_are_refused(variables, capsys):
+    config = {"distributed_type": "DEEPSPEED"}
+    config |= {"deepspeed_config": {"deepspeed_config_file": "x.json"}}
+    variables(GROUP | DEEPSPEED | {environment.CONFIG_FILE: "x.json"}, ACCELERATE, config, FILE)
+    error = refusal(capsys, environment.settle_environment)
+    assert (
+        f"{environment.CONFIG_FILE}=old.json in the environment and deepspeed_config_file" in error
+    )
+    assert "x.json of the launch config are two configs" in error
 
 
 @pytest.mark.parametrize(
@@ -276,14 +319,97 @@ SETTINGS = {
     "max_grad_norm": 0.5,
     "per_device_train_batch_size": 4,
 }
+OPTIMIZER = {"optimizer": {"type": "AdamW"}, "scheduler": {"type": "WarmupLR"}}
+OFFLOAD = "ACCELERATE_DEEPSPEED_OFFLOAD"
+GATHER = "stage3_gather_16bit_weights_on_model_save"
+
+
+def one_bit(name):
+    """Return the case of an optimizer that DeepSpeed has removed."""
+    words = f"x.json asks for {name}, which DeepSpeed has removed: examples/causal_lm_full_ddp_comp"
+    return ZERO3 | {"optimizer": {"type": name}}, {}, words
+
+
 CONTRADICTIONS = {  # id -> (content of the file, more variables, words of the error)
-    "an optimizer": (ZERO3 | {"optimizer": {"type": "AdamW"}}, {}, "x.json has optimizer: remove"),
-    "a scheduler": (
-        ZERO3 | {"scheduler": {}},
+    "an optimizer": (
+        ZERO3 | {"optimizer": {"type": "AdamW"}},
         {},
-        "x.json has scheduler: remove them. The script's",
+        "x.json has optimizer, and this script has its own: remove them, or run "
+        "examples/causal_lm_full_zero2_config.py, which takes both from the config",
     ),
-    "both": (ZERO3 | {"optimizer": {}, "scheduler": {}}, {}, "has optimizer and scheduler"),
+    "a scheduler": (ZERO3 | {"scheduler": {"type": "WarmupLR"}}, {}, "x.json has scheduler, and"),
+    "both": (ZERO3 | OPTIMIZER, {}, "has optimizer and scheduler, and"),
+    "an optimizer without a name": (
+        ZERO3 | {"optimizer": {}},
+        {},
+        "x.json has optimizer {}: write",
+    ),
+    "1-bit Adam": one_bit("OneBitAdam"),
+    "0/1 Adam": one_bit("ZeroOneAdam"),
+    "1-bit LAMB": one_bit("OneBitLamb"),
+    "MiCS": (
+        {"zero_optimization": {"stage": 3, "mics_shard_size": 2}},
+        {},
+        "mics_shard_size, which DeepSpeed has removed: remove it; configs/zero3_hpz.yaml and "
+        "configs/fsdp2_hybrid.yaml also gather within a node",
+    ),
+    "MiCS's other key": (
+        {"zero_optimization": {"stage": 3, "mics_hierarchical_params_gather": False}},
+        {},
+        "configs/zero3_hpz.yaml and configs/fsdp2_hybrid.yaml",
+    ),
+    "elasticity": (ZERO3 | {"elasticity": {"enabled": False}}, {}, "x.json has elasticity, which"),
+    "compression": (
+        ZERO3 | {"compression_training": {}},
+        {},
+        "has removed: remove it; examples/causal",
+    ),
+    "curriculum": (ZERO3 | {"curriculum_learning": {}}, {}, "remove it; the sampler in section 2"),
+    "activation checkpointing": (
+        ZERO3 | {"activation_checkpointing": {"partition_activations": True}},
+        {},
+        "has no effect on models of Hugging Face: remove it, and give --gradient_checkpointing",
+    ),
+    "quantized weights on a CPU": (
+        {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
+        {},
+        "zero_quantized_weights, which DeepSpeed computes on a GPU only: use configs/zero3_hpz",
+    ),
+    "quantized gradients on a CPU": (
+        {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}},
+        {},
+        "zero_quantized_gradients, which",
+    ),
+    "groups that do not divide the processes": (
+        {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}},
+        {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"},
+        "zero_hpz_partition_size 2, which does not divide 3 processes: set it to the number of",
+    ),
+    "an unknown key": (
+        {"zero_optimization": {"stage": 3, "reduce_bucket_sise": 8}},
+        {},
+        "x.json has zero_optimization.reduce_bucket_sise 8: Extra inputs are not permitted",
+    ),
+    "a bucket that is no number": (
+        {"zero_optimization": {"stage": 3, "reduce_bucket_size": "many"}},
+        {},
+        "x.json has zero_optimization.reduce_bucket_size 'many': Input should be a valid integer",
+    ),
+    "an old key beside a new one": (
+        {"zero_optimization": {"stage": 3, GATHER.replace("16bit", "fp16"): True, GATHER: True}},
+        {},
+        "has a wrong zero_optimization: Cannot provide deprecated parameter 'stage3_gather_fp16",
+    ),
+    "an offload by its older name": (
+        {"zero_optimization": {"stage": 2, "cpu_offload": True}},
+        {},
+        'has cpu_offload, which accelerate does not read: write "offload_optimizer": {"device": "c',
+    ),
+    "an odd bucket": (
+        {"zero_optimization": {"stage": 2, "allgather_bucket_size": 7}},
+        {},
+        "allgather_bucket_size 7: make it even",
+    ),
     "fp16 and bf16": (
         ZERO3 | {"fp16": {"enabled": True}, "bf16": {"enabled": True}},
         {},
@@ -301,8 +427,10 @@ CONTRADICTIONS = {  # id -> (content of the file, more variables, words of the e
     ),
     "keys of the YAML file beside it": (
         ZERO3,
-        {launch_checks.FIELDS: "deepspeed_config_file,zero_stage,offload_param_device"},
-        "x.json and also offload_param_device, zero_stage",
+        {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", f"{OFFLOAD}_PARAM_DEVICE": "cpu"},
+        "x.json contradict each other: zero_stage 2 and stage 3, offload_param_device cpu and "
+        "offload_param.device none: make them the same, or remove zero_stage, offload_param_device "
+        "from the launch config",
     ),
     "no zero_optimization": ({"bf16": {}}, {}, 'has no "zero_optimization"'),
     "a list": ([1], {}, 'has no "zero_optimization"'),
@@ -319,7 +447,7 @@ ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 CLIPPING = "ACCELERATE_GRADIENT_CLIPPING"
 UNUSED = {  # id -> (content of the file, more variables, what is printed)
     "auto": (
-        ZERO3 | dict.fromkeys(launch_checks.OWN.values(), "auto") | {"train_batch_size": "auto"},
+        ZERO3 | dict.fromkeys(deepspeed_checks.OWN.values(), "auto") | {"train_batch_size": "auto"},
         {},
         [],
     ),
@@ -327,18 +455,18 @@ UNUSED = {  # id -> (content of the file, more variables, what is printed)
     "accumulation": (
         ZERO3 | {"gradient_accumulation_steps": 8},
         {},
-        ["gradient_accumulation_steps 8 of the launch config is not used: --gradient_accum"],
+        ["gradient_accumulation_steps 8 of", "x.json is not used: --gradient_accumulation_steps"],
     ),
-    "clipping": (ZERO3 | {"gradient_clipping": 1.0}, {}, ["clipping 1.0 of the launch config is"]),
+    "clipping": (ZERO3 | {"gradient_clipping": 1.0}, {}, ["clipping 1.0 of", "x.json is not"]),
     "micro-batch": (
         ZERO3 | {"train_micro_batch_size_per_gpu": 1},
         {},
-        ["train_micro_batch_size_per_gpu 1 of the launch config is not used: --per_device_train"],
+        ["train_micro_batch_size_per_gpu 1 of", "x.json is not used: --per_device_train"],
     ),
     "batch": (
         ZERO3 | {"train_batch_size": 64},
         {},
-        ["train_batch_size 64 of the launch config is not used", "sets it to 16."],
+        ["train_batch_size 64 of", "x.json is not used", "sets it to 16."],
     ),
     "YAML without a file": (
         None,
@@ -346,14 +474,34 @@ UNUSED = {  # id -> (content of the file, more variables, what is printed)
         ["gradient_accumulation_steps 4 of the", "gradient_clipping 1.0 of the launch config"],
     ),
     "YAML with equal numbers": (None, {ACCUMULATION: "2", CLIPPING: "0.5"}, []),
-    "activation checkpointing": (
-        ZERO3 | {"activation_checkpointing": {"partition_activations": True}},
+    "prints per step": (
+        ZERO3 | {"steps_per_print": 10},
         {},
-        ["activation_checkpointing of", "has no effect: give --gradient_checkpointing."],
+        ["has no effect: accelerate turns it"],
+    ),
+    "an all-gather bucket": (
+        {"zero_optimization": {"stage": 2, "allgather_bucket_size": 8}},
+        {},
+        ["allgather_bucket_size of", "has no effect: torch gathers all parameters in one"],
+    ),
+    "a number of ZeRO-3 under ZeRO-2": (
+        {"zero_optimization": {"stage": 2, "stage3_prefetch_bucket_size": 8}},
+        {},
+        ["stage3_prefetch_bucket_size of", "has no effect: only ZeRO-3 reads it."],
+    ),
+    "equal keys of the YAML file beside it": (
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
+        {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", f"{OFFLOAD}_PARAM_DEVICE": "cpu"},
+        [],
+    ),
+    "keys that the YAML file fills": (
+        {"zero_optimization": {"stage": "auto"}},
+        {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+        [],
     ),
     "mixed precision no beside it": (
         ZERO3 | {"bf16": {"enabled": True}},
-        {launch_checks.FIELDS: "deepspeed_config_file,mixed_precision"},
+        {environment.FIELDS: "deepspeed_config_file,mixed_precision"},
         [],
     ),
 }
@@ -387,7 +535,7 @@ def test_settings_of_the_launch_config_that_are_not_used_are_named(deepspeed, ca
     deepspeed(content, more)
     printed = capsys.readouterr().out
     assert all(word in printed for word in words) and (printed != "" or not words)
-    assert "mixed_precision" not in os.environ[launch_checks.FIELDS]
+    assert os.environ[environment.FIELDS] == ""
 
 
 @pytest.mark.parametrize("content", ["{", "caf\u00e9"])
@@ -399,7 +547,7 @@ def test_a_config_file_that_is_not_json_is_refused(deepspeed, tmp_path, capsys, 
 
 def test_a_config_file_that_is_missing_is_refused(deepspeed, capsys):
     error = refusal(capsys, deepspeed, None, {environment.CONFIG_FILE: "gone.json"})
-    assert "deepspeed_config_file gone.json: " in error
+    assert "ACCELERATE_DEEPSPEED_CONFIG_FILE=gone.json: " in error
 
 
 def test_a_zero_stage_that_is_no_number_is_refused(deepspeed, capsys):
@@ -430,7 +578,7 @@ def test_parallelism_that_the_scripts_do_not_know_is_refused(variables, capsys, 
 
 
 def test_without_deepspeed_a_launch_of_it_says_so(deepspeed, monkeypatch, capsys):
-    monkeypatch.setattr(launch_checks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(deepspeed_checks.importlib.util, "find_spec", lambda name: None)
     assert "pip install deepspeed" in refusal(capsys, deepspeed, None, {})
 
 
@@ -481,7 +629,7 @@ def test_numbers_of_a_config_file_give_way_in_a_real_run(launch, tmp_path):
     flags += ("--gradient_accumulation_steps", 2, "--output_dir", tmp_path / "new")
     done = launch("causal_lm_lora_zero3_offload", tmp_path / "x.yaml", *flags, processes=2)
     assert "on 2 processes, cpu device, gloo backend, bf16 mixed precision." in done.stdout
-    assert done.stdout.count("of the launch config is not used") == 3
+    assert done.stdout.count("x.json is not used: --") == 3
     assert len(read_metrics(tmp_path / "new")["losses"]) == 1
 
 

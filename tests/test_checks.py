@@ -33,7 +33,7 @@ from processes import plant, running
 from torch.distributed import TCPStore
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from utils import errors, launch_checks, model_files
+from utils import deepspeed_checks, errors, model_files
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 FULL, FULL_ZERO3 = "causal_lm_full", "causal_lm_full_zero3"
@@ -234,7 +234,7 @@ def run(place, monkeypatch):
         monkeypatch.setattr(module, "start_accelerator", lambda *args, **kwargs: accelerator)
         monkeypatch.setattr(module, "MemoryTracker", Mock(side_effect=Accepted))
         content = yaml.safe_load(Path(config).read_text()) if config else {}
-        monkeypatch.setattr(launch_checks, "launch_config", lambda: content)
+        monkeypatch.setattr(deepspeed_checks, "launch_config", lambda: content)
         monkeypatch.setattr(sys, "argv", [f"examples/{script}.py", *map(str, arguments)])
         module.main()
 

@@ -193,7 +193,6 @@ def test_json_that_the_config_names_comes_along(tmp_path, monkeypatch):
     shutil.copy(ROOT / "requirements.txt", root)
     monkeypatch.setattr(copy_out, "ROOT", root)
     path = root / "configs" / "deepspeed" / "zero2.json"
-    path.parent.mkdir()
     path.write_text("{}")
     line = "deepspeed_config:\n  deepspeed_config_file: configs/deepspeed/zero2.json\n"
     config = root / "configs" / "zero2.yaml"

@@ -580,6 +580,7 @@ def test_buckets_are_as_large_as_the_trainable_parameters(settings, trained, siz
     script = SimpleNamespace(gradient_accumulation_steps=3, max_grad_norm=0.5)
     launch.configure_deepspeed(SimpleNamespace(deepspeed_plugin=plugin), script, model, more=1)
     assert config["zero_optimization"]["reduce_bucket_size"] == size
+    assert config["zero_optimization"]["allgather_bucket_size"] == min(trained + trained % 2, 5e8)
     told = {name: config[name] for name in config if name != "zero_optimization"}
     assert told == {"gradient_accumulation_steps": 3, "gradient_clipping": 0.5, "more": 1}
     launch.configure_deepspeed(SimpleNamespace(deepspeed_plugin=None), script, model)

@@ -59,11 +59,12 @@ def count_elements(model, trainable_only=False):
 
 
 def check_sharding(accelerator, model):
-    """Print the bytes of parameters per process; fail if a strategy has not sharded them.
+    """Print the optimizer and the bytes of parameters per process; fail if they are not sharded.
 
     Read from the live parameters, because libraries replicate some of them without a word.
     Collective.
     """
+    print_optimizer(accelerator)
     parameters = list(accelerator.unwrap_model(model).parameters())
     held, full = bytes_held(parameters)
     total, count = sum(full.values()), shards(accelerator)
@@ -141,6 +142,14 @@ def stepping_optimizer(optimizer):
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def print_optimizer(accelerator):
+    """Print which optimizer runs: its class, where it is from, and whether it is one kernel."""
+    for optimizer in map(stepping_optimizer, accelerator._optimizers[:1]):
+        library = type(optimizer).__module__.partition(".")[0]
+        fused = ", fused" if optimizer.defaults.get("fused") else ""
+        accelerator.print(f"Optimizer: {type(optimizer).__name__} ({library}{fused})")
 
 
 def engine_facts(accelerator, parameters):

@@ -19,6 +19,8 @@ NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"
 STORE = "TORCHELASTIC_USE_AGENT_STORE"  # errors ask torch's launcher there (is_first_to_refuse)
 STRATEGIES = {"ACCELERATE_USE_DEEPSPEED": "DEEPSPEED", "ACCELERATE_USE_FSDP": "FSDP"}
 CONFIG_FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
+# keys of the YAML file beside which accelerate refuses a DeepSpeed config; its launcher sets it
+FIELDS = "ACCELERATE_CONFIG_DS_FIELDS"
 
 
 # What started this process ------------------------------------------------------------------------
@@ -63,16 +65,27 @@ def launch_config():
     return content if isinstance(content, dict) else {}
 
 
-def deepspeed_file():
-    """Return the name and the content of the launch config's deepspeed_config_file; "" and {}.
+def names_deepspeed_file():
+    """Return whether the launch config or a flag of accelerate names a deepspeed_config_file."""
+    command, _ = launcher()
+    in_yaml = (launch_config().get("deepspeed_config") or {}).get("deepspeed_config_file")
+    return in_yaml is not None or any(
+        word.startswith("--deepspeed_config_file") for word in command
+    )
 
-    Stops with an error where it is not JSON, or its zero_optimization not of the form that
-    DeepSpeed reads.
+
+def deepspeed_file():
+    """Return what the JSON file of DeepSpeed's config is called in a message, and its content.
+
+    It is the deepspeed_config_file of the launch config, or the file that the user has named in the
+    environment. Both results are empty where there is none. Stops with an error where it is not
+    JSON, or its zero_optimization not of the form that DeepSpeed reads.
     """
     name = os.environ.get(CONFIG_FILE, "none")
     if name == "none":
         return "", {}
-    culprit = f"deepspeed_config_file {name}"
+    named = is_accelerate(launcher()[0]) and names_deepspeed_file()
+    culprit = f"deepspeed_config_file {name}" if named else f"{CONFIG_FILE}={name}"
     content = or_refuse(culprit, lambda: json.loads(Path(name).read_text(encoding="utf-8")))
     zero = content.get("zero_optimization") if isinstance(content, dict) else None
     if not isinstance(zero, dict):
@@ -85,7 +98,7 @@ def deepspeed_file():
     for block in ("fp16", "bf16", "bfloat16"):
         if not isinstance(content.get(block, {}), dict):
             refuse(f'{culprit} has {block} {content[block]!r}: write {{"enabled": true}} or false')
-    return name, content
+    return culprit, content
 
 
 def is_enabled(block):
@@ -174,7 +187,7 @@ def settle_environment():
 
 def settle_group():
     """Stop if variables of a process group contradict each other; ignore an incomplete set."""
-    for name in {*GROUP, *NUMBERS}:
+    for name in {*GROUP, *NUMBERS, CONFIG_FILE}:
         if os.environ.get(name) == "":
             del os.environ[name]
     given = {name: os.environ[name] for name in {*GROUP, *NUMBERS} & {*os.environ}}
@@ -228,13 +241,30 @@ def settle_strategy():
         elif is_accelerate(command) and asked[0] != kind:
             ignore(name)
             say(f"Ignored: {name} in the environment, because another launch set it.")
-    has_file = "deepspeed_config_file" in (config.get("deepspeed_config") or {})
-    has_file |= any(word.startswith("--deepspeed_config_file") for word in command)
-    if is_accelerate(command) and CONFIG_FILE in os.environ and not has_file:
-        told = os.environ[CONFIG_FILE]
+    settle_deepspeed_file()
+
+
+def settle_deepspeed_file():
+    """Keep the DeepSpeed config that the user named in the environment; ignore any other.
+
+    accelerate's launcher sets this variable for its own processes, always together with FIELDS. So
+    the user has set it if the launcher was started without FIELDS.
+    """
+    if (told := os.environ.get(CONFIG_FILE)) in (None, "none"):
+        return
+    command, started_with = launcher()
+    of_user = started_with.get(CONFIG_FILE, told)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
         ignore(CONFIG_FILE)
-        if asked[0] == "DEEPSPEED":
-            say(f"Ignored: {CONFIG_FILE}={told} in the environment, because another launch set it.")
+        say(f"Ignored: {CONFIG_FILE}={told} in the environment. DeepSpeed was not launched.")
+    elif FIELDS in started_with and is_accelerate(command) and not names_deepspeed_file():
+        ignore(CONFIG_FILE)
+        say(f"Ignored: {CONFIG_FILE}={told} in the environment, because another launch set it.")
+    elif FIELDS not in started_with and of_user != told:
+        refuse(
+            f"{CONFIG_FILE}={of_user} in the environment and deepspeed_config_file {told} of the "
+            "launch config are two configs for DeepSpeed: unset the variable, or remove the key"
+        )
 
 
 def ignore(*names):

@@ -21,12 +21,13 @@ from datasets import disable_progress_bars
 from torch.distributed import DistNetworkError
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from utils.environment import uses_gpu
+from utils.deepspeed_checks import check_plugin
+from utils.environment import FIELDS, uses_gpu
 from utils.errors import first_line, refuse
 from utils.experts import allow_skipping
 from utils.process_group import end_with_launcher, join_group, use_all_cores
 
-BUCKET = 500_000_000  # DeepSpeed's default for reduce_bucket_size, in elements
+BUCKET = 500_000_000  # DeepSpeed's default for its two bucket sizes, in elements
 
 
 # The Accelerator ----------------------------------------------------------------------------------
@@ -55,12 +56,18 @@ def start_accelerator(
         deterministic: only use operations that give the same bits in every run. A GPU is slower
             then, and an operation without such a variant raises RuntimeError
             (torch.use_deterministic_algorithms).
-        kwargs: further arguments of Accelerator.
+        kwargs: further arguments of Accelerator. A `deepspeed_plugin` with a config of its own is
+            checked like the launch config.
 
     Raises:
         RuntimeError: the Accelerator runs on a different number of processes than were launched.
     """
     quiet_libraries()
+    if plugin := kwargs.get("deepspeed_plugin"):
+        check_plugin(plugin)
+    # accelerate refuses a DeepSpeed config beside this key, which its own launcher asks for
+    fields = [key for key in os.environ.get(FIELDS, "").split(",") if key != "mixed_precision"]
+    os.environ[FIELDS] = ",".join(fields)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -177,6 +184,11 @@ def describe(accelerator):
         for part in ("param", "optimizer"):
             device = config.get_value(f"zero_optimization.offload_{part}.device", "none")
             strategy += f", {part} offload to {device}" if device != "none" else ""
+        size = config.get_value("zero_optimization.zero_hpz_partition_size", 1)
+        strategy += f", parameters also sharded in groups of {size}" if size != 1 else ""
+        for part in ("weights", "nontrainable_weights", "gradients"):
+            is_on = config.is_true(f"zero_optimization.zero_quantized_{part}")
+            strategy += f", quantized {part.replace('_', ' ')}" if is_on else ""
     elif accelerator.distributed_type == DistributedType.FSDP:
         strategy = f"FSDP version {accelerator.state.fsdp_plugin.fsdp_version}"
     elif accelerator.distributed_type == DistributedType.NO:
@@ -210,10 +222,11 @@ def configure_deepspeed(accelerator, config, model, **settings):
     """Write the script's settings into DeepSpeed's config before `prepare`.
 
     DeepSpeed accumulates and clips by its own config, not by accelerate's. The numbers of the
-    launch config are replaced (`check_launch` has named them). Also lowers `reduce_bucket_size` to
-    the number of trainable parameters: ZeRO-3 allocates a buffer of that size on every GPU (by
-    default 5e8 elements, 1 to 2 GB), even for a small adapter. A value in the user's own
-    deepspeed_config_file is kept. `shard_4bit_model` and `allow_skipping` are called if needed.
+    launch config are replaced (`check_launch` has named them). Also lowers two bucket sizes to the
+    number of trainable parameters. Every GPU holds a buffer of `reduce_bucket_size` elements, by
+    default 5e8 elements (2 GB in float32), even for a small adapter. DeepSpeed reads
+    `allgather_bucket_size` only where torch cannot gather into one tensor. A number in a config of
+    the user is kept. `shard_4bit_model` and `allow_skipping` are called if needed.
 
     Args:
         config: its gradient_accumulation_steps and max_grad_norm are read.
@@ -235,7 +248,8 @@ def configure_deepspeed(accelerator, config, model, **settings):
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     total = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainable)
     even = total + total % 2  # even, as ZeRO-1 and 2 require of allgather_bucket_size
-    deepspeed_config["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, even))
+    for key in ("reduce_bucket_size", "allgather_bucket_size"):
+        deepspeed_config["zero_optimization"].setdefault(key, min(BUCKET, even))
 
 
 OPTIMIZERS = {

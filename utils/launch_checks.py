@@ -2,7 +2,6 @@
 
 import contextlib
 import glob
-import importlib.util
 import os
 import re
 import sys
@@ -11,37 +10,18 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
-from utils.environment import deepspeed_file, deepspeed_settings, is_enabled, launch_config
-from utils.environment import launched_precision, launched_strategy, uses_gpu
+from utils.deepspeed_checks import check_deepspeed
+from utils.environment import deepspeed_settings, launched_precision, launched_strategy, uses_gpu
 from utils.errors import or_refuse, refuse, say
 
-# flag of the script -> its name in a DeepSpeed config; the flag decides
-OWN = {
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-    "max_grad_norm": "gradient_clipping",
-    "per_device_train_batch_size": "train_micro_batch_size_per_gpu",
-}
-# What accelerate refuses to read beside a deepspeed_config_file. It also refuses mixed_precision,
-# which does no harm: check_precision compares the two.
-FIELDS = "ACCELERATE_CONFIG_DS_FIELDS"
-BESIDE = {
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "zero_stage",
-    "zero3_save_16bit_model",
-}
-BESIDE |= {f"offload_{part}_device" for part in ("optimizer", "param")}
-BESIDE |= {f"offload_{part}_nvme_path" for part in ("optimizer", "param")}
 PARALLEL = ("TP", "CP", "SP")  # tensor, context and sequence parallelism
-# keys of a deepspeed_config_file that change nothing in these scripts -> what to do instead
-IDLE = {
-    "activation_checkpointing": "give --gradient_checkpointing",
-    "steps_per_print": "accelerate turns it off",
-}
 
 
-def check_launch(config, strategies, base):
-    """Stop if the launch config does not fit the script or the machine."""
+def check_launch(config, strategies, base, optimizer_in_config=False):
+    """Stop if the launch config does not fit the script or the machine.
+
+    The arguments are those of `read_settings`.
+    """
     strategy, precision = launched_strategy(), launched_precision()
     if strategy not in strategies:
         refuse(
@@ -55,7 +35,11 @@ def check_launch(config, strategies, base):
                 "the scripts do not support: set it to 1"
             )
     if strategy.startswith("zero"):
-        check_deepspeed(config, precision)
+        check_deepspeed(config, precision, optimizer_in_config)
+        if deepspeed_settings()["optimizer"] != "none":
+            free_extension_lock("cpu_adam")
+        if optimizer_in_config:
+            free_extension_lock("fused_adam")
     elif config.dtype != "float32" and base == "trained":
         refuse(
             f"--dtype {config.dtype} would also keep the trained weights in {config.dtype}, which "
@@ -91,91 +75,6 @@ def launch_command():
     text = Path(sys.argv[0]).read_text() if Path(sys.argv[0]).is_file() else ""
     config = re.search(r"^Run: .*--config_file (\S+)", text, re.MULTILINE)
     return f"accelerate launch --config_file {config[1] if config else 'FILE'} {sys.argv[0]}"
-
-
-def check_deepspeed(config, precision):
-    """Stop if DeepSpeed's launch config contradicts itself or the script's dtype."""
-    if importlib.util.find_spec("deepspeed") is None:
-        refuse(
-            "the launch config asks for DeepSpeed, which is not installed: pip install deepspeed"
-        )
-    if str(launch_config().get("use_cpu")).lower() == "true":
-        refuse(
-            "the launch config says use_cpu: true, which accelerate ignores with DeepSpeed: set it "
-            "to false"
-        )
-    if precision == "no" and config.dtype != "float32":
-        refuse(
-            f"--dtype {config.dtype} under DeepSpeed needs mixed precision: launch with "
-            "`accelerate launch --mixed_precision`, bf16 or fp16"
-        )
-    check_deepspeed_file(config)
-    if deepspeed_settings()["optimizer"] != "none":
-        free_extension_lock("cpu_adam")
-
-
-def check_deepspeed_file(config):
-    """Stop if a deepspeed_config_file contradicts the script; print its keys without effect.
-
-    Also prints the numbers of a launch config without such a file that are not used.
-    """
-    name, content = deepspeed_file()
-    culprit = f"deepspeed_config_file {name}"
-    fields = {*os.environ.get(FIELDS, "").split(",")}
-    os.environ[FIELDS] = ",".join(sorted(fields - {"mixed_precision"}))
-    if name and (beside := fields & BESIDE):
-        refuse(
-            f"the launch config has {culprit} and also {', '.join(sorted(beside))}, which "
-            "accelerate takes from one place only: remove these keys from the YAML file"
-        )
-    if own := [key for key in ("optimizer", "scheduler") if key in content]:
-        refuse(
-            f"{culprit} has {' and '.join(own)}: remove them. The script's own optimizer and "
-            "--lr_scheduler_type are used"
-        )
-    check_precision(culprit, content)
-    numbers = {
-        "gradient_accumulation_steps": os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS"),
-        "gradient_clipping": os.environ.get("ACCELERATE_GRADIENT_CLIPPING"),
-    } | {key: value for key, value in content.items() if key in ("train_batch_size", *OWN.values())}
-    flags = {OWN[flag]: (flag, value) for flag, value in vars(config).items() if flag in OWN}
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    for flag in ("gradient_accumulation_steps", "per_device_train_batch_size"):
-        size *= vars(config).get(flag, 1)
-    flags["train_batch_size"] = ("per_device_train_batch_size", size)
-    for key, told in numbers.items():
-        flag, value = flags.get(key, ("", None))
-        if value is not None and told not in (None, "auto") and not is_equal(told, value):
-            say(
-                f"{key} {told} of the launch config is not used: --{flag} of the script "
-                f"sets it to {value}."
-            )
-    for key, remedy in IDLE.items():
-        if key in content:
-            say(f"{key} of {culprit} has no effect: {remedy}.")
-
-
-def is_equal(told, value):
-    """Return whether the value in a config, of any type, equals this number."""
-    try:
-        return float(told) == value
-    except (TypeError, ValueError):
-        return False
-
-
-def check_precision(culprit, content):
-    """Stop if a deepspeed_config_file asks for two precisions, or for another than the launcher."""
-    on = [name for name in ("fp16", "bf16") if is_enabled(content.get(name))]
-    if is_enabled(content.get("bfloat16")):
-        refuse(f"{culprit} enables bfloat16 by a name that accelerate does not read: call it bf16")
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if len(on) > 1:
-        refuse(f"{culprit} enables {' and '.join(on)}: enable one of them")
-    if on and launched not in ("no", *on):
-        refuse(
-            f"{culprit} enables {on[0]}, and accelerate was launched with --mixed_precision "
-            f"{launched}: make them the same"
-        )
 
 
 def check_fsdp(strategy):

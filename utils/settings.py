@@ -53,7 +53,7 @@ CHOICES = {
 }
 
 
-def read_settings(Config, strategies, auto_model, base):
+def read_settings(Config, strategies, auto_model, base, optimizer_in_config=False):
     """Return the settings of the command line; stop with an error if they are invalid.
 
     Checks the numbers, the launch config, the output folder and the model's files. A ValueError
@@ -67,10 +67,12 @@ def read_settings(Config, strategies, auto_model, base):
         auto_model: the Auto class of transformers that loads the model.
         base: how the model's own weights are used: "trained"; "frozen", with an adapter; or "4bit",
             quantized and frozen.
+        optimizer_in_config: DeepSpeed's config names the optimizer and the schedule. Otherwise a
+            config that names them is refused.
     """
     config = parse_arguments(Config)
     check_numbers(config)
-    check_launch(config, strategies, base)
+    check_launch(config, strategies, base, optimizer_in_config)
     check_output(config)
     if "checkpoint_dir" in vars(config):
         folder = lock_folder("checkpoint_dir", config.checkpoint_dir)

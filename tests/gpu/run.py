@@ -59,6 +59,7 @@ CORRECT = {
     "causal_lm_qlora": 90,
     "seq2seq_lora": 90,
     "causal_lm_lora_resume": 90,
+    "causal_lm_full_zero2_config": 90,
     "causal_lm_full_zero3": 100,
     "causal_lm_qlora_zero3": 100,
     "chat_zero2_bf16": 100,
@@ -88,6 +89,7 @@ CORRECT = {
     "two_zero2": 130,
     "two_zero3_qlora": 130,
     "two_seq2seq_fsdp1": 130,
+    "zero3_plus": 250,  # compiles DeepSpeed's quantizer
 }
 SPEED = {"build": 75, "eager": 60, "compile": 120, "liger": 60, "checkpointing": 120, "trl": 80}
 

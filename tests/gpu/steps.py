@@ -3,7 +3,8 @@
 A step is a list of runs and a check of their metrics. WORK is a folder that the steps share. It
 contains the small models and data, and the runs that several steps compare with.
 
-All steps except those with fp16 also run without a GPU, so they can be tried on a CPU first.
+All steps except zero3_plus and those with fp16 also run without a GPU, so that they can be tried on
+a CPU first.
 """
 
 import argparse
@@ -67,7 +68,9 @@ ALONE = {
     "chat_zero2_bf16": ("chat_sft", "zero2", "bf16", (*LORA, *CHAT_8)),
     "chat_zero3_bf16": ("chat_sft", "zero3", "bf16", (*LORA, *CHAT_8)),
     "causal_lm_full": ("causal_lm_full", "single", "bf16", ()),
+    "causal_lm_full_zero2_config": ("causal_lm_full_zero2_config", "zero2_optimizer", "bf16", ()),
     "causal_lm_full_zero3": ("causal_lm_full_zero3", "zero3", "bf16", ()),
+    "zero3_plus": ("causal_lm_full_zero3", "zero3_plus", "bf16", ()),
     "causal_lm_lora": ("causal_lm_lora", "single", "bf16", ()),
     "causal_lm_lora_resume": ("causal_lm_lora_resume", "single", "bf16", ()),
     "causal_lm_lora_fp16": ("causal_lm_lora", "single", "fp16", ()),

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tools.compatibility.judge import CHECKS
-from tools.compatibility.rows import COLUMNS, ROWS, SETTINGS
+from tools.compatibility.rows import COLUMNS, PROCESSES, ROWS, SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
 TIME_LIMIT = 400  # seconds for a step of a cell, enough to compile DeepSpeed's CPU Adam
@@ -114,7 +114,7 @@ def run_cell(context, cell, setting, model_folder, log):
     started = time.monotonic()
     config, flags = COLUMNS[column]
     flags = (*flags, *ROWS[row].flags, *SETTINGS.get(setting, ()))
-    processes = 1 if column == "single" else 2
+    processes = PROCESSES.get(column, 2)
     with tempfile.TemporaryDirectory(prefix="compatibility-") as name:
         folder = Path(name)
         job = {

@@ -15,8 +15,9 @@ TEMPLATE = """# What works with what
 
 Every cell of this table is a measurement. It trained a small random Llama (2 layers, float32) with
 the method of its row under the strategy of its column, saved the result and loaded it again. Each
-cell ran in two processes over gloo (`single`: in one), with sequences of different lengths and two
-micro-batches per update. {summary}.
+cell ran in two processes over gloo (`single`: in one; `zero3_hpz`: in four, as two nodes with two
+processes), with sequences of different lengths and two micro-batches per update.
+{summary}.
 
 {table}
 
