@@ -225,11 +225,6 @@ def reach(machine, wait):
     while (left := end - time.monotonic()) > 0:
         try:
             return socket.create_connection((machine.address, machine.port), min(left, TALK))
-        except socket.gaierror as problem:
-            raise MeetingError(
-                f"the name {machine.address} of --main_process_ip is unknown on this machine "
-                f"({problem.strerror}): give the address of machine 0"
-            ) from None
         except OSError as problem:
             error = problem
             time.sleep(0.2)
@@ -241,6 +236,11 @@ def reach(machine, wait):
             f"nobody listens at {machine.place()} (connection refused for {wait} s): start the "
             "preflight on machine 0 at the same time, or correct --main_process_ip or "
             f"--main_process_port; a firewall may also refuse.{hint}"
+        )
+    if isinstance(error, socket.gaierror):
+        raise MeetingError(
+            f"the name {machine.address} of --main_process_ip is unknown on this machine "
+            f"({error.strerror}): give the address of machine 0"
         )
     raise MeetingError(
         f"{machine.place()} does not answer ({error.strerror or 'timed out'}): correct "
