@@ -22,7 +22,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -211,7 +210,7 @@ def run_here(namespace, host, output, arguments, variables):
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())  # as Python does at the end of a script
         code = 1
     atexit._run_exitfuncs()
     sys.stdout.flush()

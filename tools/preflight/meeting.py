@@ -180,7 +180,9 @@ def find_missing(reports, machine, wait):
     missing = sorted({*range(machine.machines)} - {report.rank for report in reports})
     if not missing:
         return None
-    names = f"machine {missing[0]}" if len(missing) == 1 else f"machines {missing}"
+    names = (
+        f"machine {missing[0]}" if len(missing) == 1 else f"machines {', '.join(map(str, missing))}"
+    )
     hint = ""
     if not has_address(machine.address):
         own = ", ".join(addresses())
