@@ -176,6 +176,7 @@ def test_hash_of_the_repository(tmp_path, monkeypatch):
 def test_notes(own_facts):
     far = changed(own_facts, "b")
     far["memory"] = [own_facts["memory"][0] // 3, own_facts["memory"][1]]
+    far["number of GPUs"] = 8
     shared = dict.fromkeys(("output folder", "Hugging Face cache"), True)
     reports = [
         facts.Report(0, "10.0.0.1", own_facts, 0.0, shared),
@@ -185,6 +186,7 @@ def test_notes(own_facts):
     told = "\n".join(report.notes(reports))
     assert "the clock of machine 1 (b) is off by -7.2 s" in told
     assert "machine 1 (b) has less than half of the free memory of another" in told
+    assert "machine 1 (b) has 8 GPUs and runs 1 processes: --num_processes counts" in told
     assert "output folder of machine 2 (b): /x is not writable" in told
     first = reports[0].name()
     assert f"output folder: not the same folder on {first} and on machine 1 (b): checkpoi" in told
@@ -209,6 +211,7 @@ def stop(message):
     "words, told",
     [
         (["--num_machines", "1"], "--num_machines is 1: the preflight compares several machines"),
+        (["--num_processes", "0"], "--num_processes is 0, the number on all machines together"),
         (["--num_processes", "15"], "--num_processes is 15, the number on all machines together"),
         (["--machine_rank", "2"], "--machine_rank is 2: give 0 to 1"),
         (["--rdzv_backend", "c10d"], "--rdzv_backend c10d does not give the machines ranks"),

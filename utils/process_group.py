@@ -85,8 +85,10 @@ def join_group_on_gpu(use_deepspeed):
 # Several machines ---------------------------------------------------------------------------------
 def has_other_machines():
     """Return whether processes of the launch may run on other machines."""
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    return size > int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    size, here = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("LOCAL_WORLD_SIZE")
+    if here is None:  # no launcher of torch or accelerate
+        return size > 1 and not is_loopback(os.environ["MASTER_ADDR"])
+    return size > int(here)
 
 
 def choose_interface():

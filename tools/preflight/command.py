@@ -87,7 +87,7 @@ def read_words(words):
     machines, processes = args.num_machines or 1, args.num_processes
     if machines < 2:
         end("--num_machines is 1: the preflight compares several machines")
-    if processes % machines:
+    if processes < machines or processes % machines:
         end(
             f"--num_processes is {processes}, the number on all machines together: give a multiple "
             f"of --num_machines {machines}"

@@ -51,12 +51,13 @@ def gather_facts(machines, processes):
         "host": socket.gethostname(),
         "cores": len(os.sched_getaffinity(0)),
         "memory": [memory.available, memory.total],
+        "number of GPUs": len(found := gpus()),
         "same": {
             **dict(zip(LAUNCHED, (machines, processes))),
             "Python": platform.python_version(),
             **versions(),
             "files of this repository": hash_of_repository(),
-            "GPUs": gpus(),
+            "GPUs": counted(found),
             **{name: value for name, value in os.environ.items() if VARIABLES.match(name)},
         },
     }
@@ -86,13 +87,17 @@ def hash_of_repository():
 
 
 def gpus():
-    """Return the GPUs that NVIDIA's driver names, with their memory and its version."""
+    """Return a line for each GPU that NVIDIA's driver names: its name, memory and driver."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
-        return "none"
-    lines = [line.strip() for line in done.stdout.splitlines()]
+        return []
+    return [line.strip() for line in done.stdout.splitlines()]
+
+
+def counted(lines):
+    """Return lines as one text, equal ones with their number."""
     return "; ".join(f"{lines.count(line)} x {line}" for line in dict.fromkeys(lines)) or "none"
 
 

@@ -1,6 +1,6 @@
 """Print what machine 0 has learnt: a line per machine, notes, and a line per difference."""
 
-from tools.preflight.facts import differences
+from tools.preflight.facts import LAUNCHED, differences
 
 CLOCK = 1.0  # seconds by which clocks may differ without a note
 GIB = 2**30
@@ -45,6 +45,12 @@ def notes(reports):
             lines.append(f"the clock of {report.name()} is off by {report.clock:+.1f} s")
         if 2 * report.facts["memory"][0] < max(other.facts["memory"][0] for other in reports):
             lines.append(f"{report.name()} has less than half of the free memory of another")
+        machines, processes = (report.facts["same"][name] for name in LAUNCHED)
+        if (number := report.facts["number of GPUs"]) > processes // machines:
+            lines.append(
+                f"{report.name()} has {number} GPUs and runs {processes // machines} processes: "
+                "--num_processes counts the GPUs of all machines"
+            )
         for name, found in report.shared.items():
             if isinstance(found, str):
                 lines.append(f"{name} of {report.name()}: {found}")
