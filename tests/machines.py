@@ -25,9 +25,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 NETWORK, UTS = 0x40000000, 0x04000000  # CLONE_NEWNET and CLONE_NEWUTS of Linux's setns and unshare
 NAME = "machine-of-tests"  # begins the names of the namespaces
-PORT = 29500
 
 
 @dataclass
@@ -95,6 +96,16 @@ def two_machines():
         yield machines
     finally:
         remove_machines()
+
+
+def machines_or_skip():
+    """For a fixture: yield two machines, or skip the test and say why there are none."""
+    with contextlib.ExitStack() as stack:
+        try:
+            machines = stack.enter_context(two_machines())
+        except RuntimeError as reason:
+            pytest.skip(str(reason))
+        yield machines
 
 
 def remove_machines(of_ended_tests=False):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from conftest import ACCELERATE, ROOT, read_metrics
-from machines import Forked, Real, two_machines
+from machines import Forked, Real, machines_or_skip
 from single import run_single
 
 SETTINGS = ("--max_steps", 8, "--learning_rate", 1e-2, "--max_grad_norm", 0.2)
@@ -24,14 +24,7 @@ ENDED = r"error: process {} on machine {} \(host{}, 10\.77\.0\.\d\) ended before
 
 @pytest.fixture(scope="module")
 def machines():
-    """Two machines, or a skipped test that says why there are none."""
-    try:
-        context = two_machines()
-        found = context.__enter__()
-    except RuntimeError as reason:
-        pytest.skip(str(reason))
-    yield found
-    context.__exit__(None, None, None)
+    yield from machines_or_skip()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import time
 
 import pytest
 from conftest import ROOT
-from machines import Forked, two_machines
+from machines import Forked, machines_or_skip
 
 from tools.preflight import command, facts, report
 from tools.preflight.meeting import Machine, MeetingError, meet
@@ -237,13 +237,7 @@ def test_help():
 # All of it, on two machines -----------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def machines():
-    try:
-        context = two_machines()
-        found = context.__enter__()
-    except RuntimeError as reason:
-        pytest.skip(str(reason))
-    yield found
-    context.__exit__(None, None, None)
+    yield from machines_or_skip()
 
 
 @pytest.fixture

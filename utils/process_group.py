@@ -103,10 +103,12 @@ def choose_interface():
     for name, addresses in psutil.net_if_addrs().items():
         if address in (one.address for one in addresses):
             os.environ["GLOO_SOCKET_IFNAME"] = name
-            say(
-                f"Several machines: gloo uses {name} ({address}), which reaches "
-                f"{os.environ['MASTER_ADDR']}. GLOO_SOCKET_IFNAME names another one."
-            )
+            if not uses_gpu():  # with a GPU, NCCL connects the processes
+                say(
+                    f"Several machines: gloo uses {name} ({address}), which reaches "
+                    f"{os.environ['MASTER_ADDR']}. GLOO_SOCKET_IFNAME names another one."
+                )
+            return
 
 
 def own_address():
