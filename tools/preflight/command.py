@@ -77,9 +77,6 @@ def read_words(words):
     args = launch_command_parser().parse_args([*words, "tools.preflight"])
     if args.module or args.no_python:
         args.module = args.no_python = False
-    for strategy in ("use_deepspeed", "use_fsdp", "use_megatron_lm"):
-        setattr(args, strategy, False)
-    args.multi_gpu = True  # all strategies connect in the same way
     try:
         args, *_ = _validate_launch_command(args)
     except (ValueError, OSError) as error:
@@ -103,6 +100,9 @@ def read_words(words):
     if rank not in range(machines):
         end(f"--machine_rank is {rank}: give 0 to {machines - 1}, another one on each machine")
     args.main_process_port = port
+    # all strategies connect in the same way
+    for strategy in ("use_deepspeed", "use_fsdp", "use_megatron_lm", "use_parallelism_config"):
+        setattr(args, strategy, False)
     return args, Machine(rank, machines, processes, args.main_process_ip, int(port))
 
 
