@@ -18,6 +18,7 @@ SCRIPTS = {
     "fsdp2": "causal_lm_lora_fsdp2",
 }
 END = 60  # seconds in which a run ends after a machine is lost
+LIMIT = 300  # seconds after which a command counts as hanging
 LOST = r"error: machine {} \(host{}, 10\.77\.0\.\d\) is lost: it has not answered for {} s\."
 ENDED = r"error: process {} on machine {} \(host{}, 10\.77\.0\.\d\) ended before the run was done"
 
@@ -68,7 +69,7 @@ def test_two_machines_train_as_one_process(start, one_process, tmp_path, strateg
     script = ROOT / "examples" / f"{SCRIPTS[strategy]}.py"
     rows = ("--per_device_train_batch_size", 4)
     run = start(strategy, script, *SETTINGS, *rows, "--output_dir", tmp_path / "out")
-    assert run.wait(300) == [0, 0], run.told()
+    assert run.wait(LIMIT) == [0, 0], run.told()
     metrics = read_metrics(tmp_path / "out")
     assert metrics["num_processes"] == 2
     for name in ("losses", "grad_norms"):
@@ -111,7 +112,7 @@ def test_documented_lines(machines, environment, one_process, tmp_path, launcher
     for machine in machines:
         machine.connect("up")
     run = Real(environment, tmp_path, machines, [*commands, other], ROOT)
-    assert run.wait(300) == [0, 0], run.told()
+    assert run.wait(LIMIT) == [0, 0], run.told()
     losses = read_metrics(tmp_path / "out")["losses"]
     assert losses == pytest.approx(one_process["losses"], rel=1e-3)
 
@@ -152,7 +153,7 @@ def test_what_is_being_written_is_completed(start, machines):
     run = start("ddp", DRIVER, "saved", HEARTBEAT_SECONDS="3")
     run.wait_for("writing")
     machines[1].connect("down")
-    assert run.wait(END) == [1, 1], run.told()
+    assert run.wait(LIMIT) == [1, 1], run.told()
     first, second = run.texts()
     assert first.index("is lost") < first.index("written")
     assert "is lost" in second
@@ -162,7 +163,7 @@ def test_what_is_being_written_is_completed(start, machines):
 @pytest.mark.parametrize("part, machine", [("killed", 1), ("raised", 1), ("failed", 0)])
 def test_a_process_that_ends_early_ends_the_others(start, part, machine):
     run = start("ddp", DRIVER, part)
-    assert run.wait(END) == [1, 1], run.told()
+    assert run.wait(LIMIT) == [1, 1], run.told()
     texts = run.texts()
     sentence = ENDED.format(machine, machine, machine)
     assert len(re.findall(sentence, texts[1 - machine])) == 1, run.told()
@@ -184,18 +185,18 @@ def test_a_stopped_process_and_a_short_break_are_no_loss(start, machines):
     run.wait_for(f"step {step + 40} ", machine=1)
     assert "error" not in "".join(run.texts())
     machines[1].connect("down")
-    assert run.wait(END) == [1, 1]
+    assert run.wait(LIMIT) == [1, 1]
 
 
 @pytest.mark.slow
 def test_the_end_of_some_processes_is_no_loss(start):
     run = start("ddp", DRIVER, "ended")
-    assert run.wait(END) == [0, 0], run.told()
+    assert run.wait(LIMIT) == [0, 0], run.told()
     assert "the last" in run.texts()[0] and "error" not in "".join(run.texts())
 
 
 @pytest.mark.slow
 def test_the_limit_is_checked(start):
     run = start("ddp", DRIVER, "nothing", HEARTBEAT_SECONDS="soon")
-    assert run.wait(END) == [1, 1], run.told()
+    assert run.wait(LIMIT) == [1, 1], run.told()
     assert "".join(run.texts()).count("error: HEARTBEAT_SECONDS is 'soon': give seconds") == 2

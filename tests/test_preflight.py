@@ -244,7 +244,7 @@ def machines():
 def check(machines, forks, tmp_path):
     """A function that runs the preflight on both machines, with the words that each is given."""
 
-    def check(*words, limit=60, root=None, **variables):
+    def check(*words, **variables):
         for one in machines:
             one.connect("up")
         given = ["--config_file", CONFIG, "--num_processes", 2]
@@ -252,7 +252,7 @@ def check(machines, forks, tmp_path):
         for own in words:
             commands.append(("-m", "tools.preflight", *given, *own))
         run = Forked(forks, tmp_path, machines, commands, **variables)
-        codes = run.wait(limit)
+        codes = run.wait(300)
         for text in run.texts():
             assert "Traceback" not in text, text
         return codes, *run.texts()
@@ -294,7 +294,7 @@ def test_a_wrong_address_on_one_machine(check, address, told):
 @pytest.mark.slow
 def test_an_interface_that_others_do_not_reach(check):
     variables = {"GLOO_SOCKET_IFNAME": "lo"}
-    codes, *texts = check(words_of(0), words_of(1), limit=120, **variables)
+    codes, *texts = check(words_of(0), words_of(1), **variables)
     assert codes == [1, 1]
     assert any(
         re.search("error: the processes of host. do not reach those of other machines", text)

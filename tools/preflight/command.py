@@ -75,8 +75,6 @@ def read_words(words):
 
     # the launcher needs a script; one that the user gave stays the first
     args = launch_command_parser().parse_args([*words, "tools.preflight"])
-    if args.module or args.no_python:
-        args.module = args.no_python = False
     try:
         args, *_ = _validate_launch_command(args)
     except (ValueError, OSError) as error:
@@ -121,7 +119,7 @@ def launch(args):
     from accelerate.commands.launch import multi_gpu_launcher
 
     os.environ[MET] = "1"
-    args.module, args.training_script = True, "tools.preflight"
+    args.module, args.no_python, args.training_script = True, False, "tools.preflight"
     args.rdzv_conf = f"timeout={RENDEZVOUS}"
     alarm = threading.Timer(LAUNCH_LIMIT, end, ["the launcher did not end in time"])
     alarm.daemon = True
