@@ -100,6 +100,7 @@ def chat_flags(args):
 
 def test_slurm(tmp_path):
     variables = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2"}
+    variables |= {"SLURM_CPUS_PER_TASK": "64"}
     script = LAUNCH / "slurm.sh"
     commands = run_recorded(tmp_path, [script], **variables, SLURM_GPUS_ON_NODE="8")
     for args in check_commands(commands, "node7"):
@@ -120,6 +121,15 @@ def test_ssh(tmp_path):
         commands += run_recorded(folder, script, PREFLIGHT=preflight)
     for args in check_commands(commands, "10.0.0.1"):
         assert args.training_script_args == ["--output_dir", "a folder"]
+
+
+def test_ssh_fails_if_a_host_fails(tmp_path):
+    (tmp_path / "ssh").write_text('#!/bin/bash\nsleep 0.2\nif [ "$2" = b ]; then exit 3; fi\n')
+    (tmp_path / "ssh").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    for hosts, code in (("a c", 0), ("a b", 1), ("b a", 1)):
+        command = ["bash", LAUNCH / "ssh.sh", hosts, "examples/minimal.py"]
+        assert subprocess.run(command, env=environment).returncode == code, hosts
 
 
 def test_kubernetes(tmp_path):

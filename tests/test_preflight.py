@@ -14,6 +14,7 @@ from machines import Forked, machines_or_skip
 
 from tools.preflight import command, facts, report
 from tools.preflight.meeting import Machine, MeetingError, meet
+from tools.preflight.processes import nccl_networks
 
 CONFIG = ROOT / "configs" / "multi_node" / "ddp_2x8.yaml"
 
@@ -191,6 +192,12 @@ def test_notes(own_facts):
     first = reports[0].name()
     assert f"output folder: not the same folder on {first} and on machine 1 (b): checkpoi" in told
     assert "Hugging Face cache: the same folder on all machines" in told
+
+
+def test_networks_in_the_log_of_nccl():
+    bootstrap, network = "Bootstrap : Using eth0:10.0.0.1<0>", "NET/IB : Using [0]mlx5_0:1/IB [RO]"
+    lines = [f"a:9:9 [0] NCCL INFO {one}" for one in (bootstrap, "cudaDriver 12040", network)]
+    assert nccl_networks("\n".join([*lines, lines[-1], ""])) == [bootstrap, network]
 
 
 def test_words_of_the_launcher(capfd):

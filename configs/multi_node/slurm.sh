@@ -11,6 +11,7 @@
 #SBATCH --output=%x-%j.txt
 set -eu
 
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # which srun does not take from sbatch by itself
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 words=(
     --config_file configs/multi_node/zero3_2x8.yaml

@@ -141,14 +141,18 @@ def describe_process(log):
         device = torch.cuda.get_device_name()
         memory = f" ({free / GIB:.0f} of {total / GIB:.0f} GiB free)"
     text = log.read_text(errors="replace") if log.exists() else ""
-    networks = re.findall(r"NCCL INFO (?:NET/)?(\w+ ?: Using .*)", text)
     return {
         "machine": int(os.environ.get("GROUP_RANK", 0)),
         "host": os.uname().nodename,
         "device": device + memory,
         "connected from": sorted(used_interfaces()),
-        "networks": list(dict.fromkeys(networks)),
+        "networks": nccl_networks(text),
     }
+
+
+def nccl_networks(log):
+    """Return what NCCL's log, of level INFO, says about the networks that it uses."""
+    return list(dict.fromkeys(re.findall(r"NCCL INFO ((?:NET/)?\w+ ?: Using .*)", log)))
 
 
 def used_interfaces():
