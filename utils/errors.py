@@ -1,4 +1,4 @@
-"""Stop with one line, `error: ` and what is wrong and what to do, printed once for all processes.
+"""Stop with one line, `error: ` and what is wrong and what to do, printed once per machine.
 
 Settings and files look the same to every process, so every process stops. The first one to get
 there prints the line. The exit code is 1.
@@ -17,14 +17,14 @@ from torch.distributed import TCPStore
 
 
 def refuse(message):
-    """Print `error: message` once for all processes of the launch; end this one with code 1."""
+    """Print `error: message` once for all processes of a machine; end this one with code 1."""
     if is_first_to_refuse():
         print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(1)
 
 
 def is_first_to_refuse():
-    """Return whether this process prints the error for all processes of the launch.
+    """Return whether this process prints the error for all processes that its launcher started.
 
     torch's launcher keeps a TCPStore that all processes reach, even before there is a process
     group. The first process to count itself there prints. Without the store rank 0 prints at once.
@@ -35,7 +35,9 @@ def is_first_to_refuse():
         with contextlib.suppress(RuntimeError):  # the launcher is gone
             store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))
             restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-            return store.add(f"refused by {sys.argv[0]}, restart {restart}", 1) == 1
+            machine = os.environ.get("GROUP_RANK", 0)  # each has a console of its own
+            key = f"refused by {sys.argv[0]} on machine {machine}, restart {restart}"
+            return store.add(key, 1) == 1
     elif int(os.environ.get("RANK", 0)) > 0:
         time.sleep(60)  # there is no store; a launcher ends this process once another has failed
     return True

@@ -25,6 +25,7 @@ from utils.deepspeed_checks import check_plugin
 from utils.environment import FIELDS, uses_gpu
 from utils.errors import first_line, refuse
 from utils.experts import allow_skipping
+from utils.heartbeat import start_heartbeat
 from utils.process_group import end_with_launcher, join_group, use_all_cores
 
 BUCKET = 500_000_000  # DeepSpeed's default for its two bucket sizes, in elements
@@ -44,8 +45,9 @@ def start_accelerator(
     4. set TF32, and divide the CPU's cores among the processes, if there is a GPU;
     5. create the process group: on the process's own GPU, or with gloo on CPUs;
     6. create the Accelerator, and check that it runs as many processes as were launched;
-    7. keep FSDP's mixed precision from rounding gradients, buffers and the loss;
-    8. build DeepSpeed's CPU Adam if the optimizer is offloaded; if that fails, use torch's AdamW.
+    7. start a heartbeat between several machines, which ends the run if one is lost;
+    8. keep FSDP's mixed precision from rounding gradients, buffers and the loss;
+    9. build DeepSpeed's CPU Adam if the optimizer is offloaded; if that fails, use torch's AdamW.
 
     Prints what really runs, read from the Accelerator.
 
@@ -97,6 +99,7 @@ def start_accelerator(
         raise RuntimeError(
             f"{launched} processes were launched, but accelerate runs {accelerator.num_processes}"
         )
+    start_heartbeat()
     if accelerator.distributed_type == DistributedType.FSDP:
         keep_float32(accelerator.state.fsdp_plugin)
     if plugin := accelerator.deepspeed_plugin:

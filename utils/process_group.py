@@ -1,19 +1,23 @@
 """Join the process group before accelerate does, on the process's own GPU or with gloo on CPUs."""
 
 import ctypes
+import ipaddress
 import os
 import signal
+import socket
 import sys
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed import distributed_c10d
 
 from utils.environment import threads_of_the_user, uses_gpu
+from utils.errors import say
 
 PR_SET_PDEATHSIG = 1  # option of Linux's prctl: the signal that a process gets when its parent dies
 # How long a collective waits for the other processes. NCCL's default is 10 minutes and gloo's 30,
@@ -38,6 +42,8 @@ def join_group():
         # DeepSpeed builds extensions with ninja, which is in the same folder as python
         folders = [str(Path(sys.executable).parent), os.environ["PATH"]]
         os.environ["PATH"] = os.pathsep.join(folders)
+    if has_other_machines():
+        choose_interface()
     if uses_gpu():
         join_group_on_gpu(use_deepspeed)
     elif use_deepspeed:
@@ -74,6 +80,63 @@ def join_group_on_gpu(use_deepspeed):
     elif not use_deepspeed:  # DeepSpeed sets device_id itself; with it NCCL connects at once
         options["device_id"] = torch.device("cuda", rank)
     PartialState(**options)
+
+
+# Several machines ---------------------------------------------------------------------------------
+def has_other_machines():
+    """Return whether processes of the launch may run on other machines."""
+    size, here = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("LOCAL_WORLD_SIZE")
+    if here is None:  # no launcher of torch or accelerate
+        return size > 1 and not is_loopback(os.environ["MASTER_ADDR"])
+    return size > int(here)
+
+
+def choose_interface():
+    """Let gloo use the network interface that reaches MASTER_ADDR, unless the user named one.
+
+    gloo takes the address to which the host's name resolves, and 127.0.0.1 where it does not
+    resolve. That is often not an address that other machines reach.
+    """
+    address = own_address()
+    if "GLOO_SOCKET_IFNAME" in os.environ or address is None:
+        return
+    for name, addresses in psutil.net_if_addrs().items():
+        if address in (one.address for one in addresses):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+            if not uses_gpu():  # with a GPU, NCCL connects the processes
+                say(
+                    f"Several machines: gloo uses {name} ({address}), which reaches "
+                    f"{os.environ['MASTER_ADDR']}. GLOO_SOCKET_IFNAME names another one."
+                )
+            return
+
+
+def own_address():
+    """Return this machine's address in the network of MASTER_ADDR; None where it has none.
+
+    A name that means 127.0.0.1 on the machine that bears it is no such address. The route to other
+    networks is taken then.
+    """
+    addresses = [os.environ["MASTER_ADDR"], "198.51.100.1"]  # for documentation, nobody's
+    for address in addresses:
+        try:
+            family, *_, target = socket.getaddrinfo(address, 1, type=socket.SOCK_DGRAM)[0]
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect(target)  # sends nothing
+                own = probe.getsockname()[0]
+        except OSError:
+            continue
+        if not ipaddress.ip_address(own).is_loopback or is_loopback(address):
+            return own
+    return None
+
+
+def is_loopback(address):
+    """Return whether an address, as it was given, means this machine on every machine."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
 
 
 def use_all_cores():

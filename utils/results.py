@@ -30,6 +30,7 @@ from utils.engine import (
     trained_dtype,
 )
 from utils.errors import fail, fail_together, first_line, refuse, say
+from utils.heartbeat import stop_heartbeat
 from utils.loading import base_model, load_lines
 from utils.run_files import write_adapter_config, write_beside
 from utils.saving import AdapterLayout, check_adapter, check_model, free_bytes, holding_signals
@@ -433,6 +434,7 @@ def push_to_hub(config):
 def end_run(accelerator):
     """End trackers, engine and process group. Every process calls it."""
     accelerator.wait_for_everyone()
+    stop_heartbeat()
     if torch.distributed.is_initialized():
         ENDED.append(torch.distributed.group.WORLD)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:

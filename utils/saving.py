@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from utils.engine import full_shape
 from utils.errors import fail, refuse
+from utils.heartbeat import SAVING
 from utils.run_files import write_beside
 
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
@@ -187,12 +188,16 @@ def check_model(folder, num_elements):
 # Folders ------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def holding_signals():
-    """Run the body to its end, although SIGINT or SIGTERM arrives; then handle the signal."""
+    """Run the body to its end, although a signal arrives or a machine is lost; then handle that.
+
+    The signals are SIGINT and SIGTERM. `utils/heartbeat.py` ends the run for a lost machine.
+    """
     received = []
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {one: signal.signal(one, lambda one, _: received.append(one)) for one in numbers}
     try:
-        yield
+        with SAVING:
+            yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
