@@ -75,8 +75,8 @@ class FileTensor(torch.Tensor):
                     f"{func} writes to a weight that is still in its file: load the model with "
                     "from_pretrained, or write after accelerator.prepare"
                 )
-        if func is aten.cat.default and len(args) == 1 and not kwargs:  # FSDP1 joins the weights of a unit
-            return join(first)
+        if func is aten.cat.default and len(args) == 1 and not kwargs:
+            return join(first)  # FSDP1 flattens a unit so
         if func is aten.copy_.default and args[1].dtype in (first.dtype, args[1].stored.dtype):
             return first.copy_(args[1].stored)  # reads and casts without a temporary tensor
         return func(*tree_map_only(cls, cls.read, args), **tree_map_only(cls, cls.read, kwargs))
