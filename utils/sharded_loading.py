@@ -195,7 +195,8 @@ def load_sharded(auto_class, name, **options):
         read_in_every_process()
     with leaving_in_files():
         model = auto_class.from_pretrained(name, **options)
-    read_small(model, keep=is_zero3)
+    say_copies(model)
+    leave_file(model, keep=is_zero3)
     if is_zero3 and dtype != "auto":
         set_config_dtype(model.config, dtype)
     return model
@@ -229,8 +230,19 @@ def set_config_dtype(config, dtype):
             set_config_dtype(part, dtype)
 
 
-def read_small(model, keep):
-    """Turn buffers, and weights of the file's own dtype, into ordinary tensors of the file.
+def say_copies(model):
+    """Print how many weights every process holds in full until they are sharded, if there are."""
+    copies = [weight for weight in model.parameters() if not isinstance(weight, FileTensor)]
+    if copies:
+        size = sum(weight.numel() * weight.element_size() for weight in copies)
+        say(
+            f"{len(copies)} weights, {size:,} bytes, are new or differ in form from the files: "
+            "every process holds them in full until they are sharded."
+        )
+
+
+def leave_file(model, keep):
+    """Turn buffers, and weights of the file's own dtype, into ordinary tensors.
 
     Args:
         keep: leave these weights as they are.
