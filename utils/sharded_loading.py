@@ -181,11 +181,8 @@ def load_sharded(auto_class, name, **options):
         options: options of from_pretrained.
     """
     is_zero3 = is_deepspeed_zero3_enabled()
-    is_fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    is_quantized = "quantization_config" in options or hasattr(
-        AutoConfig.from_pretrained(name), "quantization_config"
-    )
-    if is_quantized or not (is_zero3 or is_fsdp):
+    is_sharded = is_zero3 or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if not is_sharded or is_quantized(name, options):
         return auto_class.from_pretrained(name, **options)
     dtype = options.get("dtype", "auto")
     if is_zero3:
@@ -200,6 +197,13 @@ def load_sharded(auto_class, name, **options):
     if is_zero3 and dtype != "auto":
         set_config_dtype(model.config, dtype)
     return model
+
+
+def is_quantized(name, options):
+    """Return whether from_pretrained quantizes a model, or loads one that is quantized."""
+    if "quantization_config" in options:
+        return True
+    return hasattr(AutoConfig.from_pretrained(name), "quantization_config")
 
 
 def read_in_every_process():
