@@ -142,7 +142,7 @@ def build_dataloaders(config, tokenizer, accelerator):
 # yours to change
 def build_model(config, tokenizer):
     """Return the pretrained model, frozen, with trainable LoRA layers."""
-    # from_pretrained, but the weights stay in their files: a process only reads its own slices
+    # from_pretrained, but the weights stay in their files until they are sharded
     model = load_sharded(
         AutoModelForSeq2SeqLM,
         config.model_name_or_path,

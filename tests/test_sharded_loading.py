@@ -180,7 +180,8 @@ def test_parts_and_views_stay_in_the_file(weight):
         assert torch.equal(part(weight) + 0, part(rounded))
     assert torch.equal(torch.cat([torch.flatten(weight.detach())] * 2), rounded.view(-1).repeat(2))
     assert torch.equal(torch.zeros(6, 4).copy_(weight), rounded.float())  # not the stored values
-    assert weight.data_ptr() == weight.stored.data_ptr() != 0
+    other = FileTensor(weight.stored.clone(), torch.bfloat16)
+    assert weight.data_ptr() == weight.detach().data_ptr() != other.data_ptr()
     assert type(weight.detach().new_zeros(3)) is torch.Tensor
 
 
@@ -194,6 +195,10 @@ def test_writing_into_a_file_fails_aloud(weight):
         weight.data.normal_()
     with pytest.raises(RuntimeError, match="still in its file"):
         weight.data[2:4] = 0
+    with pytest.raises(RuntimeError, match="still in its file"):
+        torch.add(weight.stored, 1, out=weight.detach())
+    with pytest.raises(RuntimeError, match="still in its file"):
+        torch._foreach_mul_([torch.ones(6, 4), weight.detach()], 2)
 
 
 def test_new_values_keep_the_identity(weight):

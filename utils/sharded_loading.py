@@ -1,9 +1,9 @@
-"""Load a model that ZeRO-3 or FSDP shards: every process reads only its own slices of the weights.
+"""Load a model for ZeRO-3 or FSDP: the weights stay in their files until they are sharded.
 
 transformers maps the files of a checkpoint into memory, and the system reads a page when it is
 used. That ends as soon as a weight is cast to another dtype, or gathered by ZeRO-3: every process
-then holds a copy of the full model. `load_sharded` loads the model by transformers' own code, but
-leaves every weight in its file until the strategy takes its slice.
+then holds a copy of the full model. `load_sharded` builds the model by transformers' own code, but
+no weight is read or cast until the strategy takes the slice of the process.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import os
 
 import torch
 from accelerate.state import AcceleratorState
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoConfig, modeling_utils
 from transformers.integrations.deepspeed import deepspeed_config, unset_hf_deepspeed_config
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -39,8 +39,8 @@ class FileTensor(torch.Tensor):
     """A weight in a file, as a tensor of another dtype that holds no memory of its own.
 
     A part or a view of it is one, too. Every other operation reads the values and casts them, and
-    its result is an ordinary tensor. Writing raises RuntimeError, but `.data = value` turns the
-    weight into an ordinary tensor.
+    its result is an ordinary tensor. Writing in place raises RuntimeError. `.data = value` turns
+    the weight into an ordinary tensor.
 
     Args:
         stored: the tensor that the file holds, mapped into memory.
@@ -70,11 +70,11 @@ class FileTensor(torch.Tensor):
                 return func(first.stored, *args[1:], **{"dtype": first.dtype, **kwargs})
             if func is aten._to_copy.default and first.stored.dtype == first.dtype:
                 return cast(first.stored, **kwargs)
-            if func._schema.is_mutable:
-                raise RuntimeError(
-                    f"{func} writes to a weight that is still in its file: load the model with "
-                    "from_pretrained, or write after accelerator.prepare"
-                )
+        if any(isinstance(one, cls) for one in tree_leaves(written(func, args, kwargs))):
+            raise RuntimeError(
+                f"{func} writes to a weight that is still in its file: load the model with "
+                "from_pretrained, or write after accelerator.prepare"
+            )
         if func is aten.cat.default and len(args) == 1 and not kwargs:
             return join(first)  # FSDP1 flattens a unit so
         if func is aten.copy_.default and args[1].dtype in (first.dtype, args[1].stored.dtype):
@@ -91,11 +91,12 @@ class FileTensor(torch.Tensor):
         torch.utils.swap_tensors(self, torch.nn.Parameter(value, self.requires_grad))
 
     def data_ptr(self):
-        return self.stored.data_ptr()  # accelerate tells the parameters of FSDP2 apart by it
+        # accelerate tells the parameters of FSDP2 apart by it; no address, for none has this dtype
+        return -self.stored.data_ptr()
 
     def __deepcopy__(self, memo):
-        copy = torch.empty_like(self).copy_(self)
-        return memo.setdefault(id(self), torch.nn.Parameter(copy, self.requires_grad))
+        copy = torch.nn.Parameter(self.detach().clone(), self.requires_grad)
+        return memo.setdefault(id(self), copy)
 
     def __repr__(self):
         return f"FileTensor({tuple(self.shape)}, {self.stored.dtype} -> {self.dtype})"
@@ -107,6 +108,17 @@ class FileTensor(torch.Tensor):
     @classmethod
     def __tensor_unflatten__(cls, tensors, dtype, size, stride):
         return cls(tensors["stored"], dtype)
+
+
+def written(func, args, kwargs):
+    """Return the arguments that an operation writes to; a collective may write to all."""
+    if func.namespace == "c10d":
+        return args, kwargs
+    names = enumerate(func._schema.arguments)
+    pairs = [
+        (place, one.name) for place, one in names if one.alias_info and one.alias_info.is_write
+    ]
+    return [args[place] if place < len(args) else kwargs.get(name) for place, name in pairs]
 
 
 def cast(stored, dtype=None, device=None, **options):
@@ -195,7 +207,7 @@ def load_sharded(auto_class, name, **options):
     say_copies(model)
     leave_file(model, keep=is_zero3)
     if is_zero3 and dtype != "auto":
-        set_config_dtype(model.config, dtype)
+        set_config_dtype(model.config, getattr(torch, str(dtype).removeprefix("torch.")))
     return model
 
 
@@ -211,8 +223,8 @@ def read_in_every_process():
     plugin = AcceleratorState().fsdp_plugin
     if plugin.cpu_ram_efficient_loading:
         say(
-            "fsdp_cpu_ram_efficient_loading is turned off: every process reads its own slices of "
-            "the weights."
+            "fsdp_cpu_ram_efficient_loading is turned off: every process reads the weights itself, "
+            "unit by unit."
         )
     plugin.cpu_ram_efficient_loading = False
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # transformers reads it
