@@ -1,6 +1,6 @@
 """Measure the memory that loading takes: transformers' from_pretrained and our load_sharded.
 
-Run:  python benchmarks/loading.py [--layers 9] [--strategies zero3 fsdp1 fsdp2]
+Run:  python benchmarks/loading.py [--layers 9] [--strategies zero3 fsdp1 fsdp2] [--cases lora]
 
 The model is a Llama with random weights, 12.8 million parameters per layer and 16.4 million each in
 embedding and head: 594 MB in float32 with 9 layers. Its file holds float32 or bfloat16. For every
@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STRATEGIES = ("zero3", "fsdp1", "fsdp2")
 FILES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # the dtype of a model's file
 LAYERS, ROWS, HIDDEN = 9, 16_000, 1024  # the size of the model: 594 MB in float32
-CASES = {"LoRA": (), "full": ("--full",), "LoRA, 8 new tokens": ("--added", 8)}
+CASES = {"lora": (), "full": ("--full",), "tokens": ("--added", 8)}  # tokens: LoRA, 8 new tokens
 
 
 # One process of a launch --------------------------------------------------------------------------
@@ -157,16 +157,17 @@ def compare(options):
         for name, dtype in FILES.items():
             size = make_model(Path(folder, name), dtype, options.layers)
         print(f"growth of RssAnon in MB; the model has {size / 1e6:.0f} MB in float32")
-        print("                                       until built       until prepared")
-        print("strategy  file      trained            stock    ours     stock    ours")
+        print("                               until built    until prepared")
+        print("strategy  file      trained   stock     ours   stock     ours")
         for strategy in options.strategies:
             for name in FILES:
-                for case, flags in CASES.items():
+                for case in options.cases:
+                    flags = CASES[case]
                     stock = measure(strategy, Path(folder, name), *flags, "--stock")
                     ours = measure(strategy, Path(folder, name), *flags)
                     both = [one[key] for key in ("built", "prepared") for one in (stock, ours)]
                     cells = " ".join(f"{value:8.0f}" for value in both)
-                    print(f"{strategy:9} {name:9} {case:18} {cells}", flush=True)
+                    print(f"{strategy:9} {name:9} {case:7} {cells}", flush=True)
 
 
 def main():
@@ -185,8 +186,10 @@ def main():
         parser.add_argument(
             "--layers", type=int, default=LAYERS, help="decoder layers of the model"
         )
-        choices = {"nargs": "+", "choices": STRATEGIES, "default": STRATEGIES}
-        parser.add_argument("--strategies", **choices, help="strategies to measure")
+        some = {"nargs": "+", "choices": STRATEGIES, "default": STRATEGIES}
+        parser.add_argument("--strategies", **some, help="strategies to measure")
+        some = {"nargs": "+", "choices": CASES, "default": list(CASES)}
+        parser.add_argument("--cases", **some, help="what is trained; tokens: LoRA, 8 new tokens")
         compare(parser.parse_args())
 
 
