@@ -8,7 +8,6 @@ Expect:  accuracy 0.00 -> 0.98 in 32 s with startup (2 cores of an AMD EPYC, 202
 """
 
 import math
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from transformers.optimization import get_scheduler
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds utils/
 from utils.data import check_labels, load_data
 from utils.generation import generating
-from utils.launch import device_map, start_accelerator
+from utils.launch import load_sharded, start_accelerator
 from utils.memory import MemoryTracker
 from utils.results import Progress, WeightFiles, collect_metrics, finish_run
 from utils.settings import read_settings
@@ -144,12 +143,13 @@ def build_dataloaders(config, tokenizer, accelerator):
 # yours to change
 def build_model(config, tokenizer):
     """Return the pretrained model, frozen, with trainable LoRA layers."""
-    model = AutoModelForCausalLM.from_pretrained(
+    # from_pretrained, but the weights stay in their files until they are sharded
+    model = load_sharded(
+        AutoModelForCausalLM,
         config.model_name_or_path,
         dtype=config.dtype,
         attn_implementation=config.attn_implementation,
         use_safetensors=True,
-        device_map=device_map(),  # the strategy decides where the weights go
     )
     model.get_decoder().layerdrop = 0.0  # processes that skip different layers would wait forever
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -203,8 +203,6 @@ def main():
     # 5. Setup -------------------------------------------------------------------------------------
     # leave, unless you know why
     config = read_settings(Config, ("fsdp2",), AutoModelForCausalLM, base="frozen")
-    if config.modules_to_save:  # else tied weights are lost when one process reads the files
-        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     accelerator = start_accelerator(config.gradient_accumulation_steps, tf32=config.tf32)
     set_seed(config.seed)
     tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path)

@@ -1,7 +1,7 @@
 """Fine-tune a causal language model with LoRA, sharded by ZeRO-3 and offloaded to the CPU.
 
 Base:    causal_lm_lora.py
-Changes: 1. Settings, 4. Evaluation, 5. Setup, 7. Save
+Changes: 1. Settings, 3. Model, 4. Evaluation, 5. Setup, 7. Save
 Run:     accelerate launch --config_file configs/zero3_offload.yaml \
 examples/causal_lm_lora_zero3_offload.py
 Needs:   2 CPU processes with 727 MB each for the shipped model; on GPUs not measured
@@ -25,7 +25,7 @@ from transformers.optimization import get_scheduler
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds utils/
 from utils.data import check_labels, load_data
 from utils.generation import generating
-from utils.launch import configure_deepspeed, device_map, start_accelerator
+from utils.launch import configure_deepspeed, load_sharded, start_accelerator
 from utils.memory import MemoryTracker
 from utils.results import Progress, WeightFiles, collect_metrics, finish_run
 from utils.settings import read_settings
@@ -142,12 +142,13 @@ def build_dataloaders(config, tokenizer, accelerator):
 # yours to change
 def build_model(config, tokenizer):
     """Return the pretrained model, frozen, with trainable LoRA layers."""
-    model = AutoModelForCausalLM.from_pretrained(
+    # from_pretrained, but the weights stay in their files until they are sharded
+    model = load_sharded(
+        AutoModelForCausalLM,
         config.model_name_or_path,
         dtype=config.dtype,
         attn_implementation=config.attn_implementation,
         use_safetensors=True,
-        device_map=device_map(),  # the strategy decides where the weights go
     )
     model.get_decoder().layerdrop = 0.0  # processes that skip different layers would wait forever
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}

@@ -8,7 +8,6 @@ Expect:  held-out perplexity 832 -> 207 in 17 s with startup (2 cores of an AMD 
 """
 
 import math
-import os
 import sys
 import time
 from contextlib import nullcontext
@@ -43,8 +42,8 @@ from utils.errors import explaining, fail, fail_together, refusing, say
 from utils.flops import flop_per_token
 from utils.generation import generating
 from utils.hub import push_checkpoint, start_pusher
-from utils.launch import OPTIMIZERS, adamw, configure_deepspeed, device_map, move_quant_states
-from utils.launch import start_accelerator, state_bytes
+from utils.launch import OPTIMIZERS, adamw, configure_deepspeed, device_map, load_sharded
+from utils.launch import move_quant_states, start_accelerator, state_bytes
 from utils.lora import expert_targets, gather_blocks, lora_targets, say_experts, settle_dtypes
 from utils.loss import add_token_loss, check_token_loss
 from utils.memory import MemoryTracker
@@ -351,7 +350,7 @@ def build_model(config, tokenizer, num_added):
     if config.use_4bit_quantization and shards_parameters():
         options["device_map"] = {"": "cpu"}  # else every GPU quantizes the full model
         unset_hf_deepspeed_config()  # under ZeRO-3 transformers takes no device_map
-    model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, **options)
+    model = load_sharded(AutoModelForCausalLM, config.model_name_or_path, **options)
     modules_to_save = resize(model, tokenizer, num_added, config.adapter_name_or_path)
     set_ends(model, tokenizer)
     model.get_decoder().layerdrop = 0.0  # processes that skip different layers would wait forever
@@ -529,8 +528,6 @@ def main():
     rows = read_rows(config)
     resumed, start, state = find_run(config)
     tokenizer, num_added = build_tokenizer(config, rows.is_chat)
-    if num_added:  # weights that one process reads and then resizes would not reach the others
-        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     accumulated = config.gradient_accumulation_steps
     options = {"tf32": config.tf32, "deterministic": config.deterministic}
     accelerator = start_accelerator(accumulated, **options, **tracker_options(config))

@@ -27,6 +27,8 @@ from utils.errors import first_line, refuse
 from utils.experts import allow_skipping
 from utils.heartbeat import start_heartbeat
 from utils.process_group import end_with_launcher, join_group, use_all_cores
+from utils.sharded_loading import load_sharded as load_sharded  # lessons take it from here
+from utils.sharded_loading import shard_from_files
 
 BUCKET = 500_000_000  # DeepSpeed's default for its two bucket sizes, in elements
 
@@ -248,6 +250,8 @@ def configure_deepspeed(accelerator, config, model, **settings):
     is_4bit = any(getattr(layer, "quant_state", None) is not None for layer in model.modules())
     if is_4bit and accelerator.deepspeed_plugin.zero_stage == 3:
         shard_4bit_model(accelerator, model)
+    elif accelerator.deepspeed_plugin.zero_stage == 3:
+        shard_from_files(accelerator, model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     total = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainable)
     even = total + total % 2  # even, as ZeRO-1 and 2 require of allgather_bucket_size

@@ -1,0 +1,310 @@
+"""A model that ZeRO-3 or FSDP shards is loaded in slices: little memory, and the same weights."""
+
+import copy
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+from models import CAUSAL, SEQ2SEQ, make_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, MixtralConfig
+from transformers import modeling_utils
+
+from benchmarks.loading import make_model as make_large
+
+from utils import sharded_loading
+from utils.sharded_loading import FileTensor, engine_dtype, load_sharded
+
+BENCHMARK = ROOT / "benchmarks/loading.py"
+slow = pytest.mark.slow
+FIRST = (
+    "llama",
+    "qwen2",
+    "gpt2",
+    "t5",
+)  # tied and not, transposed weights, weights kept in float32
+ARCHITECTURES = [
+    name if name in FIRST else pytest.param(name, marks=slow) for name in (*CAUSAL, *SEQ2SEQ)
+]
+
+
+def auto_class(architecture):
+    return AutoModelForCausalLM if architecture in CAUSAL else AutoModelForSeq2SeqLM
+
+
+def load_stock(auto, *args, **options):
+    return auto.from_pretrained(*args, **options)
+
+
+def round_file(folder, names=""):
+    """Round the weights of a model's file to bfloat16 whose names contain a text."""
+    file = folder / "model.safetensors"
+    weights = {
+        name: value.bfloat16() if names in name else value
+        for name, value in load_file(file).items()
+    }
+    save_file(weights, file, {"format": "pt"})
+    return folder
+
+
+def check_equal(model, stock):
+    """Check names, values, dtypes and ties of weights and buffers of two models."""
+    for kind in ("named_parameters", "named_buffers"):
+        ours, theirs = (dict(getattr(one, kind)()) for one in (model, stock))
+        assert list(ours) == list(theirs) and (ours or kind == "named_buffers")
+        for name, value in theirs.items():
+            assert ours[name].dtype == value.dtype, name
+            assert ours[name].requires_grad == value.requires_grad
+            assert torch.equal(ours[name].cpu() + 0, value), name
+
+
+@pytest.fixture
+def fsdp(monkeypatch):
+    """Let a model be loaded as under FSDP; the fixture is FSDP's plugin."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    plugin = SimpleNamespace(cpu_ram_efficient_loading=True)
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    monkeypatch.setattr(sharded_loading, "AcceleratorState", lambda: state)
+    return plugin
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A small model in bfloat16."""
+    return round_file(make_model(tmp_path_factory.mktemp("small") / "llama", "llama"))
+
+
+# The weights --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_weights_are_those_of_the_stock_loader(fsdp, tmp_path, architecture):
+    folder, auto = (
+        round_file(make_model(tmp_path / "model", architecture)),
+        auto_class(architecture),
+    )
+    for dtype, in_file in ((torch.float32, True), (torch.bfloat16, False)):
+        model = load_sharded(auto, folder, dtype=dtype, use_safetensors=True)
+        assert {isinstance(weight, FileTensor) for weight in model.parameters()} == {in_file}
+        check_equal(model, auto.from_pretrained(folder, dtype=dtype, use_safetensors=True))
+    assert not fsdp.cpu_ram_efficient_loading
+
+
+def test_a_file_of_several_dtypes(fsdp, tmp_path):
+    folder = round_file(make_model(tmp_path / "model", "llama"), "proj")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model = load_sharded(AutoModelForCausalLM, folder, dtype=dtype)
+        check_equal(model, AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
+
+
+def test_experts_that_are_fused_while_they_load(fsdp, tmp_path, capsys):
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 40}
+    size |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 3}
+    model = AutoModelForCausalLM.from_config(MixtralConfig(**size))
+    model.save_pretrained(tmp_path)
+    round_file(tmp_path)
+    capsys.readouterr()
+    model = load_sharded(AutoModelForCausalLM, tmp_path, dtype=torch.float32)
+    said = capsys.readouterr().out
+    assert f"2 weights, {3 * 3 * 16 * 24 * 4:,} bytes, are new or differ in form" in said
+    check_equal(model, AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))
+
+
+def test_missing_and_foreign_weights_are_treated_as_by_the_stock_loader(
+    fsdp, tmp_path, monkeypatch
+):
+    folder = make_model(tmp_path / "model", "llama")
+    file = folder / "model.safetensors"
+    weights = {name: value for name, value in load_file(file).items() if "lm_head" not in name}
+    save_file(weights | {"foreign.weight": torch.ones(2)}, file, {"format": "pt"})
+    round_file(folder)
+    reports, found = [], []
+    report = lambda **facts: reports.append(facts["loading_info"].to_dict())  # noqa: E731
+    monkeypatch.setattr(modeling_utils, "log_state_dict_report", report)
+    for load in (load_sharded, load_stock):
+        torch.manual_seed(1)  # both draw the head
+        found.append(load(AutoModelForCausalLM, folder, dtype=torch.float32))
+    check_equal(*found)
+    assert reports[0] == reports[1]
+    assert reports[0]["missing_keys"] == {"lm_head.weight"}
+    assert reports[0]["unexpected_keys"] == {"foreign.weight"}
+
+
+def test_a_missing_shard_is_named(fsdp, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "whole", "llama"))
+    model.save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    index = json.loads((tmp_path / "model/model.safetensors.index.json").read_text())
+    last = sorted(set(index["weight_map"].values()))[-1]
+    (tmp_path / "model" / last).unlink()
+    with pytest.raises(OSError, match=last):
+        load_sharded(AutoModelForCausalLM, tmp_path / "model", dtype=torch.bfloat16)
+
+
+def test_a_truncated_file_is_no_model(fsdp, tmp_path):
+    folder = make_model(tmp_path / "model", "llama")
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-100])
+    with pytest.raises(SafetensorError):
+        load_sharded(AutoModelForCausalLM, folder, dtype=torch.bfloat16)
+
+
+def test_other_strategies_use_the_stock_loader(llama, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    model = load_sharded(AutoModelForCausalLM, llama, dtype=torch.float32)
+    assert not any(isinstance(weight, FileTensor) for weight in model.parameters())
+
+
+def test_engine_dtype():
+    assert engine_dtype({"bf16": {"enabled": True}}) == torch.bfloat16
+    assert engine_dtype({"bf16": {"enabled": False}, "fp16": {"enabled": True}}) == torch.float16
+    assert engine_dtype({"bf16": {"enabled": "auto"}}) == torch.float32
+
+
+# A weight in a file -------------------------------------------------------------------------------
+@pytest.fixture
+def weight():
+    """A parameter of shape [6, 4] that is stored in float32 and used in bfloat16."""
+    return torch.nn.Parameter(FileTensor(torch.randn(6, 4), torch.bfloat16))
+
+
+def test_parts_and_views_stay_in_the_file(weight):
+    rounded = weight.stored.bfloat16()
+    for part in (
+        lambda w: w.detach()[2:4],
+        lambda w: w.detach().chunk(4)[1],
+        lambda w: w.detach().t(),
+    ):
+        assert isinstance(part(weight), FileTensor)
+        assert torch.equal(part(weight) + 0, part(rounded))
+    assert torch.equal(torch.cat([torch.flatten(weight.detach())] * 2), rounded.view(-1).repeat(2))
+    assert torch.equal(torch.zeros(6, 4).copy_(weight), rounded.float())  # not the stored values
+    other = FileTensor(weight.stored.clone(), torch.bfloat16)
+    assert weight.data_ptr() == weight.detach().data_ptr() != other.data_ptr()
+    assert type(weight.detach().new_zeros(3)) is torch.Tensor
+
+
+def test_a_second_cast_does_not_undo_the_first(weight):
+    assert torch.equal(weight.to(torch.float32), weight.stored.bfloat16().float())
+    assert torch.equal(weight.detach().float() + 0, weight.stored.bfloat16().float())
+
+
+def test_writing_into_a_file_fails_aloud(weight):
+    with pytest.raises(RuntimeError, match="still in its file"):
+        weight.data.normal_()
+    with pytest.raises(RuntimeError, match="still in its file"):
+        weight.data[2:4] = 0
+    with pytest.raises(RuntimeError, match="still in its file"):
+        torch.add(weight.stored, 1, out=weight.detach())
+    with pytest.raises(RuntimeError, match="still in its file"):
+        torch._foreach_mul_([torch.ones(6, 4), weight.detach()], 2)
+
+
+def test_new_values_keep_the_identity(weight):
+    model = torch.nn.Module()
+    model.weight, kept = weight, copy.deepcopy(weight)
+    assert type(kept) is torch.nn.Parameter and torch.equal(kept, weight.stored.bfloat16())
+    weight.data = torch.ones(2, 2)
+    assert model.weight is weight and type(weight) is torch.nn.Parameter
+    assert weight.requires_grad and torch.equal(weight, torch.ones(2, 2))
+
+
+def test_a_weight_can_be_moved_to_another_device(weight):
+    module = torch.nn.Module()
+    module.weight = weight
+    moved = weight.to("meta")
+    assert type(moved) is not FileTensor and moved.is_meta and moved.dtype == torch.bfloat16
+    torch.utils.swap_tensors(weight, torch.nn.Parameter(moved))  # as FSDP2 does for a GPU
+    assert module.weight is weight and type(weight) is torch.nn.Parameter and weight.is_meta
+
+
+def test_a_model_can_be_moved_to_another_device(weight):
+    module = torch.nn.Module()
+    module.weight = weight
+    assert module.to("meta").weight.is_meta
+
+
+# Two processes ------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A model with 102 MB in float32 and bytes of its float32 weights, by the dtype of its file."""
+    return sized(tmp_path_factory.mktemp("small"), layers=4, rows=4000, hidden=512)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """The same with 594 MB."""
+    return sized(tmp_path_factory.mktemp("large"))
+
+
+def sized(folder, **size):
+    """Make the models of a fixture: dtype of the file -> (folder, bytes in float32)."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    return {
+        name: (folder / name, make_large(folder / name, dtypes[name], **size)) for name in dtypes
+    }
+
+
+def check_launch(launch, strategy, model, facts, *flags):
+    """Load a model in two processes, and check the memory and the logits of both.
+
+    The limit is the half of the model, the larger of a layer and the embedding, and 100 MB for a
+    model of 600 MB. A model that is not read until it is sharded must not exceed the limit then:
+    with LoRA it also holds until the model is prepared, with another embedding, because FSDP1 has
+    both in one unit.
+    """
+    folder, size = model
+    facts.mkdir()
+    launch(BENCHMARK, strategy, "build", folder, facts, *flags, processes=2)
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    bytes_of = {name: 4 * weight.numel() for name, weight in stock.named_parameters()}
+    layer = sum(size for name, size in bytes_of.items() if ".layers.0." in name)
+    embedding = bytes_of["lm_head.weight"]
+    limit = size / 2 + max(layer, embedding) + 100e6 * size / 600e6
+    for rank in (0, 1):
+        grown = json.loads((facts / f"{rank}.json").read_text())
+        print(strategy, folder.name, flags, rank, grown, f"limit {limit:,.0f}, model {size:,}")
+        assert 0 < grown["built"] < limit < size
+        if not flags:
+            assert size / 2 < grown["prepared"] < limit + embedding
+        # buffers such as the frequencies of RoPE are in no file, and each process makes its own
+        seen = torch.load(facts / f"{rank}.pt", weights_only=True)
+        with torch.no_grad():
+            expected = stock(input_ids=seen["tokens"]).logits
+        rows = expected.shape[-1]  # there may be new tokens
+        torch.testing.assert_close(seen["logits"][..., :rows], expected, rtol=1e-4, atol=1e-5)
+    if "--weights" in flags:
+        weights = torch.load(facts / "weights.pt", weights_only=True)
+        assert set(weights) == set(dict(stock.named_parameters()))
+        assert all(torch.equal(weights[name], value) for name, value in stock.named_parameters())
+
+
+FULL, ADDED = ("--full", "--weights"), ("--added", 8)
+SMALL = [
+    ("zero3", "bfloat16", FULL),
+    pytest.param("zero3", "bfloat16", (), marks=slow),
+    pytest.param("fsdp1", "bfloat16", FULL, marks=slow),
+    pytest.param("fsdp1", "bfloat16", (), marks=slow),
+    pytest.param("fsdp2", "bfloat16", FULL, marks=slow),
+    pytest.param("fsdp2", "bfloat16", (), marks=slow),
+]
+LARGE = [
+    ("zero3", "float32", ()),
+    ("zero3", "bfloat16", ADDED),
+    ("fsdp1", "bfloat16", ADDED),
+    ("fsdp2", "bfloat16", FULL),
+    ("fsdp2", "bfloat16", ADDED),
+    ("fsdp2", "float32", ()),
+]
+
+
+@pytest.mark.parametrize(("strategy", "file", "flags"), SMALL)
+def test_every_process_reads_its_slices(launch, small, tmp_path, strategy, file, flags):
+    check_launch(launch, strategy, small[file], tmp_path / "facts", *flags)
+
+
+@slow
+@pytest.mark.parametrize(("strategy", "file", "flags"), LARGE)
+def test_memory_of_a_large_model(launch, large, tmp_path, strategy, file, flags):
+    check_launch(launch, strategy, large[file], tmp_path / "facts", *flags)
