@@ -295,7 +295,7 @@ def generation_settings(source, tokenizer):
                 continue
     if own is None:
         own = GenerationConfig.from_model_config(AutoConfig.from_pretrained(source.base))
-    given = {name: value for name, value in own.to_diff_dict().items() if value is not None}
+    given = {n: v for n, v in own.to_diff_dict().items() if v is not None and v is not False}
     kept = {name: given[name] for name in KEPT if name in given}
     known = kept.get("eos_token_id", [])
     kept["eos_token_id"] = sorted(
@@ -304,7 +304,7 @@ def generation_settings(source, tokenizer):
     kept["pad_token_id"] = tokenizer.pad_token_id
     defaults = GenerationConfig(do_sample=False, num_beams=1)
     unused = [f"{n} {v}" for n, v in given.items() if n not in {*KEPT, *UNSAID}]
-    unused = [one for one in unused if one not in ("do_sample False", "num_beams 1")]
+    unused = [one for one in unused if one != "num_beams 1"]
     if unused:
         say(f"Unused of the model's generation settings: {', '.join(unused)}.")
     defaults.update(**kept)
