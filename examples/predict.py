@@ -1,5 +1,7 @@
 """Predict with what was trained: JSONL in, JSONL out, in order, resumable, under any strategy.
 
+Base:    none
+Changes: no sections
 Run:     accelerate launch --config_file configs/ddp.yaml examples/predict.py \
 --model_name_or_path outputs/chat_sft --input_file IN.jsonl --output_file OUT.jsonl
 Needs:   2 CPU processes with NEEDS MB each for the shipped model; on GPUs not measured
@@ -8,6 +10,7 @@ Expect:  EXPECT
 
 import math
 import sys
+import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,7 +31,7 @@ from transformers.hf_argparser import HfArg
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds utils/
 from utils.chat_templates import pin_date
 from utils.environment import launched_strategy, shards_parameters
-from utils.errors import fail, first_line, say
+from utils.errors import fail, first_line, or_refuse, refuse, say
 from utils.experts import allow_skipping
 from utils.generation import generating
 from utils.launch import device_map, start_accelerator
@@ -40,6 +43,7 @@ from utils.prediction_rows import encode, read_example
 from utils.results import end_run
 
 METRICS = "assets/metrics"  # exact_match, token_f1 and rouge_l
+COUNTS = ("predicted", "ended_by_length", "scored", "tokens", "bad_lines")
 
 
 # Settings -----------------------------------------------------------------------------------------
@@ -112,7 +116,7 @@ class Config:
 
 # Model --------------------------------------------------------------------------------------------
 def build_model(config, source, tokenizer):
-    """Return the model, with its adapter if it has one, and the ids of the tokens that end text."""
+    """Return the full model, or the base with its adapter; stop if a weight is missing."""
     options = {"dtype": source.dtype, "attn_implementation": config.attn_implementation}
     options |= {"use_safetensors": True, "device_map": device_map()}
     if config.use_4bit_quantization:
@@ -125,7 +129,7 @@ def build_model(config, source, tokenizer):
         source.base, output_loading_info=True, **options
     )
     if missing := sorted(report["missing_keys"]):
-        fail(f"{source.base} lacks {len(missing)} weights of the model, such as {missing[0]}")
+        refuse(f"{source.base} lacks {len(missing)} weights of the model, such as {missing[0]}")
     model.generation_config = generation_settings(source, tokenizer)
     if source.adapter:
         if source.resized:
@@ -133,7 +137,11 @@ def build_model(config, source, tokenizer):
         # DeepSpeed's engine and the flat parameters of FSDP1 have one dtype
         is_uniform = launched_strategy() in ("zero3", "fsdp1")
         options = {"autocast_adapter_dtype": not is_uniform}
-        model = PeftModel.from_pretrained(model, source.adapter, **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")  # a warning of peft's
+            culprit = f"{source.adapter} does not fit {source.base}"
+            load = PeftModel.from_pretrained
+            model = or_refuse(culprit, load, model, source.adapter, **options)
     return model.eval().requires_grad_(False)
 
 
@@ -163,7 +171,12 @@ def prepare(accelerator, model):
             if isinstance(module, ModulesToSaveWrapper):
                 # drop the unused frozen copy: FSDP2 fails if it shares a tied weight with a layer
                 module.original_module = torch.nn.Identity()
+        if model.config.is_encoder_decoder:
+            # accelerate would put the shared embedding into two units, which FSDP2 does not accept
+            model.get_input_embeddings = model.get_output_embeddings = lambda: None
         model = fsdp2_prepare_model(accelerator, model)
+        for name in ("get_input_embeddings", "get_output_embeddings"):
+            vars(model).pop(name, None)
         register_fsdp_forward_method(model, "generate")  # gathers the root unit, as forward does
         return model
     return model.to(accelerator.device)
@@ -241,19 +254,21 @@ class Scores:
     def add(self, entry, read):
         """Count a line of the output; `read` returns the line number and the `Example`."""
         if "prediction" in entry:
-            self.counts.update(["predicted", f"ended by {entry['finish_reason']}"])
+            self.counts.update(predicted=1, ended_by_length=entry["finish_reason"] == "length")
             if self.metrics:
                 self.pairs.append((entry["prediction"], read()[1].reference))
         elif "loss" in entry:
             self.loss += math.nan if entry["loss"] is None else entry["loss"] * entry["tokens"]
             self.counts.update(scored=1, tokens=entry["tokens"])
         else:
-            self.counts.update(["skipped"])
+            self.counts.update(bad_lines=1)
 
     def report(self):
         """Print the counts and scores, and return the content of the metrics file."""
-        counts, scores = self.counts, self.compute()
-        print(f"{self.config.output_file}: {dict(counts)}")
+        counts = {name: self.counts[name] for name in COUNTS}
+        told = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
+        print(f"written to {self.config.output_file}: {told}")
+        scores = self.compute()
         for name, value in scores.items():
             print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
         return {"config": asdict(self.config), "counts": counts, "scores": scores}
@@ -263,14 +278,15 @@ class Scores:
         scores = {}
         if self.counts["tokens"]:
             loss = self.loss / self.counts["tokens"]
-            scores["loss"] = loss if math.isfinite(loss) else None
+            scores["loss"] = loss if math.isfinite(loss) else None  # JSON has no NaN
             scores["perplexity"] = math.exp(min(loss, 700)) if math.isfinite(loss) else None
         predictions, references = [one for one, _ in self.pairs], [one for _, one in self.pairs]
-        if any(isinstance(one, list) for one in references):  # a metric takes one form
-            references = [[one] if isinstance(one, str) else one for one in references]
-        for name, metric in self.metrics.items() if self.pairs else ():
+        lists = [[one] if isinstance(one, str) else one for one in references]
+        has_lists = any(isinstance(one, list) for one in references)
+        for name, (metric, wants_lists) in self.metrics.items() if self.pairs else ():
+            wanted = lists if has_lists or wants_lists else references  # of one form
             try:
-                found = metric.compute(predictions=predictions, references=references)
+                found = metric.compute(predictions=predictions, references=wanted)
             except Exception as error:  # a metric may raise anything
                 output = self.config.output_file
                 fail(f"{output} is complete, but --metrics {name} failed: {first_line(error)}")

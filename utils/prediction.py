@@ -42,6 +42,7 @@ class Index(NamedTuple):
         bad: row -> what is wrong with its line.
         digest: SHA-256 of the file.
         tokens: checksum of the token ids of all rows.
+        written: size of the file and when it was written last.
     """
 
     lines: numpy.ndarray
@@ -52,6 +53,7 @@ class Index(NamedTuple):
     bad: dict[int, str]
     digest: str
     tokens: int
+    written: tuple[int, int]
 
 
 GENERATE, SCORE = 0, 1
@@ -83,6 +85,7 @@ def build_index(config, encode):
     columns = lines, offsets, sizes, lengths, jobs = [array(kind) for kind in "qqqqb"]
     bad, notes, digest, tokens, blank, offset = {}, Counter(), hashlib.sha256(), 0, 0, 0
     with open(config.input_file, "rb") as file:
+        written = last_write(config)
         for number, line in enumerate(file, start=1):
             digest.update(line)
             where, job, ids = f"{config.input_file}, line {number}", GENERATE, []
@@ -118,7 +121,13 @@ def build_index(config, encode):
         say(f"{blank} blank lines of {config.input_file} are left out.")
     if notes:
         say(f"Not used of {config.input_file}, or changed: {census(notes)}.")
-    return Index(*map(numpy.array, columns), bad, digest.hexdigest(), tokens)
+    return Index(*map(numpy.array, columns), bad, digest.hexdigest(), tokens, written)
+
+
+def last_write(config):
+    """Return the size of the input file, and when it was written last."""
+    state = Path(config.input_file).stat()
+    return state.st_size, state.st_mtime_ns
 
 
 def read_line(config, index, row):
@@ -361,6 +370,11 @@ def merge(config, index, output, read, scores):
         read: called with the number of a row; returns its line number and `Example`.
         scores: its `add` is called for each line.
     """
+    if last_write(config) != index.written:
+        refuse(
+            f"--input_file {config.input_file} was changed during the run. The lines are kept in "
+            f"{output.folder}: restore the file and start again"
+        )
     for row, entry in output.entries():
         if entry is None:
             entry = {"line": int(index.lines[row]), "error": index.bad[row]}

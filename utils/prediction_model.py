@@ -16,7 +16,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from utils.chat_templates import TEMPLATES, take_template
 from utils.environment import launched_precision, launched_strategy, shards_parameters
-from utils.errors import or_refuse, refuse, say
+from utils.errors import first_line, or_refuse, refuse, say
 from utils.folders import lock_folder
 from utils.launch_checks import check_launch
 from utils.lora import adapter_rows
@@ -34,7 +34,7 @@ KEPT = ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id"
 KEPT += ("forced_bos_token_id", "forced_eos_token_id")
 # settings that decide what is predicted
 IDENTIFYING = ("attn_implementation", "use_4bit_quantization", "tf32", "max_new_tokens")
-IDENTIFYING += ("temperature", "perplexity", "reference_key")
+IDENTIFYING += ("temperature", "perplexity")
 SAMPLING = ("top_p", "seed")
 UNSAID = ("max_length", "max_new_tokens", "transformers_version", "use_cache", "_from_model_config")
 
@@ -346,11 +346,12 @@ class GumbelNoise(LogitsProcessor):
 
 # Metrics ------------------------------------------------------------------------------------------
 def load_metrics(names, folder):
-    """Return name -> metric of the library `evaluate`, for names, scripts' paths and Hub names.
+    """Return name -> metric of the library `evaluate`, and whether it wants lists of references.
 
     Args:
-        names: comma separated.
-        folder: where this project's own metrics are, below the folder of utils/.
+        names: comma separated: names of this project's metrics, paths of scripts, or Hub names. The
+            code of a metric on the Hub is downloaded and run.
+        folder: where this project's own metrics are, beside utils/.
     """
     if not names:
         return {}
@@ -361,8 +362,15 @@ def load_metrics(names, folder):
         own = Path(__file__).resolve().parents[1] / folder / name / f"{name}.py"
         path = str(own) if own.is_file() else os.path.expanduser(name)
         metric = or_refuse(f"--metrics {name} cannot be loaded", evaluate.load, path)
-        # fails now, not after the predictions, where the metric takes no texts
-        trial = {"predictions": ["a b"], "references": ["a b"]}
-        or_refuse(f"--metrics {name} does not score texts", metric.compute, **trial)
-        found[Path(name).stem] = metric
+        # a trial, to fail before the predictions if the metric takes no texts
+        for reference in ("a b", ["a b"]):
+            try:
+                metric.compute(predictions=["a b"], references=[reference])
+            except Exception as error:  # a metric may raise anything
+                reason = error
+                continue
+            found[Path(name).stem] = (metric, isinstance(reference, list))
+            break
+        else:
+            refuse(f"--metrics {name} does not score texts: {first_line(reason)}")
     return found
