@@ -64,8 +64,8 @@ def flags(model, source, target, *more):
 def place(tmp_path_factory):
     """A folder with the models llama, adapter (of llama) and t5, and the inputs in and pairs."""
     folder = tmp_path_factory.mktemp("predict")
-    for name, steps in (("llama", 16), ("t5", 24)):
-        teach(make_model(folder / name, name), steps=steps)
+    teach(make_model(folder / "llama", "llama"), steps=6)
+    make_model(folder / "t5", "t5")
     tokenizer = AutoTokenizer.from_pretrained(folder / "llama")
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder / "llama")
@@ -83,7 +83,6 @@ def place(tmp_path_factory):
 def alone(forks, place):
     """Outputs of one process: name -> rows. `forks` runs all of them in one interpreter."""
     runs = {
-        "llama": ("llama", "in"),
         "adapter": ("adapter", "in"),
         "sampled": ("adapter", "in", *SAMPLED),
         "scored": ("adapter", "in_answered", "--perplexity"),
@@ -111,16 +110,14 @@ def prompt_of(row, tokenizer):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-@pytest.mark.parametrize("name", ["llama", "adapter"])
-def test_output_is_that_of_the_libraries(alone, place, name):
+def test_output_is_that_of_the_libraries(alone, place):
     tokenizer = AutoTokenizer.from_pretrained(place / "llama")
     model = AutoModelForCausalLM.from_pretrained(place / "llama")
-    if name == "adapter":
-        model = PeftModel.from_pretrained(model, place / "adapter")
+    model = PeftModel.from_pretrained(model, place / "adapter")
     reasons = set()
-    for row, found in zip(read(place / "in.jsonl"), alone[name], strict=True):
-        added = {key: found.pop(key) for key in list(found) if key not in row}
-        assert found == row and list(found) == list(row)
+    for row, found in zip(read(place / "in.jsonl"), alone["adapter"], strict=True):
+        added = {key: value for key, value in found.items() if key not in row}
+        assert found == row | added and list(found) == [*row, *added]
         if "text" in row:
             ids = [*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]
             with torch.no_grad():
@@ -136,7 +133,7 @@ def test_output_is_that_of_the_libraries(alone, place, name):
         reason = "stop" if tokens[-1] == tokenizer.eos_token_id else "length"
         assert added == {"prediction": text, "finish_reason": reason}
         reasons.add(reason)
-    assert reasons >= {"stop"} if name == "llama" else reasons
+    assert reasons == {"stop", "length"}
 
 
 def test_seq2seq_output_and_metrics(alone, place):
@@ -175,7 +172,7 @@ def test_given_answers_are_scored(alone, place):
 STRATEGIES = ("zero2", "zero3", "fsdp1", "fsdp2")
 CASES = [("adapter", "ddp", 2, ()), ("sampled", "ddp", 3, ())]
 CASES += [("sampled", strategy, 2, ()) for strategy in STRATEGIES]
-CASES += [(name, "fsdp2", 3, ()) for name in ("llama", "scored", "t5", "t5_scored")]
+CASES += [(name, "fsdp2", 3, ()) for name in ("adapter", "scored", "t5", "t5_scored")]
 CASES += [(name, "zero3", 2, ()) for name in ("scored", "t5")]
 CASES += [("sampled", name, 2, ("--layerwise_generation",)) for name in STRATEGIES[1:]]
 DATA = {"scored": "in_answered", "t5": "pairs", "t5_scored": "pairs"}
@@ -290,7 +287,7 @@ def test_twenty_kills_lose_no_line_and_double_none(forks, place, tmp_path):
     for name in ("whole", "killed"):
         target = tmp_path / f"{name}.jsonl"
         command = flags(place / "llama", source, target, *SAMPLED)
-        steps = [700 + 333 * number for number in range(20)] if name == "killed" else []
+        steps = [200 + 41 * number for number in range(20)] if name == "killed" else []
         assert f"killed {len(steps)}" in run_with_kills(forks, command, target, steps)
         outputs.append(target.read_bytes())
     assert outputs[0] == outputs[1]
@@ -306,11 +303,17 @@ run_one(*sys.argv[2:])
 """
 
 
-@pytest.mark.parametrize("end", ["prediction.shutil.rmtree", "prediction.flush_folder"])
+@pytest.mark.parametrize(
+    "end",
+    [
+        "prediction.flush_folder",
+        pytest.param("prediction.shutil.rmtree", marks=pytest.mark.slow),
+    ],
+)
 def test_kill_around_the_renames(alone, forks, place, tmp_path, end):
     """The next start finds its own output, does not load the model, and completes the rest."""
     target = tmp_path / "out.jsonl"
-    command = list(map(str, flags(place / "llama", place / "in.jsonl", target)))
+    command = list(map(str, flags(place / "adapter", place / "in.jsonl", target)))
     path = f"{ROOT / 'tests'}:{ROOT}"
     cut = f"{end} = lambda folder: os._exit(9)"
     assert forks.run("-c", CUT, cut, *command, cwd=ROOT, PYTHONPATH=path).returncode == 9
@@ -318,7 +321,7 @@ def test_kill_around_the_renames(alone, forks, place, tmp_path, end):
     [(code, output)] = run_single(forks, tmp_path / "..", command)
     assert code == 0 and "Resumed: 22 of 22 rows were done." in output, output
     assert "Unused of the model" not in output and "Loading" not in output
-    assert read(target) == alone["llama"]
+    assert read(target) == alone["adapter"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "out.metrics.json"]
 
 
@@ -340,11 +343,11 @@ class Config(SimpleNamespace):
         super().__init__(**self.defaults | given, input_file=str(folder / "rows.jsonl"))
 
 
-def index_of(place, folder, lines, model="llama", positions=64, **given):
+def index_of(place, folder, lines, model="llama", num_rows=1000, **given):
     """Return the index of lines of text or bytes."""
     config = Config(folder, **given)
     tokenizer = AutoTokenizer.from_pretrained(place / model)
-    kinds = {"is_seq2seq": model == "t5", "positions": positions, "num_rows": len(tokenizer) - 1}
+    kinds = {"is_seq2seq": model == "t5", "positions": 64, "num_rows": num_rows}
     lines = [line if isinstance(line, bytes) else line.encode() for line in lines]
     Path(config.input_file).write_bytes(b"\n".join(lines))
     encode = partial(prediction_rows.encode, config, SimpleNamespace(**kinds), tokenizer)
@@ -380,7 +383,7 @@ def test_bad_line_is_named_by_its_number(place, tmp_path, capsys, line):
     with pytest.raises(SystemExit):
         index_of(place, tmp_path, [good, "", line, good, line], **given)
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {tmp_path / 'rows.jsonl'}, line 3 ") and reason in error
+    assert error.startswith(f"error: {tmp_path / 'rows.jsonl'}, line 3") and reason in error
     assert error.count("\n") == 1 and "bad lines besides: 5 [" in error
     index = index_of(place, tmp_path, [good, "", line, good, line], skip_bad_lines=True, **given)
     assert list(index.lines) == [1, 3, 4, 5] and list(index.bad) == [1, 3]
@@ -389,10 +392,11 @@ def test_bad_line_is_named_by_its_number(place, tmp_path, capsys, line):
 
 
 def test_bytes_that_are_no_text_and_unknown_tokens(place, tmp_path, capsys):
-    for line in (b'{"prompt": "\xff"}', GOOD.replace("parcel", "</s>").encode()):
+    for line, reason in ((b'{"prompt": "\xff"}', "is not JSON"), (GOOD.encode(), "the token '")):
         with pytest.raises(SystemExit):
-            index_of(place, tmp_path, [GOOD, line, b""])
-        assert "rows.jsonl, line 2 " in capsys.readouterr().err
+            index_of(place, tmp_path, ['{"prompt": "<s>"}', line, b""], num_rows=3)
+        error = capsys.readouterr().err
+        assert "rows.jsonl, line 2 " in error and reason in error
 
 
 def test_text_is_not_for_a_model_with_an_encoder(place, tmp_path, capsys):
@@ -489,3 +493,46 @@ def test_another_run_is_not_resumed(alone, forks, place, tmp_path):
     for (code, output), (_, words) in zip(runs, changes, strict=True):
         assert words in output and code == ("now" in output or "unfinished run" in output), output
     assert read(target) == alone["adapter"]
+
+
+# Memory -------------------------------------------------------------------------------------------
+PEAK = """
+import re, sys, threading, time
+from pathlib import Path
+from single import run_one
+
+def held():
+    return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+begin, peak = held(), [0]
+def watch():
+    while True:
+        peak[0] = max(peak[0], held())
+        time.sleep(0.02)
+threading.Thread(target=watch, daemon=True).start()
+code = run_one(*sys.argv[1:])
+print("grown by", round(peak[0] - begin, 1), "MB", flush=True)
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_input(forks, place, tmp_path):
+    grown = {}
+    for count in (1000, 100_000):
+        words = "the parcel train phone bill order is late today please agent".split()
+        texts = (
+            " ".join(words[number % 7 : number % 7 + 2 + number % 3]) for number in range(count)
+        )
+        source = write(
+            tmp_path / f"{count}.jsonl", ({"id": n, "text": t} for n, t in enumerate(texts))
+        )
+        command = flags(place / "llama", source, tmp_path / f"{count}.out.jsonl", "--perplexity")
+        command += ("--per_device_eval_batch_size", 256)
+        path = f"{ROOT / 'tests'}:{ROOT}"
+        done = forks.run("-c", PEAK, *command, cwd=ROOT, PYTHONPATH=path, timeout=1800)
+        assert done.returncode == 0, done.stdout
+        grown[count] = float(done.stdout.rpartition("grown by ")[2].split()[0])
+        ids = [row["id"] for row in map(json.loads, (tmp_path / f"{count}.out.jsonl").open())]
+        assert ids == list(range(count))
+    print(f"RssAnon grew by {grown} MB")
+    assert grown[100_000] <= grown[1000] + 50, grown

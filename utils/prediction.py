@@ -63,7 +63,8 @@ def parse(line, where):
     """Return the row in a line of JSON.
 
     Raises:
-        DataError: it is not one JSON object, or an object in it has a key twice.
+        DataError: it is not one JSON object, an object in it has a key twice, or a text in it
+            cannot be written as UTF-8.
     """
     try:
         row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique)
@@ -71,6 +72,11 @@ def parse(line, where):
         raise DataError(f"{where} is not JSON ({first_line(error)})") from None
     if not isinstance(row, dict):
         raise DataError(f"{where} is a {type(row).__name__}, not a JSON object")
+    try:
+        if b"\\ud" in line.lower():
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where} has half of a surrogate pair, which is not text") from None
     return row
 
 

@@ -86,15 +86,12 @@ def encode(config, source, tokenizer, row, where):
     if (config.metrics or job == SCORE) and not is_known:
         known = config.reference_key or "completion or label, or a last message of the assistant"
         raise DataError(f"{where} has no text to compare with, which --{needed} needs: {known}")
-    try:
-        if job == GENERATE:
-            ids, labels = encode_prompt(source, tokenizer, prompt, where, notes), None
-        elif source.is_seq2seq:
-            ids, labels = encode_pair(source, tokenizer, prompt, answer, where, notes)
-        else:
-            ids, labels = encode_answer(tokenizer, prompt, answer, where, notes)
-    except UnicodeEncodeError:
-        raise DataError(f"{where} has half of a surrogate pair, which is not text") from None
+    if job == GENERATE:
+        ids, labels = encode_prompt(source, tokenizer, prompt, where, notes), None
+    elif source.is_seq2seq:
+        ids, labels = encode_pair(source, tokenizer, prompt, answer, where, notes)
+    else:
+        ids, labels = encode_answer(tokenizer, prompt, answer, where, notes)
     check_tokens(config, source, tokenizer, where, Example(job, ids, labels, None, []))
     return Example(job, ids, labels, reference, notes)
 
