@@ -30,8 +30,9 @@ from transformers.hf_argparser import HfArg
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds utils/
 from utils.chat_templates import pin_date
+from utils.conversations import DataError
 from utils.environment import launched_strategy, shards_parameters
-from utils.errors import fail, first_line, or_refuse, refuse, say
+from utils.errors import fail, first_line, or_refuse, refuse, refusing, say
 from utils.experts import allow_skipping
 from utils.generation import generating
 from utils.launch import device_map, start_accelerator
@@ -315,13 +316,14 @@ def main():
     accelerator = start_accelerator(tf32=config.tf32)
     output = Output(config, accelerator.process_index)
     tokenizer, date = pin_date(tokenizer, output.state.get("date"))
-    encode_row, metrics, shared = partial(encode, config, source, tokenizer), {}, [None]
+    encode_row, metrics, shared = partial(encode, config, source, tokenizer), {}, [None, None]
     if accelerator.is_main_process:  # alone, so that the input is encoded once
         metrics = load_metrics(config.metrics, METRICS)
-        shared = [build_index(config, encode_row)]
-        output.begin(identify(config, source, shared[0]), len(shared[0].lines), date)
-    [index] = broadcast_object_list(shared)
-    output.find_lines(len(index.lines))
+        index = build_index(config, encode_row)
+        output.begin(identify(config, source, index), len(index.lines), date)
+        shared = [index, output.done]
+    index, done = broadcast_object_list(shared)
+    output.join(done)
     if count := output.done.sum():
         say(f"Resumed: {count} of {len(index.lines)} rows were done.")
     place = (accelerator.process_index, accelerator.num_processes)
@@ -332,7 +334,8 @@ def main():
         if launched_strategy() == "zero3":
             set_engine_dtype(accelerator, source)
         model = prepare(accelerator, build_model(config, source, tokenizer))
-        predict(config, accelerator, model, tokenizer, read, batches, output)
+        with refusing(DataError):  # the input was changed in the meantime
+            predict(config, accelerator, model, tokenizer, read, batches, output)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         scores = Scores(config, metrics)

@@ -16,7 +16,7 @@ from single import run_single
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 
-from utils import prediction, prediction_model, prediction_rows
+from utils import documents, prediction, prediction_model, prediction_rows
 
 TEMPLATE = (
     "{% for m in messages %}{{ 'Tweet text : ' if m['role'] == 'user' else ' ' }}{{ m['content'] }}"
@@ -73,7 +73,20 @@ def place(tmp_path_factory):
     model = AutoModelForCausalLM.from_pretrained(folder / "llama")
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
     get_peft_model(model, lora).save_pretrained(folder / "adapter")
+    # an adapter with two new tokens, whose embedding and head are trained in full
+    model = AutoModelForCausalLM.from_pretrained(folder / "llama")
+    tokenizer.add_tokens(["<|new|>", "<|other|>"])
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    lora.modules_to_save = ["embed_tokens", "lm_head"]
+    grown = get_peft_model(model, lora)
+    torch.nn.init.normal_(grown.get_input_embeddings().weight[-2:].detach())
+    grown.save_pretrained(folder / "grown")
+    tokenizer.save_pretrained(folder / "grown")
     write(folder / "in.jsonl", make_input(22))
+    rows = [
+        row | {"prompt": f"<|new|> {row['prompt']}"} for row in make_input(22) if "prompt" in row
+    ]
+    write(folder / "new.jsonl", rows)
     pairs = [{"prompt": f"Tweet text : {a} Label :", "completion": b} for a, b in make_rows(11, 6)]
     write(folder / "pairs.jsonl", pairs)
     return folder
@@ -86,6 +99,7 @@ def alone(forks, place):
         "adapter": ("adapter", "in"),
         "sampled": ("adapter", "in", *SAMPLED),
         "scored": ("adapter", "in_answered", "--perplexity"),
+        "grown": ("grown", "new"),
         "t5": ("t5", "pairs", "--metrics", "exact_match,token_f1,rouge_l"),
         "t5_scored": ("t5", "pairs", "--perplexity"),
     }
@@ -173,9 +187,10 @@ STRATEGIES = ("zero2", "zero3", "fsdp1", "fsdp2")
 CASES = [("adapter", "ddp", 2, ()), ("sampled", "ddp", 3, ())]
 CASES += [("sampled", strategy, 2, ()) for strategy in STRATEGIES]
 CASES += [(name, "fsdp2", 3, ()) for name in ("adapter", "scored", "t5", "t5_scored")]
+CASES += [("grown", name, 2, ()) for name in STRATEGIES[1:]]
 CASES += [(name, "zero3", 2, ()) for name in ("scored", "t5")]
 CASES += [("sampled", name, 2, ("--layerwise_generation",)) for name in STRATEGIES[1:]]
-DATA = {"scored": "in_answered", "t5": "pairs", "t5_scored": "pairs"}
+DATA = {"grown": "new", "scored": "in_answered", "t5": "pairs", "t5_scored": "pairs"}
 MORE = {"sampled": SAMPLED, "scored": ("--perplexity",), "t5_scored": ("--perplexity",)}
 QUICK = (("adapter", "ddp"), ("sampled", "fsdp2"))
 
@@ -200,6 +215,18 @@ def test_output_is_the_same_on_any_processes(
         assert found == {key: value for key, value in wanted.items() if key != "loss"}
     assert f"on {processes} processes" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "out.metrics.json"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", STRATEGIES[1:])
+def test_sharded_in_bfloat16(launch, place, tmp_path, config):
+    command = flags(place / "adapter", place / "in.jsonl", tmp_path / "out.jsonl")
+    launch(command[0], config, *command[1:], "--dtype", "bfloat16", processes=2)
+    rows = read(tmp_path / "out.jsonl")
+    assert len(rows) == 22 and all({"loss", "prediction"} & set(row) for row in rows)
+    command = [*command, "--overwrite_output_file"]
+    launch(command[0], config, *command[1:], processes=2, flags=("--mixed_precision", "bf16"))
+    assert len(read(tmp_path / "out.jsonl")) == 22
 
 
 # Sampling -----------------------------------------------------------------------------------------
@@ -326,6 +353,20 @@ def test_kill_around_the_renames(alone, forks, place, tmp_path, end):
 
 
 # Errors -------------------------------------------------------------------------------------------
+def test_answers_are_encoded_as_for_training(place, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(place / "llama")
+    config, source = Config(tmp_path, perplexity=True), {"positions": None, "num_rows": 1000}
+    source = SimpleNamespace(is_seq2seq=False, **source)
+    for number, row in enumerate(make_input(12)):
+        if "conversations" in row:  # the answer is beside the chat, which chat_sft does not know
+            continue
+        found = prediction_rows.encode(config, source, tokenizer, row, "row")
+        shape = [("messages",), ("prompt", "completion"), ("text",)][number % 4]
+        row = {"completion": row.get("label")} | row
+        [wanted] = documents.encode(row, 0, prediction_rows.ENCODING, tokenizer, shape, "rows")
+        assert (found.input_ids, found.labels) == (wanted["input_ids"], wanted["labels"])
+
+
 class Config(SimpleNamespace):
     """The settings that encoding and indexing read."""
 

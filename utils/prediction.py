@@ -176,7 +176,6 @@ class Output:
 
     Args:
         config: read are output_file and overwrite_output_file.
-        num_rows: rows of the input.
         process: number of this process.
 
     Attributes:
@@ -219,6 +218,7 @@ class Output:
         self.write_state(identity=identity, date=date)
         for file in self.folder.glob("lines-*.jsonl"):
             drop_incomplete_lines(file, num_rows)
+        self.find_lines(num_rows)
 
     def write_state(self, **changed):
         """Write the file that identifies the run, at once."""
@@ -228,9 +228,7 @@ class Output:
         part.replace(self.folder / RUN)
 
     def find_lines(self, num_rows):
-        """Note where the line of each row is. Every process calls it, after `begin`."""
-        if not (self.folder / RUN).is_file():
-            refuse(f"a process does not see {self.folder}: give all machines the same folder")
+        """Note where the line of each row is, while no process writes."""
         self.done = numpy.zeros(num_rows, dtype=bool)
         self.positions = numpy.zeros((num_rows, 2), dtype=numpy.int64)
         self.files = sorted(self.folder.glob("lines-*.jsonl"))
@@ -241,6 +239,12 @@ class Output:
                     row = json.loads(line)["row"]
                     self.done[row], self.positions[row] = True, (number, offset)
                     offset += len(line)
+
+    def join(self, done):
+        """Take over `done` from the main process, so that all processes deal the same batches."""
+        self.done = done
+        if not (self.folder / RUN).is_file():
+            refuse(f"a process does not see {self.folder}: give all machines the same folder")
 
     def write(self, entries):
         """Append lines to this process's file; they are on the disk when this returns.
@@ -382,6 +386,8 @@ def merge(config, index, output, read, scores):
             f"{output.folder}: restore the file and start again"
         )
     for row, entry in output.entries():
+        if entry is None and row not in index.bad:
+            refuse(f"line {index.lines[row]} has no prediction in {output.folder}: start again")
         if entry is None:
             entry = {"line": int(index.lines[row]), "error": index.bad[row]}
             yield (json.dumps(entry, ensure_ascii=False) + "\n").encode()

@@ -139,7 +139,7 @@ def find_source(config):
         auto_model = AutoModelForSeq2SeqLM
     saved = getattr(model_config, "quantization_config", None) or {}
     check_quantized(config, culprit, saved, adapter)
-    dtype = find_dtype(config, model_config, bool(saved))
+    dtype = find_dtype(config, model_config)
     view = SimpleNamespace(attn_implementation=config.attn_implementation, dtype=dtype)
     skeleton = build_skeleton(view, auto_model, model_config, culprit)
     if Path(base).is_dir() and not saved:
@@ -213,19 +213,16 @@ def check_quantized(config, culprit, saved, adapter):
 
 def was_quantized(folder):
     """Return whether a run's files say that its base was quantized to 4 bits."""
-    for name, path in (("metrics.json", ["config"]), ("state.json", ["identity"])):
-        if (Path(folder) / name).is_file():
-            settings = or_refuse(f"{folder}/{name}", json.loads, (Path(folder) / name).read_text())
-            for key in path:
-                settings = settings.get(key) or {}
-            quantized = (
-                settings.get("use_4bit_quantization") or "bnb_4bit_quant_storage" in settings
-            )
-            return bool(quantized)
+    for name, part in (("metrics.json", "config"), ("state.json", "identity")):
+        file = Path(folder) / name
+        if file.is_file():
+            content = or_refuse(f"{file} cannot be read", json.loads, file.read_text())
+            settings = content.get(part, {})
+            return bool(settings.get("use_4bit_quantization", "bnb_4bit_quant_storage" in settings))
     return False
 
 
-def find_dtype(config, model_config, is_quantized):
+def find_dtype(config, model_config):
     """Return the name of the dtype of the weights; stop if the strategy cannot have it.
 
     auto is the dtype of the mixed precision, or without one that of the saved weights.
@@ -258,11 +255,14 @@ def identify(config, source, index):
 # The tokenizer and generation ---------------------------------------------------------------------
 def load_tokenizer(config, source):
     """Return the tokenizer of the adapter's or model's folder, with the chat template asked for."""
-    places = [source.name, source.base]
-    local = (Path(place) / "tokenizer_config.json" for place in places)
-    own = next((str(file.parent) for file in local if file.is_file()), None)
-    own = own or (source.name if not Path(source.name).exists() else source.base)
-    tokenizer = or_refuse(f"{own} has no usable tokenizer", AutoTokenizer.from_pretrained, own)
+    for place in (source.name, source.base):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(place)
+            break
+        except Exception as error:  # an adapter without a tokenizer, or a broken one
+            reason = error
+    else:
+        refuse(f"{source.base} has no usable tokenizer, save one with it: {first_line(reason)}")
     choice = config.chat_template_format
     if choice in TEMPLATES:
         missing = {*TEMPLATES[choice].tokens} - {*tokenizer.get_vocab()}
@@ -275,7 +275,7 @@ def load_tokenizer(config, source):
     elif choice != "none" or tokenizer.chat_template:
         or_refuse(f"--chat_template_format {choice}", take_template, tokenizer, choice)
     if tokenizer.eos_token_id is None:
-        refuse(f"{own} has a tokenizer without eos_token, so no answer would end: set one")
+        refuse(f"{place} has a tokenizer without eos_token, so no answer would end: set one")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # padding is masked
     return tokenizer
 
