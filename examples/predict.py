@@ -65,10 +65,11 @@ class Config:
         default="", help=".jsonl file to write: each line of the input with further keys"
     )
     overwrite_output_file: bool = HfArg(
-        default=False, help="replace an earlier output, or the lines of an unfinished other run"
+        default=False,
+        help="replace an earlier output, and drop the lines of another unfinished run",
     )
     skip_bad_lines: bool = HfArg(
-        default=False, help="write the key error for a bad line, instead of stopping before it all"
+        default=False, help="write a line with the key error for each bad line, instead of stopping"
     )
     dtype: str = HfArg(
         default="auto", help="dtype of the loaded weights; auto: that of the precision or the files"
@@ -92,7 +93,7 @@ class Config:
         "unset: as many as the model has positions",
     )
     max_new_tokens: int = HfArg(default=256, help="maximum tokens of an answer")
-    per_device_eval_batch_size: int = HfArg(default=8, help="rows of a batch")
+    per_device_eval_batch_size: int = HfArg(default=8, help="rows per batch and process")
     temperature: float = HfArg(
         default=0.0, help="0: greedy decoding; above 0: sample at this temperature"
     )
@@ -100,7 +101,7 @@ class Config:
         default=1.0,
         help="sample among the most probable tokens that together have this probability",
     )
-    seed: int = HfArg(default=42, help="seed of the samples; each line of the input has its own")
+    seed: int = HfArg(default=42, help="seed of the random numbers that sampling uses")
     perplexity: bool = HfArg(
         default=False, help="score the given answers instead of generating; texts are always scored"
     )
@@ -266,10 +267,12 @@ class Scores:
 
     def report(self):
         """Print the counts and scores, and return the content of the metrics file."""
-        counts = {name: self.counts[name] for name in COUNTS}
-        told = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
-        print(f"written to {self.config.output_file}: {told}")
-        scores = self.compute()
+        counts, scores = {name: self.counts[name] for name in COUNTS}, self.compute()
+        print(
+            "written to {}: {predicted} predictions, {ended_by_length} of them ended by "
+            "--max_new_tokens; {scored} scored rows with {tokens} label tokens; {bad_lines} bad "
+            "lines".format(self.config.output_file, **counts)
+        )
         for name, value in scores.items():
             print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
         return {"config": asdict(self.config), "counts": counts, "scores": scores}

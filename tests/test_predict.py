@@ -2,6 +2,9 @@
 
 import json
 import math
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +14,8 @@ import pytest
 import torch
 from models import make_model, make_rows, teach
 from peft import LoraConfig, PeftModel, get_peft_model
-from conftest import ROOT
+from conftest import ACCELERATE, ROOT
+from processes import running
 from single import run_single
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -321,6 +325,27 @@ def test_twenty_kills_lose_no_line_and_double_none(forks, place, tmp_path):
     assert [row["number"] for row in map(json.loads, outputs[0].splitlines())] == list(range(400))
 
 
+@pytest.mark.slow
+def test_kill_of_a_launcher_then_another_number_of_processes(
+    alone, environment, launch, place, tmp_path
+):
+    target = tmp_path / "out.jsonl"
+    command = flags(place / "adapter", place / "in.jsonl", target, *SAMPLED)
+    config = ("--config_file", ROOT / "configs/ddp.yaml")
+    words = map(str, (*ACCELERATE, *config, ROOT / "examples/predict.py", *command[1:]))
+    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment)
+    lines = tmp_path / "out.jsonl.unfinished"
+    while process.poll() is None and not any(file.stat().st_size for file in lines.glob("lines-*")):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    while running(target):  # Linux ends them after the launcher
+        time.sleep(0.1)
+    done = launch("predict", "ddp", *command[1:], processes=3)
+    assert "Resumed: " in done.stdout
+    assert read(target) == alone["sampled"]
+
+
 CUT = """
 import os, sys
 from single import run_one
@@ -350,6 +375,23 @@ def test_kill_around_the_renames(alone, forks, place, tmp_path, end):
     assert "Unused of the model" not in output and "Loading" not in output
     assert read(target) == alone["adapter"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "out.metrics.json"]
+
+
+# Checkpoints --------------------------------------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--use_peft_lora",)], ids=["full", "lora"])
+def test_checkpoint_of_chat_sft(launch, place, tmp_path, more):
+    rows = [{"messages": row["messages"]} for row in make_input(40) if "messages" in row]
+    data = write(tmp_path / "data.jsonl", rows)
+    trained = ("--model_name_or_path", place / "llama", "--dataset_name", data, *more)
+    trained += ("--max_steps", 2, "--max_length", 64, "--num_samples", 0, "--eval_strategy", "no")
+    launch("chat_sft", "ddp", *trained, "--output_dir", tmp_path / "run", processes=2)
+    outputs = []
+    for folder in (tmp_path / "run", tmp_path / "run/checkpoint-2"):
+        target = tmp_path / f"{folder.name}.out.jsonl"
+        launch("predict", "ddp", *flags(folder, place / "in.jsonl", target)[1:])
+        outputs.append(read(target))
+    assert outputs[0] == outputs[1] and len(outputs[0]) == 22
 
 
 # Errors -------------------------------------------------------------------------------------------

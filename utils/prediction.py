@@ -155,7 +155,7 @@ def deal(index, done, size, process, num_processes, in_step):
         size: rows of a batch.
         in_step: whether all processes need the same number of batches of each job, because they
             gather the model's layers together. A process without a batch then gets the last one
-            again.
+            again. It writes the same lines, of which the output takes one.
     """
     batches = []
     for job in (GENERATE, SCORE):
@@ -290,10 +290,15 @@ class Output:
         merged.replace(self.target)
         flush_folder(self.target.parent)
         metrics = self.folder / "metrics.json"
-        write_through(metrics, (json.dumps(finish(), indent=1) + "\n").encode())
+        write_through(metrics, (json.dumps(finish(), indent=1, default=plain) + "\n").encode())
         metrics.replace(self.metrics)
         shutil.rmtree(self.folder)
         flush_folder(self.target.parent)
+
+
+def plain(value):
+    """Return a number or array of numpy as JSON can hold it, and anything else as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def check_free(output, written=()):
