@@ -193,6 +193,11 @@ BROKEN = {
         "3. Model, 6. Training loop, 7",
         f"{FROZEN}: no variant may declare it",
     ),
+    "variant without sections": (
+        "3. Model, 7. Save",
+        "no sections",
+        "is for a root without banners",
+    ),
     "not Python": ("import os", "import", "not valid Python"),
 }
 

@@ -17,7 +17,8 @@ SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 ROOTS = {
     "chat_sft"
 }  # production scripts, roots of their own: other functions, flags and sizes than the lessons'
-NAMES = [script.stem for script in SCRIPTS if script.stem not in ROOTS]
+PAGES = {"predict"}  # scripts that do not train, and have no sections
+NAMES = [script.stem for script in SCRIPTS if script.stem not in ROOTS | PAGES]
 FLAGS = """model_name_or_path
 dtype attn_implementation dataset_name text_column label_column prompt_template max_length
 per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps
@@ -59,7 +60,7 @@ def test_ruff(command):
 
 def test_there_are_scripts():
     assert len(NAMES) >= 6
-    assert len(SCRIPTS) == len(NAMES) + len(ROOTS)
+    assert len(SCRIPTS) == len(NAMES) + len(ROOTS) + len(PAGES)
 
 
 # What a reader can rely on: each file of the repository is held to this table, without exceptions.
@@ -74,6 +75,8 @@ LIMITS = {
     "lines of chat_sft without its Settings": 480,
     "lines of main in chat_sft": 120,
     "lines of another function in chat_sft": 60,
+    "lines of predict": 350,
+    "lines of a function in predict": 60,
     "lines of README.md": 150,
 }
 PYTHON = sorted(
@@ -281,7 +284,18 @@ def test_size_of_chat_sft():
             measure(f"lines of {kind} in chat_sft", path, span(node))
 
 
-@pytest.mark.parametrize("name", ROOTS)
+@pytest.mark.parametrize("name", PAGES)
+def test_form_of_a_script_without_sections(name):
+    script = lineage.parse(ROOT / "examples" / f"{name}.py")
+    assert script.problems == [] and script.is_root and not script.sections
+    measure(f"lines of {name}", ROOT / "examples" / script.name, len(text(name).splitlines()))
+    for node in ast.walk(ast.parse(text(name))):
+        if isinstance(node, ast.FunctionDef):
+            path = ROOT / "examples" / script.name
+            measure(f"lines of a function in {name}", path, span(node))
+
+
+@pytest.mark.parametrize("name", [*ROOTS, *PAGES])
 def test_no_trainer_in_a_production_script(name):
     nodes = list(ast.walk(ast.parse(text(name))))
     names = {node.id for node in nodes if isinstance(node, ast.Name)}
@@ -290,7 +304,7 @@ def test_no_trainer_in_a_production_script(name):
     assert names and not any("Trainer" in one for one in names)
 
 
-@pytest.mark.parametrize("name", ROOTS)
+@pytest.mark.parametrize("name", [*ROOTS, *PAGES])
 def test_every_knob_of_a_production_script_is_read_where_it_acts(name):
     # only checking a value does not count as reading it
     checks = ("settings", "model_files")
@@ -299,6 +313,6 @@ def test_every_knob_of_a_production_script_is_read_where_it_acts(name):
     assert set(fields(name)) - set().union(*map(read_from_config, sources)) == set()
 
 
-@pytest.mark.parametrize("name", ROOTS)
+@pytest.mark.parametrize("name", [*ROOTS, *PAGES])
 def test_help_of_a_production_script_explains_every_flag(name):
     assert_help_explains_every_flag(name)

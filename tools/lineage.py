@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 ROOT = "none"  # the value of `Base:` in a root
+NO_SECTIONS = "no sections"  # the value of `Changes:` in a root that does not train
 HEAD = "docstring and imports"  # the text before the first banner; may differ in every script
 NAMES = ("Settings", "Data", "Model", "Evaluation", "Setup", "Training loop", "Save")
 # no variant may declare it, so it is byte-identical in a root and in all that derives from it
@@ -51,7 +52,7 @@ class Script:
         summary: first sentence of the docstring.
         base: file name of the base, or ROOT.
         changes: titles of the sections that the docstring declares.
-        sections: title -> text, HEAD first; empty if the banners are broken.
+        sections: title -> text, HEAD first; empty if it has none or the banners are broken.
         problems: what is wrong with its form.
     """
 
@@ -87,15 +88,20 @@ def parse(path: Path) -> Script:
     text = path.read_bytes().decode()  # read_text would hide different line endings
     script = Script(path.name)
     try:
-        parse_docstring(script, ast.get_docstring(ast.parse(text)) or "")
+        declared = parse_docstring(script, ast.get_docstring(ast.parse(text)) or "")
     except SyntaxError as error:
+        declared = ""
         script.problems.append(f"line {error.lineno}: not valid Python, {error.msg}; repair it")
-    parse_sections(script, text)
+    if declared != NO_SECTIONS:
+        parse_sections(script, text)
+    elif not script.is_root or any(line in BANNERS for line in text.splitlines()):
+        remedy = "remove the banners and the base, or declare what changes"
+        script.problems.append(f"Changes: `{NO_SECTIONS}` is for a root without banners; {remedy}")
     return script
 
 
-def parse_docstring(script: Script, docstring: str) -> None:
-    """Fill in the script's summary, base and changes."""
+def parse_docstring(script: Script, docstring: str) -> str:
+    """Fill in the script's summary, base and changes, and return the text after `Changes:`."""
     paragraph = " ".join(docstring.split("\n\n")[0].split())
     script.summary = re.split(r"(?<=\.)\s", paragraph, maxsplit=1)[0]
     lines = re.findall(r"^(Base|Changes|Run|Needs|Expect):(.*)$", docstring, re.MULTILINE)
@@ -106,7 +112,7 @@ def parse_docstring(script: Script, docstring: str) -> None:
         script.problems.append(f"docstring: has the lines {keys}; {remedy}")
     values = {key: value.strip() for key, value in lines}
     script.base, declared = values.get("Base", ""), values.get("Changes", "none")
-    script.changes = [] if declared == "none" else declared.split(", ")
+    script.changes = [] if declared in ("none", NO_SECTIONS) else declared.split(", ")
     if script.changes != [section for section in SECTIONS if section in script.changes]:
         remedy = f"list these, in this order: {', '.join(SECTIONS)}"
         script.problems.append(f"Changes: `{declared}` is not a list of sections; {remedy}")
@@ -116,6 +122,7 @@ def parse_docstring(script: Script, docstring: str) -> None:
     elif FROZEN in script.changes and script.name not in THAWED:
         remedy = "change other sections or make it a root"
         script.problems.append(f"{FROZEN}: no variant may declare it; {remedy}")
+    return declared
 
 
 def parse_sections(script: Script, text: str) -> None:

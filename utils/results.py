@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from accelerate.utils import DistributedType
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -437,7 +436,7 @@ def end_run(accelerator):
     stop_heartbeat()
     if torch.distributed.is_initialized():
         ENDED.append(torch.distributed.group.WORLD)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+    if wrapped := getattr(accelerator, "deepspeed_engine_wrapped", None):
         # left alive, it sometimes aborts the process at exit
-        accelerator.deepspeed_engine_wrapped.engine.destroy()
+        wrapped.engine.destroy()
     accelerator.end_training()

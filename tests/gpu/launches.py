@@ -50,13 +50,14 @@ class Run:
     precision: str = "no"
     shared: bool = False  # several steps compare with this run; the first of them launches it
     before: Callable | None = None  # called before the launch
+    output: str = "--output_dir"  # the flag that gets the name of the output folder, or of a file
 
     def commands(self, work):
         """Return the command of each machine."""
         config = self.config if self.config.endswith(".yaml") else f"configs/{self.config}.yaml"
         machines = 2 if self.processes == 2 and GPUS < 2 else 1
         port = free_port() if machines == 2 else 0
-        output = ("--output_dir", work / "runs" / self.name)
+        output = (self.output, work / "runs" / self.name)
         commands = []
         for machine in range(machines):
             words = [*ACCELERATE, "--config_file", config, "--num_processes", self.processes]

@@ -108,7 +108,7 @@ def steps_of(mode, out, work):
         speed = [python, HERE / "speed.py"]
         return [Step(name, limit, [*speed, name, work, out]) for name, limit in SPEED.items()]
     steps = [Step("nvidia_smi", 20, ["nvidia-smi"]), Step("versions", 60, [python, "-c", VERSIONS])]
-    for file in ("loss", "packing", "memory", "sharded_loading"):
+    for file in ("loss", "packing", "memory", "sharded_loading", "predict"):
         name = f"test_{file}_gpu"
         steps.append(Step(name, 120, [python, *PYTEST, HERE / f"{name}.py"]))
     # compiles the extension once, for all steps with offload
