@@ -98,7 +98,7 @@ def test_hooks_send_what_they_say(launch, tmp_path):
     plain = found["no"]
     for hook, one in found.items():
         # what else is sent: headers, and which parameters were not used (4 bytes for each)
-        assert told[hook] <= one["sent"] <= told[hook] + 4_000, hook
+        assert told[hook] <= one["sent"] <= told[hook] + 6_000, hook
         assert one["equal"], hook
         assert one["losses"][0] == plain["losses"][0] and one["losses"][-1] < one["losses"][0]
         tolerance = {"no": 0, "bf16": 1e-2, "power_sgd": 0.5}[hook]
