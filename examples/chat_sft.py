@@ -582,6 +582,7 @@ def main():
     if data.valid_batches and not resumed:
         evaluate_now()
     with tracker.phase("train"):
+        model.train()  # from_pretrained returns a model without dropout and checkpointing
         reader = UpdateReader(data.train_loader, accumulated, max_steps - start)
         for step in range(start + 1, max_steps + 1):
             begin = time.perf_counter()
