@@ -3,8 +3,8 @@
 Base:    causal_lm_full.py
 Changes: 1. Settings, 5. Setup
 Run:     accelerate launch --config_file configs/ddp.yaml examples/causal_lm_full_ddp_compressed.py
-Needs:   TODO
-Expect:  TODO
+Needs:   2 CPU processes with 681 MB each for the shipped model; on GPUs not measured
+Expect:  accuracy 0.00 -> 1.00, 0.23 MB sent per update (2 cores of an AMD EPYC, 2026-11-28)
 """
 
 import math
