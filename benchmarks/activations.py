@@ -1,14 +1,14 @@
 """Measure what activation checkpointing saves: bytes kept for the backward pass, and time.
 
-Run:  python benchmarks/activations.py [--layers 8] [--hidden_size 256] [--tokens 512] [--batch 4]
+Run:  python benchmarks/activations.py [--layers 8] [--hidden_size 256] [--tokens 256] [--batch 4]
 
 The model is a Llama with random weights, in one process; chat_sft and causal_lm_full_zero3 call the
 same function of transformers. A row is a setting of --gradient_checkpointing and
 --gradient_checkpointing_every_n_layers. The bytes are those of all tensors that autograd saves in a
 forward pass, each storage counted once, weights left out. In the backward pass the activations of
-one recomputed layer come on top. The seconds are those of forward and backward; the settings take
-turns, and the first round is not counted. On a GPU there is a row with
---gradient_checkpointing_offload, and its bytes are those that stay on the GPU.
+one recomputed layer come on top. The seconds are those of forward and backward: on a GPU elapsed
+time, else CPU time. The settings take turns, and the first round is not counted. On a GPU there is
+a row with --gradient_checkpointing_offload, and its bytes are those that stay on the GPU.
 """
 
 import argparse
@@ -55,11 +55,13 @@ def measure(model, batch, settings):
     with saved_bytes(model) as saved:
         model(**batch).loss.backward()
     model.zero_grad()
-    begin = time.perf_counter()
+    is_cuda = batch["input_ids"].is_cuda
+    clock = time.perf_counter if is_cuda else time.process_time
+    begin = clock()
     model(**batch).loss.backward()
-    if batch["input_ids"].is_cuda:
+    if is_cuda:
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - begin
+    seconds = clock() - begin
     model.zero_grad()
     return saved(), seconds
 
@@ -69,7 +71,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=8, help="decoder layers")
     parser.add_argument("--hidden_size", type=int, default=256, help="hidden size of the model")
-    parser.add_argument("--tokens", type=int, default=512, help="tokens of a row")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of a row")
     parser.add_argument("--batch", type=int, default=4, help="rows of a micro-batch")
     parser.add_argument("--repeat", type=int, default=3, help="rounds that are counted")
     options = parser.parse_args()
