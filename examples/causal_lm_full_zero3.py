@@ -57,6 +57,12 @@ class Config:
     max_steps: int = HfArg(default=-1, help="number of updates; -1: train for num_train_epochs")
     eval_strategy: str = HfArg(default="no", help="epoch: also evaluate after each epoch")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations to save memory")
+    gradient_checkpointing_every_n_layers: int = HfArg(
+        default=1, help="recompute every n-th layer; the other layers keep their activations"
+    )
+    gradient_checkpointing_offload: bool = HfArg(
+        default=False, help="keep the inputs of recomputed layers in CPU memory; needs a GPU"
+    )
     tf32: bool = HfArg(default=False, help="matrix products in TF32 on GPUs: faster, less exact")
     layerwise_generation: bool = HfArg(
         default=False, help="gather layer by layer to generate; slow"
@@ -145,7 +151,10 @@ def build_model(config, tokenizer):
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model.generation_config = GenerationConfig(**ends)  # greedy, whatever the checkpoint asks for
     if config.gradient_checkpointing:
-        model.activation_checkpointing_enable()  # non-reentrant
+        model.activation_checkpointing_enable(  # non-reentrant
+            every_n_layers=config.gradient_checkpointing_every_n_layers,
+            offload=config.gradient_checkpointing_offload,
+        )
     return model
 
 

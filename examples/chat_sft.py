@@ -182,6 +182,12 @@ class Config:
     )
     deterministic: bool = HfArg(default=False, help="bit-identical runs on GPUs, slower")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations to save memory")
+    gradient_checkpointing_every_n_layers: int = HfArg(
+        default=1, help="recompute every n-th layer; the other layers keep their activations"
+    )
+    gradient_checkpointing_offload: bool = HfArg(
+        default=False, help="keep the inputs of recomputed layers in CPU memory; needs a GPU"
+    )
     use_reentrant: bool = HfArg(
         default=False, help="use PyTorch's reentrant (older) activation checkpointing"
     )
@@ -355,7 +361,11 @@ def build_model(config, tokenizer, num_added):
     set_ends(model, tokenizer)
     model.get_decoder().layerdrop = 0.0  # processes that skip different layers would wait forever
     if config.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": config.use_reentrant})
+        model.activation_checkpointing_enable(
+            {"use_reentrant": config.use_reentrant},
+            every_n_layers=config.gradient_checkpointing_every_n_layers,
+            offload=config.gradient_checkpointing_offload,
+        )
         model.enable_input_require_grads()  # a reentrant layer needs an input with a gradient
     set_seed(config.seed)  # the same LoRA matrices, however many random numbers the resizing drew
     if config.use_peft_lora:
@@ -569,6 +579,7 @@ def main():
     if data.valid_batches and not resumed:
         evaluate_now()
     with tracker.phase("train"):
+        model.train()  # from_pretrained returns a model without dropout and checkpointing
         reader = UpdateReader(data.train_loader, accumulated, max_steps - start)
         for step in range(start + 1, max_steps + 1):
             begin = time.perf_counter()

@@ -208,7 +208,7 @@ def titled(number):
 
 
 def test_every_adaptation_is_here():
-    assert [title.split(".")[0] for title in ADAPTATIONS] == list("1234567")
+    assert [title.split(".")[0] for title in ADAPTATIONS] == list("12345678")
 
 
 def test_plain_text(run, forks, small):
@@ -307,3 +307,14 @@ def test_other_data_optimizer_and_score(run):
     adapter = load_file(folder / "adapter_model.safetensors")
     moved = [adapter[name].abs().max() for name in adapter if "lora_B" in name]
     assert len(moved) > 0 and min(moved) > 8 * rate
+
+
+@pytest.mark.slow
+def test_less_traffic_with_lora(run):
+    _, output, metrics = run(titled(8), "ddp", "llama", "labels")
+    full, sent = re.search(
+        r"of an update: ([\d,]+) bytes, sent as ([\d,]+) bytes in", output
+    ).groups()
+    assert int(full.replace(",", "")) == 4 * metrics["trainable_parameters"]
+    assert int(sent.replace(",", "")) == 2 * metrics["trainable_parameters"]
+    assert metrics["losses"][-1] < metrics["losses"][0]

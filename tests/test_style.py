@@ -27,6 +27,7 @@ warmup_ratio weight_decay max_grad_norm num_train_epochs max_steps eval_strategy
 gradient_checkpointing tf32
 seed output_dir overwrite_output_dir hub_model_id""".split()
 LORA_FLAGS = ["lora_r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save"]
+CHECKPOINTING_FLAGS = ["gradient_checkpointing_every_n_layers", "gradient_checkpointing_offload"]
 RESUME_FLAGS = ["deterministic", "save_steps", "checkpoint_dir", "resume_from_checkpoint"]
 
 
@@ -181,7 +182,7 @@ def test_functions_and_imports(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_knob_is_read_where_it_acts(name):
-    parts = ("results", "launch", "memory")
+    parts = ("results", "launch", "memory", "traffic")
     sources = [text(name), *((ROOT / "utils" / f"{part}.py").read_text() for part in parts)]
     acting = set().union(*map(read_from_config, sources))
     if "load_data(config.dataset_name, " not in text(name):
@@ -191,7 +192,7 @@ def test_every_knob_is_read_where_it_acts(name):
 
 SEAM = ("errors", "launch", "settings", "model_files", "data", "memory", "engine", "results")
 SEAM += ("plots", "generation", "loading", "run_files", "saving", "rows", "environment", "folders")
-SEAM += ("launch_checks", "deepspeed_checks")
+SEAM += ("launch_checks", "deepspeed_checks", "activations", "traffic")
 TASKS = ("text_column", "label_column", "prompt", "accuracy", "perplexity_of", "rouge")
 
 
@@ -213,6 +214,8 @@ def test_the_seam(name):
 def test_flags_and_help(name):
     sharded = ["layerwise_generation"] if any(part in name for part in ("zero3", "fsdp")) else []
     sharded += ["bnb_4bit_quant_storage", "optim"] if "qlora" in name else []
+    sharded += CHECKPOINTING_FLAGS if name == "causal_lm_full_zero3" else []
+    sharded += ["comm_hook", "power_sgd_rank"] if name.endswith("_compressed") else []
     sharded += RESUME_FLAGS if name.endswith("_resume") else []
     own = {*FLAGS, *(LORA_FLAGS if "lora" in name else []), *sharded}
     own -= {"lr_scheduler_type"} if name.endswith("_config") else set()  # DeepSpeed's config has it

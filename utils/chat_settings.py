@@ -18,6 +18,7 @@ from peft import PeftConfig
 from transformers import AutoConfig
 from transformers.utils import is_liger_kernel_available
 
+from utils.activations import settle_checkpointing
 from utils.checkpoint import checkpoints
 from utils.environment import launched_precision, launched_strategy, shards_parameters, uses_gpu
 from utils.errors import or_refuse, refuse, say
@@ -61,6 +62,7 @@ def read_chat_settings(Config, auto_model):
     check_combinations(config)
     check_trackers(config.report_to)
     say_what_is_unused(config)
+    settle_checkpointing(config)
     resolve(config)
     view, base = as_lesson(config)
     check_numbers(view)

@@ -30,7 +30,9 @@ def allow_skipping(accelerator, model):
     unused = [name for name, _ in model.named_parameters() if "_global" in name]  # of LED
     blocks = skipping_blocks(model)
     if accelerator.deepspeed_plugin is None and (blocks or unused):
-        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+        # keeps the other settings of a handler that the script has given
+        accelerator.ddp_handler = accelerator.ddp_handler or DistributedDataParallelKwargs()
+        accelerator.ddp_handler.find_unused_parameters = True
     elif blocks and accelerator.deepspeed_plugin.zero_stage == 3:
         from deepspeed.utils import set_z3_leaf_modules  # a large import
 

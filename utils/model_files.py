@@ -20,6 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.core_model_loading import WeightConverter, rename_source_key
 
+from utils.activations import check_checkpointing
 from utils.environment import launched_precision, launched_strategy
 from utils.errors import first_line, or_refuse, refuse, say
 from utils.experts import skipping_blocks
@@ -273,6 +274,7 @@ def check_layers(config, culprit, skeleton):
             f"{culprit} has experts that a process calls only for some rows; fsdp1 would wait for "
             "the other processes forever: take a script for zero3, or launch with configs/ddp.yaml"
         )
+    check_checkpointing(config, culprit, skeleton)
     if {"target_modules", "lora_dropout"} <= set(flags):  # not a script with another method
         check_lora(config, skeleton)
 

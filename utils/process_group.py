@@ -157,7 +157,7 @@ def use_all_cores():
 
 def turn_off_gpu_settings():
     """Turn off the settings of FSDP that raise without a GPU; return those that were on."""
-    settings = ["OFFLOAD_PARAMS"]
+    settings = ["OFFLOAD_PARAMS", "ACTIVATION_CHECKPOINTING_OFFLOAD"]
     if os.environ.get("FSDP_VERSION", "1") == "1":
         settings += ["CPU_RAM_EFFICIENT_LOADING", "SYNC_MODULE_STATES"]
     found = [name for name in settings if os.environ.get(f"FSDP_{name}") == "true"]

@@ -22,6 +22,8 @@ FREE = (
     "num_samples",
     "max_new_tokens",
     "layerwise_generation",
+    "gradient_checkpointing_every_n_layers",
+    "gradient_checkpointing_offload",
 )
 FREE_PREFIXES = ("log", "eval", "save", "push", "hub")
 # Settings that name files or folders -> the name of their content in a run's identity. A resumed

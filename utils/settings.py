@@ -11,6 +11,7 @@ import sys
 
 from transformers import HfArgumentParser
 
+from utils.activations import settle_checkpointing
 from utils.environment import settle_environment
 from utils.errors import or_refuse, refuse, say
 from utils.folders import check_output, lock_folder
@@ -26,6 +27,7 @@ POSITIVE = (
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
+    "gradient_checkpointing_every_n_layers",
     "learning_rate",
     "num_train_epochs",
     "logging_steps",
@@ -74,6 +76,7 @@ def read_settings(Config, strategies, auto_model, base, optimizer_in_config=Fals
     check_numbers(config)
     check_launch(config, strategies, base, optimizer_in_config)
     check_output(config)
+    settle_checkpointing(config)
     if "checkpoint_dir" in vars(config):
         folder = lock_folder("checkpoint_dir", config.checkpoint_dir)
         or_refuse(f"--checkpoint_dir {folder}", folder.mkdir, exist_ok=True)

@@ -71,6 +71,8 @@ CORRECT = {
     "seq2seq_lora_zero3_offload": 130,
     "memory_falls": 160,
     "memory_qlora": 160,
+    "offload_checkpoints": 160,
+    "two_hooks": 160,
     "two_zero3_bf16": 130,
     "two_fsdp1_bf16": 130,
     "two_fsdp2_bf16": 130,

@@ -83,6 +83,7 @@ ALONE = {
 }
 GUIDES = ("lora_fsdp", "lora_zero3", "qlora_fsdp", "qlora_zero3")
 DETERMINISTIC = ("--deterministic",)
+HOOKED = "causal_lm_full_ddp_compressed"
 
 
 def alone(name, work):
@@ -310,6 +311,50 @@ def memory_qlora(work):
     return runs, check
 
 
+def offload_checkpoints(work):
+    """Layer inputs in CPU memory reduce the GPU's, and change no loss. So does every second layer.
+
+    Compared are no checkpointing, every second layer, every layer, and every layer with offload.
+    """
+    flags = ("--model_name_or_path", work / "inputs" / "large", *LORA, *CHAT, "--max_steps", 2)
+    flags += ("--max_length", 512, "--eval_strategy", "no", "--gradient_checkpointing")
+    variants = {"none": ("--gradient_checkpointing", False)}
+    variants |= {"second": ("--gradient_checkpointing_every_n_layers", 2), "every": ()}
+    variants |= {"offload": ("--gradient_checkpointing_offload",)}
+    runs = [
+        Run(f"checkpoints_{name}", "chat_sft", "single", (*flags, *more), precision="bf16")
+        for name, more in variants.items()
+    ]
+
+    def check(none, *others):
+        for one in others:
+            compare(one, none, TOLERANCE["bf16"])
+        found = list(map(peaks, (none, *others)))
+        told = ", ".join(f"{name} {mb(peak)}" for name, peak in zip(variants, found))
+        assert GPUS == 0 or found == sorted(found, reverse=True), told
+        return f"GPU peak MB of training: {told}"
+
+    return runs, check
+
+
+def hooks(work):
+    """DDP's communication hooks on two processes: the losses stay close to those of plain DDP."""
+    flags = (*lesson(work, "causal_lm_full", "no"), "--per_device_train_batch_size", 2)
+    runs = [
+        Run(f"hook_{hook}", HOOKED, "ddp", (*flags, "--comm_hook", hook), 2)
+        for hook in ("no", "bf16", "power_sgd")
+    ]
+
+    def check(plain, bf16, power_sgd):
+        line = compare(bf16, plain, 5e-2)
+        # PowerSGD compresses from the third update on
+        first = difference(power_sgd["losses"][:3], plain["losses"][:3])
+        assert first < 1e-3 and power_sgd["losses"][-1] < power_sgd["losses"][0], power_sgd
+        return f"bf16: {line}; PowerSGD: last loss {power_sgd['losses'][-1]:.3f}"
+
+    return runs, check
+
+
 def liger(work):
     """chat_sft must have the same losses with Liger's kernels and without."""
     runs = []
@@ -327,6 +372,7 @@ STEPS |= {f"two_chat_{name}_bf16": partial(two_chats, name, "bf16") for name in 
 STEPS |= {f"guide_{name}": partial(guide, name) for name in GUIDES}
 STEPS |= {"resume_lesson": resume_lesson, "resume_chat": resume_chat, "liger": liger}
 STEPS |= {"memory_falls": memory_falls, "memory_qlora": memory_qlora}
+STEPS |= {"offload_checkpoints": offload_checkpoints, "two_hooks": hooks}
 
 
 def make(name, folder):
