@@ -51,7 +51,8 @@ from utils.memory import MemoryTracker
 from utils.packing import build_loader, pack, shuffled_sequences, stream_sequences
 from utils.results import Progress, WeightFiles, collect_metrics, end_run, print_saved
 from utils.results import print_scores
-from utils.resuming import check_resumed, find_run, identify, remove_earlier_run, restore_progress
+from utils.resuming import check_resumed, find_run, identify, per_update, remove_earlier_run
+from utils.resuming import restore_progress
 from utils.run_log import RunLog, is_due, tracker_options
 from utils.signals import StopSignals, UpdateReader, say_stopped
 from utils.splits import read_splits
@@ -327,8 +328,7 @@ def build_dataloaders(config, accelerator, tokenizer, rows, state, num_added):
         per_update = size * config.gradient_accumulation_steps * accelerator.num_processes
         max_steps = math.ceil(config.num_train_epochs * (num_sequences / per_update))
     whose = (accelerator.process_index, accelerator.num_processes)
-    start = state["step"] * config.gradient_accumulation_steps  # in micro-batches of a process
-    loader = build_loader(sequences, documents, size, start, *whose, workers)
+    loader = build_loader(sequences, documents, size, state["sequences"], *whose, workers)
     return Data(loader, num_sequences, max_steps, examples, facts, date, valid_batches, prompts)
 
 
@@ -650,6 +650,7 @@ def save(config, accelerator, model, files, optimizer, log, identity, last_good)
     progress, step = log.progress, len(log.progress.updates)
     state = {"updates": progress.updates, "evaluations": progress.evaluations}
     state |= {"seconds": log.seconds, "identity": identity}
+    state |= {"sequences": step * per_update(identity)}  # read so far, on any number of processes
     weights = gather_trained(accelerator, model)
     if not all(value.isfinite().all() for value in weights.values()):
         progress.close()

@@ -5,12 +5,13 @@ the backward of attention sums in an order that varies.
 
 A folder `checkpoint-<update>` holds the trained weights as the script writes them, and a
 safetensors file per process: its part of the trainable parameters in full precision, the state of
-the optimizer, and the states of the random number generators. `state.json` is written last; it
-names every file with its bytes and SHA-256. Everything is written into a hidden folder, flushed to
-the disk and renamed. So a process that is killed leaves a complete checkpoint or none. Nothing is
-ever unpickled.
+the optimizer, and the states of the random number generators. It also says which part that is
+(pieces.py), so that a run can resume on another number of processes; not bit for bit then.
+`state.json` is written last; it names every file with its bytes and SHA-256. Everything is written
+into a hidden folder, flushed to the disk and renamed. So a process that is killed leaves a complete
+checkpoint or none. Nothing is ever unpickled.
 
-This file imports no other file of the project and can be copied along with a script.
+This file imports no other file of the project but pieces.py and can be copied along with a script.
 """
 
 import hashlib
@@ -19,15 +20,18 @@ import os
 import random
 import re
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy
 import torch
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType, gather_object, set_seed
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor
+
+from utils.pieces import PieceError, pieces_of, read_pieces
 
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
@@ -120,7 +124,7 @@ def restore_training_state(accelerator, optimizer, tensors, numbers):
     """Put back in place what `training_state` returned.
 
     Raises:
-        CheckpointError: the tensors have other names or shapes.
+        PieceError: the tensors have other names or shapes.
     """
     inner, masters = stepped(accelerator, optimizer)
     # AdamW counts its steps on the CPU, unless it runs as one kernel
@@ -130,7 +134,7 @@ def restore_training_state(accelerator, optimizer, tensors, numbers):
             own = of_parameter(tensors, index)
             value, shape = own.pop("value", None), local(master).shape
             if value is None or value.shape != shape:
-                raise CheckpointError(f"it holds no value of shape {tuple(shape)} for {index}")
+                raise PieceError(f"it holds no value of shape {tuple(shape)} for {index}")
             local(master).copy_(value)
             for key, state in own.items():
                 if key != "step" or on_device:
@@ -250,6 +254,10 @@ def save_checkpoint(accelerator, output_dir, step, optimizer, state, write_weigh
         remove_unfinished(output_dir)
         folder.mkdir(parents=True)
         write_weights(folder)
+    try:
+        pieces = pieces_of(accelerator, stepped(accelerator, optimizer)[1])
+    except PieceError as error:
+        raise CheckpointError(str(error)) from error
     tensors, numbers = training_state(accelerator, optimizer)
     if is_replicated(accelerator) and not accelerator.is_main_process:
         tensors, numbers = {}, {}
@@ -261,7 +269,7 @@ def save_checkpoint(accelerator, output_dir, step, optimizer, state, write_weigh
             f"process {accelerator.process_index} does not see {folder}: give all machines the "
             "same folder"
         )
-    save_file(tensors, file, {"numbers": json.dumps(numbers)})
+    save_file(tensors, file, {"numbers": json.dumps(numbers), "pieces": json.dumps(pieces)})
     mask = os.umask(0)
     os.umask(mask)
     file.chmod(0o666 & ~mask)  # safetensors writes with 0600, whatever the umask says
@@ -396,28 +404,37 @@ def load_checkpoint(accelerator, folder, optimizer):
     Call it after `accelerator.prepare` and before the first forward: a unit that FSDP2 or ZeRO-3
     keeps gathered after a forward would keep its old values.
 
+    On another number of processes every process assembles its part from the files of all. Then it
+    draws other random numbers than any process of the interrupted run would have drawn.
+
     Args:
         folder: the checkpoint.
         optimizer: from `prepare`.
 
     Raises:
-        CheckpointError: the files are of another number of processes, or of other parameters.
+        CheckpointError: the files cannot be read, or hold other parameters, or the state of an
+            optimizer that cannot be divided among another number of processes.
     """
     own = folder / process_file(accelerator, accelerator.process_index)
-    values = folder / process_file(accelerator, 0) if is_replicated(accelerator) else own
-    tensors, numbers, random_states = {}, {}, {}
+    paths = sorted(folder.glob("process-*-of-*.safetensors"))
     try:
-        with safe_open(values, framework="pt") as file:
-            numbers = json.loads(file.metadata()["numbers"])
-            tensors = {
-                name: file.get_tensor(name)
-                for name in file.keys()
-                if not name.startswith("random.")
-            }
-        with safe_open(own, framework="pt") as file:
-            states = [name for name in file.keys() if name.startswith("random.")]
-            random_states = {name.removeprefix("random."): file.get_tensor(name) for name in states}
-    except (OSError, SafetensorError) as error:
+        with ExitStack() as stack:
+            files = {path: stack.enter_context(safe_open(path, framework="pt")) for path in paths}
+            _, masters = stepped(accelerator, optimizer)
+            pieces, shapes = pieces_of(accelerator, masters), [local(one).shape for one in masters]
+            source = paths[0] if is_replicated(accelerator) else own
+            tensors, numbers = read_pieces(files, source, pieces, shapes)
+            restore_training_state(accelerator, optimizer, tensors, numbers)
+            restore_random_state(tensors_of(files.get(own, files[paths[0]]), "random."))
+    except (OSError, SafetensorError, IndexError) as error:
         raise CheckpointError(f"{own} cannot be read ({error})") from error
-    restore_training_state(accelerator, optimizer, tensors, numbers)
-    restore_random_state(random_states)
+    except PieceError as error:
+        raise CheckpointError(f"{folder} cannot be resumed here: {error}") from error
+    if own not in paths:  # seeds that no other process has, nor this one at another update
+        set_seed(int(torch.randint(2**31, ())), device_specific=True)
+
+
+def tensors_of(file, prefix):
+    """Return the tensors of an open file whose names begin with a prefix, named without it."""
+    names = [name for name in file.keys() if name.startswith(prefix)]
+    return {name.removeprefix(prefix): file.get_tensor(name) for name in names}

@@ -1,6 +1,8 @@
 """What a run of chat_sft takes over from the checkpoint that it resumes."""
 
 import hashlib
+import math
+import os
 from pathlib import Path
 
 from utils.checkpoint import CheckpointError, check_same_run, checkpoints, find_checkpoint
@@ -10,6 +12,9 @@ from utils.errors import refusing, say
 from utils.saving import earlier_files
 
 START = {"step": 0, "updates": [], "evaluations": [], "seconds": 0.0, "identity": {}}
+START |= {"sequences": 0}
+# Only their product must be that of the interrupted run: the sequences of an update.
+SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes")
 # Settings that may differ between a run and the one whose checkpoint it resumes: they do not change
 # what is trained.
 FREE = (
@@ -44,17 +49,50 @@ def find_run(config):
     Returns:
         folder: the checkpoint, or None for a new run.
         step: number of updates made.
-        state: step, updates, evaluations, seconds and identity, as `save_checkpoint` got them. For
-            a new run those of START.
+        state: step, updates, evaluations, seconds, identity and sequences (how many were read), as
+            `save_checkpoint` got them. For a new run those of START.
     """
     with refusing(CheckpointError):
         folder = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
         if folder:
-            state = read_state(folder, needed=tuple(START))
+            state = read_state(folder, needed=("updates", "evaluations", "seconds", "identity"))
+            check_split(folder, state["identity"], config)
+            # older checkpoints lack it
+            state.setdefault("sequences", state["step"] * per_update(state["identity"]))
             return folder, state["step"], state
     if config.resume_from_checkpoint.lower() == "true":
         say(f"{config.output_dir} holds no complete checkpoint: the run starts from the beginning.")
     return None, 0, START
+
+
+def per_update(identity):
+    """Return how many sequences an update reads, on all processes together."""
+    return math.prod(identity[name] for name in SPLIT)
+
+
+def check_split(folder, then, config):
+    """Stop if an update would read more or fewer sequences than in the interrupted run.
+
+    Args:
+        then: identity of that run.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    now = [getattr(config, name) for name in SPLIT[:2]]
+    wanted, found = per_update(then), math.prod(now) * processes
+    if wanted == found:
+        return
+    fits = wanted // processes
+    pairs = [f"{size} and {fits // size}" for size in range(fits, 0, -1) if fits % size == 0]
+    divisors = [str(one) for one in range(1, wanted + 1) if wanted % one == 0]
+    if wanted % processes:
+        remedy = f"launch a number of processes that divides {wanted}: {', '.join(divisors)}"
+    else:
+        remedy = f"give {' or '.join(pairs)}"
+    raise CheckpointError(
+        f"{folder} was made with {wanted} sequences per update, and --per_device_train_batch_size "
+        f"{now[0]} --gradient_accumulation_steps {now[1]} on {processes} processes make {found}: "
+        f"{remedy}"
+    )
 
 
 def identify(config, accelerator, data):
@@ -111,11 +149,15 @@ def content_of(place):
 
 
 def by_content(then, now):
-    """Return both identities without the names of files whose content is the same.
+    """Return both identities without what may differ, such as names of files of the same content.
 
     Older checkpoints hold only the names. Then both names must lead to the same place.
     """
     then, now = dict(then), dict(now)
+    for name in SPLIT:  # `check_split` has compared their product
+        then.pop(name, None), now.pop(name)
+    if {then.get("strategy"), now["strategy"]} <= {"single", "ddp"}:  # every process holds all
+        then.pop("strategy", None), now.pop("strategy")
     for place, known in PLACES.items():
         old, new = then.pop(known, None), now.pop(known)
         was, is_now = then.get(place, ""), now.get(place, "")
@@ -150,6 +192,16 @@ def check_resumed(folder, state, identity, max_steps):
                 f"{folder} is of update {state['step']}, and the run ends after {max_steps}: give "
                 "more --max_steps"
             )
+    names = [name for name in SPLIT if state["identity"][name] != identity[name]]
+    if names:
+        told = ", ".join(
+            f"{name} {state['identity'][name]} (now {identity[name]})" for name in names
+        )
+        say(
+            f"{folder} was made with {told}: every update reads the same sequences, but the run is "
+            "not bit-equal to one that was not stopped, as sums are rounded in another order and "
+            "dropout draws other numbers."
+        )
 
 
 def restore_progress(progress, state):
