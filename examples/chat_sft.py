@@ -51,8 +51,7 @@ from utils.memory import MemoryTracker
 from utils.packing import build_loader, pack, shuffled_sequences, stream_sequences
 from utils.results import Progress, WeightFiles, collect_metrics, end_run, print_saved
 from utils.results import print_scores
-from utils.resuming import check_resumed, find_run, identify, per_update, remove_earlier_run
-from utils.resuming import restore_progress
+from utils.resuming import check_resumed, find_run, identify, remove_earlier_run, restore_progress
 from utils.run_log import RunLog, is_due, tracker_options
 from utils.signals import StopSignals, UpdateReader, say_stopped
 from utils.splits import read_splits
@@ -650,7 +649,7 @@ def save(config, accelerator, model, files, optimizer, log, identity, last_good)
     progress, step = log.progress, len(log.progress.updates)
     state = {"updates": progress.updates, "evaluations": progress.evaluations}
     state |= {"seconds": log.seconds, "identity": identity}
-    state |= {"sequences": step * per_update(identity)}  # read so far, on any number of processes
+    state |= {"sequences": step * identity["sequences_per_update"]}
     weights = gather_trained(accelerator, model)
     if not all(value.isfinite().all() for value in weights.values()):
         progress.close()

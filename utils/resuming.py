@@ -1,7 +1,6 @@
 """What a run of chat_sft takes over from the checkpoint that it resumes."""
 
 import hashlib
-import math
 import os
 from pathlib import Path
 
@@ -13,8 +12,10 @@ from utils.saving import earlier_files
 
 START = {"step": 0, "updates": [], "evaluations": [], "seconds": 0.0, "identity": {}}
 START |= {"sequences": 0}
-# Only their product must be that of the interrupted run: the sequences of an update.
-SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes")
+# How an update is split among processes. A resumed run may split it in another way, if as many
+# sequences are read per update.
+PER_UPDATE = "sequences_per_update"
+SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes", "strategy")
 # Settings that may differ between a run and the one whose checkpoint it resumes: they do not change
 # what is trained.
 FREE = (
@@ -56,33 +57,34 @@ def find_run(config):
         folder = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
         if folder:
             state = read_state(folder, needed=("updates", "evaluations", "seconds", "identity"))
-            check_split(folder, state["identity"], config)
+            processes = int(os.environ.get("WORLD_SIZE", 1))
+            check_split(folder, state["identity"], config, processes)
             # older checkpoints lack it
-            state.setdefault("sequences", state["step"] * per_update(state["identity"]))
+            state.setdefault("sequences", state["step"] * per_update(config, processes))
             return folder, state["step"], state
     if config.resume_from_checkpoint.lower() == "true":
         say(f"{config.output_dir} holds no complete checkpoint: the run starts from the beginning.")
     return None, 0, START
 
 
-def per_update(identity):
+def per_update(config, processes):
     """Return how many sequences an update reads, on all processes together."""
-    return math.prod(identity[name] for name in SPLIT)
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
 
 
-def check_split(folder, then, config):
+def check_split(folder, then, config, processes):
     """Stop if an update would read more or fewer sequences than in the interrupted run.
 
     Args:
         then: identity of that run.
+        processes: number of processes of this run.
     """
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    now = [getattr(config, name) for name in SPLIT[:2]]
-    wanted, found = per_update(then), math.prod(now) * processes
+    found = per_update(config, processes)
+    wanted = then.get(PER_UPDATE, found)  # older checkpoints lack it
     if wanted == found:
         return
     fits = wanted // processes
-    pairs = [f"{size} and {fits // size}" for size in range(fits, 0, -1) if fits % size == 0]
+    pairs = [f"{one} and {fits // one}" for one in range(fits, 0, -1) if fits % one == 0]
     divisors = [str(one) for one in range(1, wanted + 1) if wanted % one == 0]
     if wanted % processes:
         remedy = f"launch a number of processes that divides {wanted}: {', '.join(divisors)}"
@@ -90,8 +92,8 @@ def check_split(folder, then, config):
         remedy = f"give {' or '.join(pairs)}"
     raise CheckpointError(
         f"{folder} was made with {wanted} sequences per update, and --per_device_train_batch_size "
-        f"{now[0]} --gradient_accumulation_steps {now[1]} on {processes} processes make {found}: "
-        f"{remedy}"
+        f"{config.per_device_train_batch_size} --gradient_accumulation_steps "
+        f"{config.gradient_accumulation_steps} on {processes} processes make {found}: {remedy}"
     )
 
 
@@ -116,6 +118,7 @@ def identify(config, accelerator, data):
     return {name: value for name, value in vars(config).items() if name not in free} | {
         **contents,
         **dated,
+        PER_UPDATE: per_update(config, accelerator.num_processes),
         "strategy": launched_strategy(),
         "num_processes": accelerator.num_processes,
         "data": data.facts,
@@ -154,10 +157,11 @@ def by_content(then, now):
     Older checkpoints hold only the names. Then both names must lead to the same place.
     """
     then, now = dict(then), dict(now)
-    for name in SPLIT:  # `check_split` has compared their product
-        then.pop(name, None), now.pop(name)
-    if {then.get("strategy"), now["strategy"]} <= {"single", "ddp"}:  # every process holds all
-        then.pop("strategy", None), now.pop("strategy")
+    if PER_UPDATE in then:
+        for name in SPLIT:
+            del then[name], now[name]
+    else:  # an older checkpoint, which does not say which part each process holds
+        del now[PER_UPDATE]
     for place, known in PLACES.items():
         old, new = then.pop(known, None), now.pop(known)
         was, is_now = then.get(place, ""), now.get(place, "")
@@ -192,11 +196,9 @@ def check_resumed(folder, state, identity, max_steps):
                 f"{folder} is of update {state['step']}, and the run ends after {max_steps}: give "
                 "more --max_steps"
             )
-    names = [name for name in SPLIT if state["identity"][name] != identity[name]]
-    if names:
-        told = ", ".join(
-            f"{name} {state['identity'][name]} (now {identity[name]})" for name in names
-        )
+    then = state["identity"]
+    if names := [name for name in SPLIT if then[name] != identity[name]]:
+        told = ", ".join(f"{name} {then[name]} (now {identity[name]})" for name in names)
         say(
             f"{folder} was made with {told}: every update reads the same sequences, but the run is "
             "not bit-equal to one that was not stopped, as sums are rounded in another order and "

@@ -1,10 +1,11 @@
-"""Which part of which parameter a stored tensor holds, so that another process can find it.
+"""What the optimizer of a process steps, and which part of which parameter that is.
 
-A strategy divides the trainable parameters differently among another number of processes: ZeRO cuts
-a flat tensor of several parameters, or each parameter, FSDP1 the flat tensor of a unit, FSDP2 the
-rows of a parameter; all add padding. So each tensor that a process steps is described by its
-pieces (name, start, offset, length): the elements `start` to `start + length` of the flattened
-parameter `name` begin at element `offset` of the flattened tensor. Padding belongs to no piece.
+A strategy divides the trainable parameters among the processes: ZeRO-1 and 2 cut a flat tensor of
+all parameters, ZeRO-3 each parameter, FSDP1 the flat tensor of a unit, FSDP2 the rows of each
+parameter; all but FSDP2 add padding. So each tensor that a process steps is described by its pieces
+(name, start, offset, length): the elements `start` to `start + length` of the flattened parameter
+`name` begin at element `offset` of the flattened tensor. Padding belongs to no piece. By its pieces
+a tensor is found again by other processes, in another number or under another strategy.
 
 This file imports no other file of the project and can be copied along with a script.
 """
@@ -23,21 +24,159 @@ SCALERS = ("scaler", "loss_scaler")  # of the loss: numbers that belong to no pa
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
-class PieceError(Exception):
-    """A process needs values that the checkpoint does not hold; the message says which."""
+class StateError(Exception):
+    """A state cannot be saved, or a checkpoint does not hold what a process needs."""
 
 
-# What a process holds -----------------------------------------------------------------------------
+# What a process steps -----------------------------------------------------------------------------
+def stepped(accelerator, optimizer):
+    """Return the inner optimizer and the tensors that it steps in this process, in a fixed order.
+
+    Under DeepSpeed these are the engine's flat partitions in full precision. Otherwise they are the
+    trainable parameters: in full, or under FSDP this process's shards.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        zero = accelerator.deepspeed_engine_wrapped.engine.optimizer
+        stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
+        masters = (
+            zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups
+        )
+        if any(master is None or not master.numel() for master in masters):
+            raise StateError("the optimizer is offloaded to NVMe, which cannot be saved")
+        return zero.optimizer, list(masters)
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer, [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def local(tensor):
+    """Return the part of a tensor that this process holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def training_state(accelerator, optimizer):
+    """Return the tensors and numbers that this process steps.
+
+    These are its part of the trainable parameters, the optimizer's state, and the loss scale.
+
+    Returns:
+        name -> tensor on the CPU, and name -> number. Names begin with the index of the parameter.
+    """
+    inner, masters = stepped(accelerator, optimizer)
+    tensors, numbers = {}, {}
+    for index, master in enumerate(masters):
+        tensors[f"{index}.value"] = local(master).detach()
+        for key, value in inner.state.get(master, {}).items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}.{key}"] = local(value).detach()
+            else:
+                numbers[f"{index}.{key}"] = value
+    if accelerator.scaler is not None:
+        numbers["scaler"] = accelerator.scaler.state_dict()
+    if scaler := engine_scaler(accelerator):
+        values = vars(scaler).items()
+        numbers["loss_scaler"] = {name: one for name, one in values if type(one) in (int, float)}
+    return {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}, numbers
+
+
+def restore_training_state(accelerator, optimizer, tensors, numbers):
+    """Put back in place what `training_state` returned.
+
+    Raises:
+        StateError: the tensors have other names or shapes.
+    """
+    inner, masters = stepped(accelerator, optimizer)
+    # AdamW counts its steps on the CPU, unless it runs as one kernel
+    on_device = any(group.get("fused") or group.get("capturable") for group in inner.param_groups)
+    with torch.no_grad():
+        for index, master in enumerate(masters):
+            own = of_parameter(tensors, index)
+            value, shape = own.pop("value", None), local(master).shape
+            if value is None or value.shape != shape:
+                raise StateError(f"it holds no value of shape {tuple(shape)} for {index}")
+            local(master).copy_(value)
+            for key, state in own.items():
+                if key != "step" or on_device:
+                    state = state.to(local(master).device)
+                if isinstance(master, DTensor) and state.shape == shape:
+                    layout = {"shape": master.shape, "stride": master.stride()}
+                    mesh, placements = master.device_mesh, master.placements
+                    state = DTensor.from_local(state, mesh, placements, run_check=False, **layout)
+                inner.state[master][key] = state
+            for key, number in of_parameter(numbers, index).items():
+                inner.state[master][key] = number
+            count_steps(inner, inner.state[master], local(master).device if on_device else "cpu")
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(loss_scale(numbers, "scaler"))
+    if (scaler := engine_scaler(accelerator)) and scaler.dynamic:
+        vars(scaler).update(loss_scale(numbers, "loss_scaler"))
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        publish_values(accelerator.deepspeed_engine_wrapped.engine.optimizer)
+
+
+def loss_scale(numbers, name):
+    """Return the state of the loss scaler of fp16; StateError if it is another strategy's."""
+    if name not in numbers:
+        raise StateError("the loss scale is of another strategy: launch the same, or without fp16")
+    return numbers[name]
+
+
+def count_steps(optimizer, state, device):
+    """Turn the count of steps into what the optimizer takes: torch's a tensor, DeepSpeed's an int.
+
+    Args:
+        state: of a parameter, in place.
+        device: of the tensor.
+    """
+    step, library = state.get("step"), type(optimizer).__module__.partition(".")[0]
+    if library == "torch" and isinstance(step, int):
+        state["step"] = torch.tensor(float(step), device=device)
+    if library == "deepspeed" and isinstance(step, torch.Tensor):
+        state["step"] = int(step)
+
+
+def of_parameter(entries, index):
+    """Return key -> value of the entries named `index`.key."""
+    prefix = f"{index}."
+    return {
+        name.removeprefix(prefix): value
+        for name, value in entries.items()
+        if name.startswith(prefix)
+    }
+
+
+def engine_scaler(accelerator):
+    """Return DeepSpeed's loss scaler for fp16; None without DeepSpeed."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return None
+    return accelerator.deepspeed_engine_wrapped.engine.optimizer.loss_scaler
+
+
+def publish_values(zero):
+    """Copy DeepSpeed's values in full precision into the model's parameters, as its step does.
+
+    Collective.
+    """
+    if not hasattr(zero, "fp32_partitioned_groups_flat"):
+        zero.update_lp_params()
+        return
+    zero._partition_all_parameters()
+    for index in range(len(zero.fp32_partitioned_groups_flat)):
+        zero._reassign_or_swap_out_partitioned_parameters(index)
+    if zero.persistent_parameters:  # small ones, which every process keeps in full
+        zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+    zero.invalidate_secondary_tensor()
+
+
+# Which part of which parameter that is ------------------------------------------------------------
 def pieces_of(accelerator, masters):
     """Return for each tensor that this process steps the list of its pieces.
-
-    Without DeepSpeed and FSDP every process steps the same full tensors, and the list is empty.
 
     Args:
         masters: the tensors, in the order of the optimizer, after `prepare`.
 
     Raises:
-        PieceError: a tensor is not a part of the model, or is divided in an unknown way.
+        StateError: a parameter is divided in an unknown way.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         engine = accelerator.deepspeed_engine_wrapped.engine
@@ -45,19 +184,17 @@ def pieces_of(accelerator, masters):
         if hasattr(engine.optimizer, "fp32_partitioned_groups_flat"):
             return [stage3_pieces(group, names) for group in engine.optimizer.fp16_groups]
         return stage2_pieces(engine.optimizer, names)
-    if accelerator.distributed_type != DistributedType.FSDP:
-        return []
     names, flat = {}, {}
     for model in accelerator._models:
         names |= names_of(accelerator.unwrap_model(model))
         for path, unit in model.named_modules():
             if isinstance(unit, FSDP) and unit._handle is not None:
-                flat[id(unit._handle.flat_param)] = path, unit._handle.flat_param
-    if unknown := [one for one in masters if id(one) not in flat and id(one) not in names]:
-        raise PieceError(f"a parameter of shape {tuple(unknown[0].shape)} belongs to no model")
+                flat[id(unit._handle.flat_param)] = path
     return [
-        fsdp1_pieces(*flat[id(one)]) if id(one) in flat else fsdp2_pieces(names[id(one)], one)
-        for one in masters
+        fsdp1_pieces(flat[id(one)], one)
+        if id(one) in flat
+        else parameter_pieces(names.get(id(one), f"parameter {index}"), one)
+        for index, one in enumerate(masters)
     ]
 
 
@@ -116,13 +253,13 @@ def fsdp1_pieces(path, flat):
     ]
 
 
-def fsdp2_pieces(name, parameter):
-    """Return the piece of a parameter under FSDP2: this process's rows; a scalar in full."""
+def parameter_pieces(name, parameter):
+    """Return the piece of a parameter: all of it, or under FSDP2 this process's rows."""
     if not isinstance(parameter, DTensor):
         return [(name, 0, 0, parameter.numel())]
     mesh, placements = parameter.device_mesh, parameter.placements
     if any(one not in (Shard(0), Replicate()) for one in placements):
-        raise PieceError(f"{name} is divided as {placements}, not by rows")
+        raise StateError(f"{name} is divided as {placements}, not by rows")
     _, (row, *_) = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
     length, row_size = parameter.to_local().numel(), parameter.numel() // parameter.shape[0]
     return [(name, row * row_size, 0, length)] if length else []
@@ -163,7 +300,7 @@ class Stored:
         while at < end:
             found = [one for one in self.sources.get(name, ()) if 0 <= at - one.start < one.length]
             if not found:
-                raise PieceError(f"it holds no element {at} of {name}")
+                raise StateError(f"it holds no element {at} of {name}")
             source = found[0]
             taken = min(end, source.start + source.length) - at
             yield source, source.offset + at - source.start, offset + at - start, taken
@@ -194,7 +331,7 @@ class Stored:
         if stored.shape != first.file.get_tensor(f"{first.index}.value").shape:
             if stored.numel() == 1:
                 return stored
-            raise PieceError(
+            raise StateError(
                 f"{key} of the optimizer's state belongs to blocks of elements, which cannot be "
                 "divided anew"
             )
@@ -206,7 +343,7 @@ class Stored:
 
 
 def read_pieces(files, own, pieces, shapes):
-    """Return what `training_state` in checkpoint.py gave, for the tensors of this process.
+    """Return what `training_state` gave, for the tensors of this process.
 
     These are name -> tensor and name -> number. Where the process's own file holds the same pieces,
     they are its content, unchanged. Else they are assembled from all files.
@@ -217,7 +354,7 @@ def read_pieces(files, own, pieces, shapes):
         pieces, shapes: of the tensors that this process steps.
 
     Raises:
-        PieceError: the files do not hold all of it, or it cannot be divided.
+        StateError: the files do not hold all of it, or it cannot be divided.
     """
     pieces = json.loads(json.dumps(pieces))  # as a file holds them
     if own in files and json.loads(files[own].metadata().get("pieces", "null")) in (None, pieces):
@@ -225,7 +362,7 @@ def read_pieces(files, own, pieces, shapes):
         tensors = {name: files[own].get_tensor(name) for name in names}
         return tensors, json.loads(files[own].metadata()["numbers"])
     if any("pieces" not in file.metadata() for file in files.values()):
-        raise PieceError(
+        raise StateError(
             f"it is of an older version, which resumes on as many processes only: {len(files)}"
         )
     stored, tensors = Stored(files.values()), {}
