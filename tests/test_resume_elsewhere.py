@@ -1,4 +1,4 @@
-"""chat_sft resumes on another number of processes: same sequences, same losses within 1e-3."""
+"""chat_sft resumes on another number of processes: same sequences, same losses."""
 
 import json
 import random
@@ -65,12 +65,8 @@ def slow(cases):
     return [pytest.param(*case, marks=pytest.mark.slow) for case in cases if case not in DEFAULT]
 
 
-OTHERS = [
-    (strategy, method, to)
-    for strategy in ("ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2")
-    for method in METHODS
-    for to in (1, 3)
-]
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2")
+OTHERS = [(strategy, method, to) for strategy in STRATEGIES for method in METHODS for to in (1, 3)]
 
 
 @pytest.mark.parametrize("strategy, method, to", [*DEFAULT, *slow(OTHERS)])
@@ -85,7 +81,15 @@ def check(train, strategy, method, was, to):
     assert f"num_processes {was} (now {to})" in output and "not bit-equal" in output
     for name in ("target_tokens", "input_tokens", "learning_rates"):
         assert ours[name] == theirs[name], name
-    print(max(abs(a / b - 1) for a, b in zip(ours["losses"], theirs["losses"])))
     assert ours["losses"][:STOP] == theirs["losses"][:STOP]
-    assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-3)
-    assert ours["grad_norms"] == pytest.approx(theirs["grad_norms"], rel=1e-2)
+    # a step count that is lost, or counted twice, changes the losses by 1e-4
+    assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-5)
+    assert ours["grad_norms"] == pytest.approx(theirs["grad_norms"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("was, to", [(1, 2), (4, 2)])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_one_or_four_processes_resume_elsewhere(train, strategy, method, was, to):
+    check(train, strategy, method, was, to)

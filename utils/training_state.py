@@ -96,8 +96,9 @@ def restore_training_state(accelerator, optimizer, tensors, numbers):
                 raise StateError(f"it holds no value of shape {tuple(shape)} for {index}")
             local(master).copy_(value)
             for key, state in own.items():
-                if key != "step" or on_device:
-                    state = state.to(local(master).device)
+                # a copy: tensors of a file may share its memory with each other
+                where = "cpu" if key == "step" and not on_device else local(master).device
+                state = state.to(where, copy=True)
                 if isinstance(master, DTensor) and state.shape == shape:
                     layout = {"shape": master.shape, "stride": master.stride()}
                     mesh, placements = master.device_mesh, master.placements
