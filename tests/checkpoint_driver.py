@@ -1,7 +1,7 @@
 """Train a small model and save it as the libraries save checkpoints, with the weights beside it.
 
 Run `accelerate launch --config_file CONFIG tests/checkpoint_driver.py MODEL OUTPUT METHOD`, where
-METHOD is full or lora. It writes into the folder OUTPUT:
+METHOD is full, lora, or frozen (in full but for the embedding). It writes into the folder OUTPUT:
 
     state                   what `accelerator.save_state` writes
     engine, engine_trained  DeepSpeed's `save_checkpoint`, the second without frozen parameters
@@ -26,13 +26,13 @@ from utils.saving import plain_name
 SETTINGS = SimpleNamespace(gradient_accumulation_steps=1, max_grad_norm=1.0)
 
 
-def build(folder, method, is_frozen):
-    """Return the model, with LoRA or trained in full, but for its norms if `is_frozen`."""
+def build(folder, method):
+    """Return the model: with LoRA, trained in full, or in full but for its frozen embedding."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if method == "lora":
-        lora = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", use_dora=is_frozen)
-        lora.modules_to_save = None
-        model = get_peft_model(model, lora)
+        lora = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", use_dora=True)
+        return get_peft_model(model, lora)
+    model.get_input_embeddings().requires_grad_(method == "full")
     return model
 
 
@@ -40,7 +40,7 @@ def main(folder, output, method):
     accelerator = start_accelerator()
     torch.manual_seed(0)
     output, is_deepspeed = Path(output), accelerator.deepspeed_plugin is not None
-    model = build(folder, method, False)
+    model = build(folder, method)
     if method == "lora" and accelerator.is_main_process:
         model.peft_config["default"].save_pretrained(output / "adapter")
     batch = {"train_micro_batch_size_per_gpu": 1} if is_deepspeed else {}

@@ -34,7 +34,10 @@ def read_checkpoint(folder):
         stem = "adapter_model" if (folder / "adapter_config.json").is_file() else "model"
         return read_weights(folder, stem, "checkpoint"), None, "chat_sft"
     if found := find_deepspeed(folder):
-        return *read_deepspeed(found), "DeepSpeed"
+        try:
+            return *read_deepspeed(found), "DeepSpeed"
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            fail(f"{found} is not of DeepSpeed's form, or of another version of it: {error!r}")
     if found := find_fsdp(folder):
         return read_fsdp(found), None, "FSDP"
     inside = sorted(path.name for path in folder.glob("checkpoint*") if path.is_dir())
@@ -56,7 +59,7 @@ def check_own(folder):
             fail(f"{folder / name} is not what was written: copy the checkpoint again")
 
 
-def collate_model(arguments, weights, kind, out):
+def collate_model(arguments, weights, trained, kind, out):
     """Write a full model into the folder `out`; return the class that loads it."""
     places = [arguments.checkpoint]
     if arguments.model_name_or_path:
@@ -65,7 +68,9 @@ def collate_model(arguments, weights, kind, out):
     source = model.with_config(places, "config.json", remedy)
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     if kind != "chat_sft":
-        weights = model.name_model(weights, config, source, arguments.model_name_or_path)
+        # only DeepSpeed leaves out frozen weights, if it is asked to
+        base = arguments.model_name_or_path if trained is not None else ""
+        weights = model.name_model(weights, config, source, base)
     wanted = arguments.dtype and getattr(torch, arguments.dtype)
     dtypes = [one.native for one in weights.values() if one.is_floating_point()]
     config.dtype = wanted or max(dtypes, key=dtypes.count)
@@ -93,6 +98,7 @@ def collate_adapter(arguments, weights, trained, kind, out):
     write_model(out, weights, wanted, float("inf"))  # PEFT loads one file
     (out / "model.safetensors").rename(out / "adapter_model.safetensors")
     model.write_adapter_config(source, out, base)
+    places = [model.folder_of(base), *places] if base else places
     copy_tokenizer(out, reversed(places))
     return "AutoPeftModel"
 
@@ -110,7 +116,7 @@ def run(arguments):
         if has_adapter:
             known = collate_adapter(arguments, weights, trained, kind, out)
         else:
-            known = collate_model(arguments, weights, kind, out)
+            known = collate_model(arguments, weights, trained, kind, out)
     report(arguments.output_dir, known)
 
 

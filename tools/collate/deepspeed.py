@@ -100,6 +100,12 @@ def shards(folder, pattern, count):
     return [load(folder / name) for name in names]
 
 
+def processes_of(optimizer):
+    """Return how many processes wrote a checkpoint, by what one of them saved of its optimizer."""
+    counts = optimizer["partition_count"]
+    return max(counts) if isinstance(counts, list) else counts
+
+
 def read_deepspeed(folder):
     """Return the weights of a checkpoint, and the names of the trained ones.
 
@@ -111,13 +117,20 @@ def read_deepspeed(folder):
     found = sorted(path.name for path in folder.glob(f"*{OPTIMIZER}"))
     if not found:
         fail(f"{folder} holds no file *{OPTIMIZER}: the weights in full precision are in them")
-    if parallel := [name for name in found if "_mp_rank_00_" not in name]:
-        fail(f"{folder} holds {parallel[0]}, of tensor parallelism, which cannot be joined here")
-    counts = load(folder / found[0])["optimizer_state_dict"]["partition_count"]
-    count = max(counts) if isinstance(counts, list) else counts
-    prefix = re.match(r"(.*zero_pp_rank_)\d+_mp_rank_00", found[0])[1]
-    optimizers = shards(folder, f"{prefix}{{}}_mp_rank_00{OPTIMIZER}", count)
+    forms = [re.fullmatch(rf"(.*zero_pp_rank_)\d+_mp_rank_00{OPTIMIZER}", name) for name in found]
+    if None in forms:
+        name = found[forms.index(None)]
+        fail(f"{folder} holds {name}, of tensor or expert parallelism, which is not joined here")
+    prefixes = {form[1] for form in forms}
+    if len(prefixes) > 1:
+        fail(
+            f"{folder} holds files of two runs, {' and '.join(prefixes)}...: delete the older ones"
+        )
+    count = processes_of(load(folder / found[0])["optimizer_state_dict"])
+    optimizers = shards(folder, f"{prefixes.pop()}{{}}_mp_rank_00{OPTIMIZER}", count)
     optimizers = [one["optimizer_state_dict"] for one in optimizers]
+    if any(processes_of(one) != count for one in optimizers):
+        fail(f"{folder} holds files of runs on several numbers of processes: delete the older ones")
     is_stage3 = optimizers[0]["zero_stage"] == 3
     if is_stage3:
         models = shards(folder, f"zero_pp_rank_{{}}_mp_rank_00{MODEL}", count)

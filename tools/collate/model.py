@@ -56,7 +56,8 @@ def name_model(weights, config, source, base):
         weights: name in the model -> Lazy.
         config: of transformers.
         source: folder of the config.
-        base: folder or Hub id of a model that has the frozen weights; "" for none.
+        base: folder or Hub id of a model with frozen weights that the checkpoint may lack; "" if
+            it lacks none.
     """
     model_class = choose_class(config, None, source)
     with torch.device("meta"):
@@ -66,29 +67,28 @@ def name_model(weights, config, source, base):
             model = model_class(config)
     expected, tied = model.state_dict(), model.all_tied_weights_keys
     weights = untied(weights, tied, config)
-    missing = [name for name in expected if name not in weights and name not in tied]
-    if missing and base:
-        lazy = build_model(
-            model_class, config, read_weights(fetch(base, None, "base"), "model", "base")
-        )
-        frozen = lazy.state_dict(keep_vars=True)
-        weights |= {name: frozen[name] for name in missing}
-        print(f"{len(missing)} weights are not in the checkpoint: taken from {base}.")
-    elif missing:
+    if unknown := [name for name in weights if name not in expected]:
         fail(
-            f"the checkpoint lacks {len(missing)} weights of a {model_class.__name__}, the first "
-            f"is {missing[0]}: give --model_name_or_path, which has these if they were frozen"
+            f"{len(unknown)} weights are no part of a {model_class.__name__}, the first is "
+            f"{unknown[0]}: give the --model_name_or_path that was trained"
         )
     for name, weight in weights.items():
-        if name in expected and weight.shape != expected[name].shape:
+        if weight.shape != expected[name].shape:
             fail(
                 f"the checkpoint's {name} has shape {tuple(weight.shape)}, and that of {source} "
                 f"{tuple(expected[name].shape)}: give the --model_name_or_path that was trained"
             )
-    if unknown := [name for name in weights if name not in expected]:
-        print(
-            f"{len(unknown)} weights are of no {model_class.__name__}, the first is {unknown[0]}."
+    missing = [name for name in expected if name not in weights and name not in tied]
+    if missing and not base:
+        fail(
+            f"the checkpoint lacks {len(missing)} weights of a {model_class.__name__}, the first "
+            f"is {missing[0]}: save it from all processes, with its frozen weights"
         )
+    if missing:
+        files = read_weights(fetch(base, None, "base"), "model", "base")
+        frozen = build_model(model_class, config, files).state_dict(keep_vars=True)
+        weights |= {name: frozen[name] for name in missing}
+        print(f"{len(missing)} frozen weights are not in the checkpoint: taken from {base}.")
     config.architectures = [model_class.__name__]
     with recording():
         return revert_weight_conversion(model, weights)
