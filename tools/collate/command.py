@@ -21,6 +21,9 @@ from utils.checkpoint import digest
 from utils.errors import fail
 from utils.results import new_folder
 
+LOADERS = {"CAUSAL_LM": "AutoPeftModelForCausalLM", "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM"}
+LOADERS["SEQ_CLS"] = "AutoPeftModelForSequenceClassification"
+LOADERS["TOKEN_CLS"] = "AutoPeftModelForTokenClassification"
 KINDS = "DeepSpeed's, FSDP's and chat_sft's checkpoints are known"
 
 
@@ -42,7 +45,7 @@ def read_checkpoint(folder):
         return read_fsdp(found), None, "FSDP"
     inside = sorted(path.name for path in folder.glob("checkpoint*") if path.is_dir())
     hint = f", such as {folder / inside[-1]}" if inside else ""
-    fail(f"{folder} is no sharded checkpoint: {KINDS}: give the folder of one{hint}")
+    fail(f"{folder} is no sharded checkpoint ({KINDS}): give the folder of one{hint}")
 
 
 def check_own(folder):
@@ -76,7 +79,7 @@ def collate_model(arguments, weights, trained, kind, out):
     config.dtype = wanted or max(dtypes, key=dtypes.count)
     config.save_pretrained(out)
     write_model(out, weights, wanted, arguments.max_shard_size)
-    for place in reversed(places):  # that of the checkpoint has its new end tokens
+    for place in places:  # the last one wins: the checkpoint's has the run's end tokens
         if (file := place / "generation_config.json").is_file():
             shutil.copyfile(file, out / file.name)
     copy_tokenizer(out, reversed(places))
@@ -100,7 +103,8 @@ def collate_adapter(arguments, weights, trained, kind, out):
     model.write_adapter_config(source, out, base)
     places = [model.folder_of(base), *places] if base else places
     copy_tokenizer(out, reversed(places))
-    return "AutoPeftModel"
+    task = json.loads((out / "adapter_config.json").read_text()).get("task_type")
+    return LOADERS.get(task, "AutoPeftModel")
 
 
 def run(arguments):
@@ -110,10 +114,12 @@ def run(arguments):
     if not arguments.checkpoint.is_dir():
         fail(f"{arguments.checkpoint} is no folder: give that of a checkpoint")
     weights, trained, kind = read_checkpoint(arguments.checkpoint)
-    has_adapter = (arguments.checkpoint / "adapter_config.json").is_file() and kind == "chat_sft"
-    has_adapter = has_adapter or model.is_adapter(weights)
+    for flag in ("model_name_or_path", "adapter_config") if kind == "chat_sft" else ():
+        if getattr(arguments, flag):
+            print(f"--{flag} is unused: a checkpoint of chat_sft holds what is needed.")
+            setattr(arguments, flag, "")
     with new_folder(arguments) as out:
-        if has_adapter:
+        if model.is_adapter(weights):
             known = collate_adapter(arguments, weights, trained, kind, out)
         else:
             known = collate_model(arguments, weights, trained, kind, out)
