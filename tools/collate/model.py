@@ -38,12 +38,7 @@ def with_config(folders, file, remedy):
     for folder in folders:
         if (folder / file).is_file():
             return folder
-    told = " nor ".join(map(str, folders))
-    fail(
-        f"neither {told} holds {file}: {remedy}"
-        if len(folders) > 1
-        else f"{told} holds no {file}: {remedy}"
-    )
+    fail(f"{' and '.join(map(str, folders))} without {file}: {remedy}")
 
 
 # A full model -------------------------------------------------------------------------------------
