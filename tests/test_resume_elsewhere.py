@@ -62,13 +62,16 @@ def train(launch, small, tmp_path_factory):
     """Return a function that runs chat_sft, at most once for the same arguments."""
     folder, outputs = tmp_path_factory.mktemp("runs"), {}
 
-    def train(strategy, method, processes, resumed=None):
-        """Return the output folder and output of a run, which resumes the one of `resumed`."""
-        name = f"{strategy}-{method}-{processes}-{resumed}"
+    def train(strategy, method, processes, resumed=None, source=None):
+        """Return the output folder and output of a run.
+
+        It resumes one of `resumed` processes under the strategy `source`, by default the same one.
+        """
+        name = f"{strategy}-{method}-{processes}-{resumed}-{source}"
         if name not in outputs:
             flags = flags_of(small, method, processes, folder / name)
             if resumed:
-                stopped(train(strategy, method, resumed)[0], folder / name)
+                stopped(train(source or strategy, method, resumed)[0], folder / name)
                 flags += ON
             # FSDP does not run on one process
             is_alone = processes == 1 and strategy.startswith("fsdp")
@@ -121,6 +124,19 @@ def test_two_processes_resume_elsewhere(train, strategy, method, to):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_one_or_four_processes_resume_elsewhere(train, strategy, method, was, to):
     check(train(strategy, method, was)[0], *train(strategy, method, to, was), was, to)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "source, strategy",
+    [("zero3", "fsdp2"), ("fsdp1", "zero2_offload"), ("zero2_offload", "zero3"), ("ddp", "zero1")],
+)
+def test_another_strategy_resumes(train, source, strategy):
+    resumed, output = train(strategy, "full", 2, 2, source)
+    assert f"strategy {source.split('_')[0]} (now {strategy.split('_')[0]})" in output
+    theirs, ours = (read_metrics(one) for one in (train(source, "full", 2)[0], resumed))
+    assert ours["target_tokens"] == theirs["target_tokens"]
+    assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-5)
 
 
 # What is refused, and what older checkpoints lack -------------------------------------------------
