@@ -332,8 +332,7 @@ def build_dataloaders(config, accelerator, tokenizer, rows, state, num_added):
         per_update = size * config.gradient_accumulation_steps * accelerator.num_processes
         max_steps = math.ceil(config.num_train_epochs * (num_sequences / per_update))
     whose = (accelerator.process_index, accelerator.num_processes)
-    start = state["step"] * config.gradient_accumulation_steps  # in micro-batches of a process
-    loader = build_loader(sequences, documents, size, start, *whose, workers)
+    loader = build_loader(sequences, documents, size, state["sequences"], *whose, workers)
     return Data(loader, num_sequences, max_steps, examples, facts, date, valid_batches, prompts)
 
 
@@ -658,6 +657,7 @@ def save(config, accelerator, model, files, optimizer, log, identity, last_good)
     progress, step = log.progress, len(log.progress.updates)
     state = {"updates": progress.updates, "evaluations": progress.evaluations}
     state |= {"seconds": log.seconds, "identity": identity}
+    state |= {"sequences": step * identity["sequences_per_update"]}
     weights = gather_trained(accelerator, model)
     if not all(value.isfinite().all() for value in weights.values()):
         progress.close()

@@ -623,7 +623,7 @@ def test_a_template_with_an_end_of_its_own_needs_no_eos_token(capsys):
 
 def test_a_checkpoint_and_a_merge_hold_a_folder_of_templates(tmp_path, monkeypatch):
     values = {"is_main_process": True, "process_index": 0, "num_processes": 1, "scaler": None}
-    values |= {"distributed_type": "NO", "wait_for_everyone": lambda: None}
+    values |= {"distributed_type": "NO", "wait_for_everyone": lambda: None, "_models": []}
     monkeypatch.setattr(checkpoint, "gather_object", list)
     weight = torch.nn.Parameter(torch.ones(2))
     tokenizer = make_tokenizer("Qwen2Tokenizer", "qwen2")

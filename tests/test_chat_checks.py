@@ -445,13 +445,13 @@ def test_refusals_write_nothing(refused, place):
     assert not (ROOT / "planted").exists() and not list(Path.cwd().glob("ooo*"))
 
 
-def test_a_checkpoint_of_another_number_of_processes_is_refused(launch, place, tmp_path):
+def test_a_checkpoint_with_other_sequences_per_update_is_refused(launch, place, tmp_path):
     words = words_of(place, GOOD + RESUME + "True --output_dir {p}/run")
     before = listing(place)
     done = launch("chat_sft", "ddp", *words, processes=2, code=None)
     assert done.returncode != 0
     [line] = re.findall("^error: .*", done.stdout, re.MULTILINE)
-    assert "num_processes 1 (now 2)" in line and "strategy single (now ddp)" in line
+    assert "sequences per update" in line and "on 2 processes make" in line
     assert listing(place) == before
 
 

@@ -154,7 +154,8 @@ def endless():
 
 def loaded(endless, size, start, process, processes, num_workers=0, count=8):
     documents, sequences = endless
-    loader = build_loader(sequences, documents, size, start, process, processes, num_workers)
+    skipped = start * size * processes
+    loader = build_loader(sequences, documents, size, skipped, process, processes, num_workers)
     return first_tokens(islice(loader, count))
 
 

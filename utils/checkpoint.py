@@ -5,12 +5,13 @@ the backward of attention sums in an order that varies.
 
 A folder `checkpoint-<update>` holds the trained weights as the script writes them, and a
 safetensors file per process: its part of the trainable parameters in full precision, the state of
-the optimizer, and the states of the random number generators. `state.json` is written last; it
-names every file with its bytes and SHA-256. Everything is written into a hidden folder, flushed to
-the disk and renamed. So a process that is killed leaves a complete checkpoint or none. Nothing is
-ever unpickled.
+the optimizer, and the states of the random number generators. It also says which part that is
+(training_state.py), so that a run can resume on another number of processes; not bit for bit then.
+`state.json` is written last; it names every file with its bytes and SHA-256. Everything is written
+into a hidden folder, flushed to the disk and renamed. So a process that is killed leaves a complete
+checkpoint or none. Nothing is ever unpickled.
 
-This file imports no other file of the project and can be copied along with a script.
+This file imports no other file of the project but training_state.py, and can be copied with it.
 """
 
 import hashlib
@@ -19,15 +20,19 @@ import os
 import random
 import re
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy
 import torch
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType, gather_object, set_seed
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor
+
+from utils.training_state import StateError, local, pieces_of, read_pieces, restore_training_state
+from utils.training_state import stepped, training_state
 
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
@@ -64,123 +69,6 @@ def gather_trained(accelerator, model):
                 value = safe_get_full_fp32_param(value)
             keep(name, value.full_tensor() if isinstance(value, DTensor) else value)
     return state_dict
-
-
-def stepped(accelerator, optimizer):
-    """Return the inner optimizer and the tensors that it steps in this process, in a fixed order.
-
-    Under DeepSpeed these are the engine's flat partitions in full precision. Otherwise they are the
-    trainable parameters: in full, or under FSDP this process's shards.
-    """
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        zero = accelerator.deepspeed_engine_wrapped.engine.optimizer
-        stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
-        masters = (
-            zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups
-        )
-        if any(master is None or not master.numel() for master in masters):
-            raise CheckpointError("the optimizer is offloaded to NVMe, which cannot be saved")
-        return zero.optimizer, list(masters)
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer, [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def local(tensor):
-    """Return the part of a tensor that this process holds."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def training_state(accelerator, optimizer):
-    """Return the tensors and numbers that this process steps.
-
-    These are its part of the trainable parameters, the optimizer's state, and the loss scale.
-
-    Returns:
-        name -> tensor on the CPU, and name -> number. Names begin with the index of the parameter.
-    """
-    inner, masters = stepped(accelerator, optimizer)
-    tensors, numbers = {}, {}
-    for index, master in enumerate(masters):
-        tensors[f"{index}.value"] = local(master).detach()
-        for key, value in inner.state.get(master, {}).items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{key}"] = local(value).detach()
-            else:
-                numbers[f"{index}.{key}"] = value
-    if accelerator.scaler is not None:
-        numbers["scaler"] = accelerator.scaler.state_dict()
-    if scaler := engine_scaler(accelerator):
-        values = vars(scaler).items()
-        numbers["loss_scaler"] = {name: one for name, one in values if type(one) in (int, float)}
-    return {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}, numbers
-
-
-def restore_training_state(accelerator, optimizer, tensors, numbers):
-    """Put back in place what `training_state` returned.
-
-    Raises:
-        CheckpointError: the tensors have other names or shapes.
-    """
-    inner, masters = stepped(accelerator, optimizer)
-    # AdamW counts its steps on the CPU, unless it runs as one kernel
-    on_device = any(group.get("fused") or group.get("capturable") for group in inner.param_groups)
-    with torch.no_grad():
-        for index, master in enumerate(masters):
-            own = of_parameter(tensors, index)
-            value, shape = own.pop("value", None), local(master).shape
-            if value is None or value.shape != shape:
-                raise CheckpointError(f"it holds no value of shape {tuple(shape)} for {index}")
-            local(master).copy_(value)
-            for key, state in own.items():
-                if key != "step" or on_device:
-                    state = state.to(local(master).device)
-                if isinstance(master, DTensor) and state.shape == shape:
-                    layout = {"shape": master.shape, "stride": master.stride()}
-                    mesh, placements = master.device_mesh, master.placements
-                    state = DTensor.from_local(state, mesh, placements, run_check=False, **layout)
-                inner.state[master][key] = state
-            for key, number in of_parameter(numbers, index).items():
-                inner.state[master][key] = number
-    if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(numbers["scaler"])
-    if scaler := engine_scaler(accelerator):
-        vars(scaler).update(numbers["loss_scaler"])
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        publish_values(accelerator.deepspeed_engine_wrapped.engine.optimizer)
-
-
-def of_parameter(entries, index):
-    """Return key -> value of the entries named `index`.key."""
-    prefix = f"{index}."
-    return {
-        name.removeprefix(prefix): value
-        for name, value in entries.items()
-        if name.startswith(prefix)
-    }
-
-
-def engine_scaler(accelerator):
-    """Return DeepSpeed's loss scaler for fp16; None without DeepSpeed."""
-    if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        return None
-    return accelerator.deepspeed_engine_wrapped.engine.optimizer.loss_scaler
-
-
-def publish_values(zero):
-    """Copy DeepSpeed's values in full precision into the model's parameters, as its step does.
-
-    Collective.
-    """
-    if not hasattr(zero, "fp32_partitioned_groups_flat"):
-        zero.update_lp_params()
-        return
-    zero._partition_all_parameters()
-    for index in range(len(zero.fp32_partitioned_groups_flat)):
-        zero._reassign_or_swap_out_partitioned_parameters(index)
-    if zero.persistent_parameters:  # small ones, which every process keeps in full
-        zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
-    zero.invalidate_secondary_tensor()
 
 
 def random_state():
@@ -250,9 +138,13 @@ def save_checkpoint(accelerator, output_dir, step, optimizer, state, write_weigh
         remove_unfinished(output_dir)
         folder.mkdir(parents=True)
         write_weights(folder)
+    try:
+        pieces = pieces_of(accelerator, stepped(accelerator, optimizer)[1])
+    except StateError as error:
+        raise CheckpointError(str(error)) from error
     tensors, numbers = training_state(accelerator, optimizer)
     if is_replicated(accelerator) and not accelerator.is_main_process:
-        tensors, numbers = {}, {}
+        tensors, numbers, pieces = {}, {}, []
     tensors |= {f"random.{name}": value for name, value in random_state().items()}
     accelerator.wait_for_everyone()
     file = folder / process_file(accelerator, accelerator.process_index)
@@ -261,7 +153,7 @@ def save_checkpoint(accelerator, output_dir, step, optimizer, state, write_weigh
             f"process {accelerator.process_index} does not see {folder}: give all machines the "
             "same folder"
         )
-    save_file(tensors, file, {"numbers": json.dumps(numbers)})
+    save_file(tensors, file, {"numbers": json.dumps(numbers), "pieces": json.dumps(pieces)})
     mask = os.umask(0)
     os.umask(mask)
     file.chmod(0o666 & ~mask)  # safetensors writes with 0600, whatever the umask says
@@ -396,28 +288,37 @@ def load_checkpoint(accelerator, folder, optimizer):
     Call it after `accelerator.prepare` and before the first forward: a unit that FSDP2 or ZeRO-3
     keeps gathered after a forward would keep its old values.
 
+    On another number of processes every process assembles its part from the files of all. Then it
+    draws other random numbers than any process of the interrupted run would have drawn.
+
     Args:
         folder: the checkpoint.
         optimizer: from `prepare`.
 
     Raises:
-        CheckpointError: the files are of another number of processes, or of other parameters.
+        CheckpointError: the files cannot be read, or hold other parameters, or the state of an
+            optimizer that cannot be divided among another number of processes.
     """
     own = folder / process_file(accelerator, accelerator.process_index)
-    values = folder / process_file(accelerator, 0) if is_replicated(accelerator) else own
-    tensors, numbers, random_states = {}, {}, {}
+    paths = sorted(folder.glob("process-*-of-*.safetensors"))
     try:
-        with safe_open(values, framework="pt") as file:
-            numbers = json.loads(file.metadata()["numbers"])
-            tensors = {
-                name: file.get_tensor(name)
-                for name in file.keys()
-                if not name.startswith("random.")
-            }
-        with safe_open(own, framework="pt") as file:
-            states = [name for name in file.keys() if name.startswith("random.")]
-            random_states = {name.removeprefix("random."): file.get_tensor(name) for name in states}
-    except (OSError, SafetensorError) as error:
+        with ExitStack() as stack:
+            files = {path: stack.enter_context(safe_open(path, framework="pt")) for path in paths}
+            _, masters = stepped(accelerator, optimizer)
+            pieces, shapes = pieces_of(accelerator, masters), [local(one).shape for one in masters]
+            source = paths[0] if is_replicated(accelerator) else own
+            tensors, numbers = read_pieces(files, source, pieces, shapes)
+            restore_training_state(accelerator, optimizer, tensors, numbers)
+            restore_random_state(tensors_of(files.get(own, files[paths[0]]), "random."))
+    except (OSError, SafetensorError, IndexError) as error:
         raise CheckpointError(f"{own} cannot be read ({error})") from error
-    restore_training_state(accelerator, optimizer, tensors, numbers)
-    restore_random_state(random_states)
+    except StateError as error:
+        raise CheckpointError(f"{folder} cannot be resumed here: {error}") from error
+    if own not in paths:  # seeds that no other process has, nor this one at another update
+        set_seed(int(torch.randint(2**31, ())), device_specific=True)
+
+
+def tensors_of(file, prefix):
+    """Return the tensors of an open file whose names begin with a prefix, named without it."""
+    names = [name for name in file.keys() if name.startswith(prefix)]
+    return {name.removeprefix(prefix): file.get_tensor(name) for name in names}

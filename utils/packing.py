@@ -162,13 +162,13 @@ def build_loader(endless, documents, size, start, process, processes, num_worker
         endless: called without arguments; returns an iterator of sequences that never ends.
         documents: as for `fetch`.
         size: sequences in a micro-batch of one process.
-        start: how many micro-batches of each process to skip.
+        start: number of sequences to skip, which updates of all processes have used.
         process, processes: rank of this process, and number of processes.
     """
     global_batch = size * processes  # sequences in a micro-batch of all processes
 
     def generate():
-        sequences = islice(endless(), start * global_batch, None)
+        sequences = islice(endless(), start, None)
         while True:
             batch = list(islice(sequences, global_batch))
             yield batch[process * size : (process + 1) * size]

@@ -1,6 +1,7 @@
 """What a run of chat_sft takes over from the checkpoint that it resumes."""
 
 import hashlib
+import os
 from pathlib import Path
 
 from utils.checkpoint import CheckpointError, check_same_run, checkpoints, find_checkpoint
@@ -10,6 +11,11 @@ from utils.errors import refusing, say
 from utils.saving import earlier_files
 
 START = {"step": 0, "updates": [], "evaluations": [], "seconds": 0.0, "identity": {}}
+START |= {"sequences": 0}
+# How an update is split among processes. A resumed run may split it in another way, if as many
+# sequences are read per update.
+PER_UPDATE = "sequences_per_update"
+SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes", "strategy")
 # Settings that may differ between a run and the one whose checkpoint it resumes: they do not change
 # what is trained.
 FREE = (
@@ -46,17 +52,51 @@ def find_run(config):
     Returns:
         folder: the checkpoint, or None for a new run.
         step: number of updates made.
-        state: step, updates, evaluations, seconds and identity, as `save_checkpoint` got them. For
-            a new run those of START.
+        state: step, updates, evaluations, seconds, identity and sequences (how many were read), as
+            `save_checkpoint` got them. For a new run those of START.
     """
     with refusing(CheckpointError):
         folder = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
         if folder:
-            state = read_state(folder, needed=tuple(START))
+            state = read_state(folder, needed=("updates", "evaluations", "seconds", "identity"))
+            processes = int(os.environ.get("WORLD_SIZE", 1))
+            check_split(folder, state["identity"], config, processes)
+            # older checkpoints lack it
+            state.setdefault("sequences", state["step"] * per_update(config, processes))
             return folder, state["step"], state
     if config.resume_from_checkpoint.lower() == "true":
         say(f"{config.output_dir} holds no complete checkpoint: the run starts from the beginning.")
     return None, 0, START
+
+
+def per_update(config, processes):
+    """Return how many sequences an update reads, on all processes together."""
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+
+
+def check_split(folder, then, config, processes):
+    """Stop if an update would read more or fewer sequences than in the interrupted run.
+
+    Args:
+        then: identity of that run.
+        processes: number of processes of this run.
+    """
+    found = per_update(config, processes)
+    wanted = then.get(PER_UPDATE, found)  # older checkpoints lack it
+    if wanted == found:
+        return
+    fits = wanted // processes
+    pairs = [f"{one} and {fits // one}" for one in range(fits, 0, -1) if fits % one == 0]
+    divisors = [str(one) for one in range(1, wanted + 1) if wanted % one == 0]
+    if wanted % processes:
+        remedy = f"launch a number of processes that divides {wanted}: {', '.join(divisors)}"
+    else:
+        remedy = f"give {' or '.join(pairs)}"
+    raise CheckpointError(
+        f"{folder} was made with {wanted} sequences per update, and --per_device_train_batch_size "
+        f"{config.per_device_train_batch_size} --gradient_accumulation_steps "
+        f"{config.gradient_accumulation_steps} on {processes} processes make {found}: {remedy}"
+    )
 
 
 def identify(config, accelerator, data):
@@ -80,6 +120,7 @@ def identify(config, accelerator, data):
     return {name: value for name, value in vars(config).items() if name not in free} | {
         **contents,
         **dated,
+        PER_UPDATE: per_update(config, accelerator.num_processes),
         "strategy": launched_strategy(),
         "num_processes": accelerator.num_processes,
         "data": data.facts,
@@ -113,11 +154,16 @@ def content_of(place):
 
 
 def by_content(then, now):
-    """Return both identities without the names of files whose content is the same.
+    """Return both identities without what may differ, such as names of files of the same content.
 
     Older checkpoints hold only the names. Then both names must lead to the same place.
     """
     then, now = dict(then), dict(now)
+    if PER_UPDATE in then:
+        for name in SPLIT:
+            del then[name], now[name]
+    else:  # an older checkpoint, which does not say which part each process holds
+        del now[PER_UPDATE]
     for place, known in PLACES.items():
         old, new = then.pop(known, None), now.pop(known)
         was, is_now = then.get(place, ""), now.get(place, "")
@@ -152,6 +198,14 @@ def check_resumed(folder, state, identity, max_steps):
                 f"{folder} is of update {state['step']}, and the run ends after {max_steps}: give "
                 "more --max_steps"
             )
+    then = state["identity"]
+    if names := [name for name in SPLIT if then[name] != identity[name]]:
+        told = ", ".join(f"{name} {then[name]} (now {identity[name]})" for name in names)
+        say(
+            f"{folder} was made with {told}: every update reads the same sequences, but the run is "
+            "not bit-equal to one that was not stopped, as sums are rounded in another order and "
+            "dropout draws other numbers."
+        )
 
 
 def restore_progress(progress, state):

@@ -57,7 +57,7 @@ def write_model(folder, weights, wanted, max_shard_size):
     files = split_into_files(weights, wanted, max_shard_size)
     total = sum(sum(sizes.values()) for sizes in files.values())
     if shutil.disk_usage(folder).free < total:
-        remedy = "free some, or give another --output_dir"
+        remedy = "free some, or give a folder on another disk"
         fail(f"{folder.parent} has no room for {total:,} bytes: {remedy}")
     with tqdm(total=total, unit="B", unit_scale=True, desc="writing") as bar:
         for name, sizes in files.items():
@@ -87,10 +87,13 @@ def make_header(weights, sizes, wanted):
 
 
 def read_blocks(key, weight, wanted):
-    """Yield a weight's values, cast, block by block; ValueError if the dtype cannot hold one."""
+    """Yield a weight's values, cast, block by block; ValueError if one is not finite then."""
     for rows in blocks(weight):
-        tensor = weight.make(rows).to(output_dtype(weight, wanted))
+        made = weight.make(rows)
+        tensor = made.to(output_dtype(weight, wanted))
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if not torch.isfinite(made).all():
+                raise ValueError(f"{key} has NaN or infinite values: take an earlier checkpoint")
             reason = f"{key} has values that {tensor.dtype} cannot hold"
             raise ValueError(f"{reason}, give another --dtype")
         yield tensor
