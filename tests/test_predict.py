@@ -557,6 +557,27 @@ def test_refusals(forks, place, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
+def test_lines_of_another_run_are_kept(tmp_path, capsys):
+    config = SimpleNamespace(output_file=str(tmp_path / "out.jsonl"), overwrite_output_file=False)
+    first = prediction.Output(config, 0)
+    first.begin({"input": "a", "seed": 1}, 3, None)
+    first.write({2: {"prediction": "x"}})
+    same = prediction.Output(config, 0)
+    same.begin({"seed": 1, "input": "a"}, 3, None)
+    assert list(same.done) == [False, False, True]
+    with pytest.raises(SystemExit):
+        prediction.Output(config, 0).begin({"input": "b", "seed": 1}, 3, None)
+    error = capsys.readouterr().err
+    assert "an unfinished run with input 'a' (now 'b'): give the same to resume it" in error
+    config.overwrite_output_file = True
+    other = prediction.Output(config, 0)
+    other.begin({"input": "a", "seed": 1}, 3, None)  # the flag does not drop the run's own lines
+    assert other.done.any()
+    other.begin({"input": "b", "seed": 1}, 3, None)
+    assert not other.done.any() and not list(other.folder.glob("lines-*"))
+
+
+@pytest.mark.slow
 def test_another_run_is_not_resumed(alone, forks, place, tmp_path):
     """A change of model, input or settings is named; the flag drops the lines of the other run."""
     target, source = tmp_path / "out.jsonl", write(tmp_path / "in.jsonl", read(place / "in.jsonl"))
