@@ -10,7 +10,6 @@ Expect:  20 answers to assets/chat in 102 s with startup (2 busy cores of an AMD
 
 import math
 import sys
-import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,7 +18,6 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list, send_to_device
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn.functional import cross_entropy
@@ -32,14 +30,14 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds utils/
 from utils.chat_templates import pin_date
 from utils.conversations import DataError
 from utils.environment import launched_strategy, shards_parameters
-from utils.errors import fail, first_line, or_refuse, refuse, refusing, say
+from utils.errors import fail, first_line, refuse, refusing, say
 from utils.experts import allow_skipping
 from utils.generation import generating
 from utils.launch import device_map, start_accelerator
 from utils.lora import gather_blocks
 from utils.prediction import GENERATE, Output, build_index, deal, merge
-from utils.prediction_model import GumbelNoise, generation_settings, identify, load_metrics
-from utils.prediction_model import load_tokenizer, read_prediction_settings
+from utils.prediction_model import GumbelNoise, generation_settings, identify, load_adapter
+from utils.prediction_model import load_metrics, load_tokenizer, read_prediction_settings
 from utils.prediction_rows import encode, read_example
 from utils.results import end_run
 
@@ -136,14 +134,7 @@ def build_model(config, source, tokenizer):
     if source.adapter:
         if source.resized:
             model.resize_token_embeddings(source.resized, mean_resizing=False)
-        # DeepSpeed's engine and the flat parameters of FSDP1 have one dtype
-        is_uniform = launched_strategy() in ("zero3", "fsdp1")
-        options = {"autocast_adapter_dtype": not is_uniform}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", "Found missing adapter keys")  # a warning of peft's
-            culprit = f"{source.adapter} does not fit {source.base}"
-            load = PeftModel.from_pretrained
-            model = or_refuse(culprit, load, model, source.adapter, **options)
+        model = load_adapter(model, source)
     return model.eval().requires_grad_(False)
 
 

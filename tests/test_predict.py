@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from models import make_model, make_rows, teach
 from peft import LoraConfig, PeftModel, get_peft_model
 from conftest import ACCELERATE, ROOT
 from processes import running
+from safetensors.torch import load_file, save_file
 from single import run_single
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -86,6 +88,12 @@ def place(tmp_path_factory):
     torch.nn.init.normal_(grown.get_input_embeddings().weight[-2:].detach())
     grown.save_pretrained(folder / "grown")
     tokenizer.save_pretrained(folder / "grown")
+    # an adapter with a tensor that its base has no place for
+    shutil.copytree(folder / "adapter", folder / "misfit")
+    tensors = load_file(folder / "misfit/adapter_model.safetensors")
+    copies = {name.replace("layers.1.", "layers.7."): one.clone() for name, one in tensors.items()}
+    tensors |= copies
+    save_file(tensors, folder / "misfit/adapter_model.safetensors")
     write(folder / "in.jsonl", make_input(22))
     rows = [
         row | {"prompt": f"<|new|> {row['prompt']}"} for row in make_input(22) if "prompt" in row
@@ -548,15 +556,40 @@ def test_refusals(forks, place, tmp_path):
         "give one of them": start("--perplexity", "--metrics", "exact_match"),
         "--base_model_name_or_path x needs an adapter": start("--base_model_name_or_path", "x"),
         "exceeds the model's": start("--max_length", 10**6),
+        "the model has no base_model.model.model.layers.7.": flags(
+            place / "misfit", source, tmp_path / "misfit.jsonl"
+        ),
     }
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     for words, (code, output) in zip(cases, run_single(forks, place, *cases.values()), strict=True):
         errors = [line for line in output.splitlines() if line.startswith("error: ")]
         assert code == 1 and len(errors) == 1 and words in errors[0], f"{words}:\n{output}"
         assert "Traceback" not in output
+    shutil.rmtree(tmp_path / "misfit.jsonl.unfinished")  # it had begun when its weights were read
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
+def test_lines_of_another_run_are_kept(tmp_path, capsys):
+    config = SimpleNamespace(output_file=str(tmp_path / "out.jsonl"), overwrite_output_file=False)
+    first = prediction.Output(config, 0)
+    first.begin({"input": "a", "seed": 1}, 3, None)
+    first.write({2: {"prediction": "x"}})
+    same = prediction.Output(config, 0)
+    same.begin({"seed": 1, "input": "a"}, 3, None)
+    assert list(same.done) == [False, False, True]
+    with pytest.raises(SystemExit):
+        prediction.Output(config, 0).begin({"input": "b", "seed": 1}, 3, None)
+    error = capsys.readouterr().err
+    assert "an unfinished run with input 'a' (now 'b'): give the same to resume it" in error
+    config.overwrite_output_file = True
+    other = prediction.Output(config, 0)
+    other.begin({"input": "a", "seed": 1}, 3, None)  # the flag does not drop the run's own lines
+    assert other.done.any()
+    other.begin({"input": "b", "seed": 1}, 3, None)
+    assert not other.done.any() and not list(other.folder.glob("lines-*"))
+
+
+@pytest.mark.slow
 def test_another_run_is_not_resumed(alone, forks, place, tmp_path):
     """A change of model, input or settings is named; the flag drops the lines of the other run."""
     target, source = tmp_path / "out.jsonl", write(tmp_path / "in.jsonl", read(place / "in.jsonl"))

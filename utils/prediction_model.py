@@ -3,12 +3,13 @@
 import hashlib
 import json
 import os
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers import GenerationConfig, LogitsProcessor, TopPLogitsWarper
@@ -252,6 +253,25 @@ def identify(config, source, index):
     )
 
 
+def load_adapter(model, source):
+    """Return the base model with its adapter; stop if they do not fit each other.
+
+    peft only warns if the file lacks a tensor, and drops a LoRA matrix whose layer is not there.
+    """
+    # DeepSpeed's engine and the flat parameters of FSDP1 have one dtype
+    options = {"autocast_adapter_dtype": launched_strategy() not in ("zero3", "fsdp1")}
+    culprit = f"{source.adapter} does not fit {source.base}"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        load = PeftModel.from_pretrained
+        model = or_refuse(culprit, load, model, source.adapter, **options)
+    stored = {name for name in load_peft_weights(source.adapter, device="cpu") if "lora_" in name}
+    known = get_peft_model_state_dict(model, save_embedding_layers=False) if stored else ()
+    if dropped := sorted(stored - {*known}):
+        refuse(f"{culprit}: the model has no {dropped[0]}, nor {len(dropped) - 1} more tensors")
+    return model
+
+
 # The tokenizer and generation ---------------------------------------------------------------------
 def load_tokenizer(config, source):
     """Return the tokenizer of the adapter's or model's folder, with the chat template asked for."""
@@ -369,7 +389,8 @@ def load_metrics(names, folder):
             except Exception as error:  # a metric may raise anything
                 reason = error
                 continue
-            found[Path(name).stem] = (metric, isinstance(reference, list))
+            key = name if Path(name).stem in found else Path(name).stem
+            found[key] = (metric, isinstance(reference, list))
             break
         else:
             refuse(f"--metrics {name} does not score texts: {first_line(reason)}")
