@@ -15,6 +15,8 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoConfig, modeling_utils
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 from transformers.integrations.deepspeed import deepspeed_config, unset_hf_deepspeed_config
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -185,7 +187,8 @@ def load_sharded(auto_class, name, **options):
     Missing and unexpected weights are treated and named by transformers. Weights that it makes or
     converts, and the embedding that new tokens enlarge, are ordinary tensors in every process.
 
-    A quantized model, and a strategy that shards no weights, get from_pretrained itself.
+    A quantized model, a strategy that shards no weights, and under ZeRO-3 a model whose weights
+    change their form (`is_converted`) get from_pretrained itself.
 
     Args:
         auto_class: AutoModelForCausalLM or another one, or a class of models.
@@ -193,8 +196,16 @@ def load_sharded(auto_class, name, **options):
         options: options of from_pretrained.
     """
     is_zero3 = is_deepspeed_zero3_enabled()
-    is_sharded = is_zero3 or os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    if not is_sharded or is_quantized(name, options):
+    if not is_zero3 and os.environ.get("ACCELERATE_USE_FSDP") != "true":
+        return auto_class.from_pretrained(name, **options)
+    config = AutoConfig.from_pretrained(name)
+    if "quantization_config" in options or hasattr(config, "quantization_config"):
+        return auto_class.from_pretrained(name, **options)
+    if is_zero3 and is_converted(config):
+        say(
+            f"The weights of {name} change their form while they load: transformers loads them "
+            "under zero.Init, where the first process reads all of them."
+        )
         return auto_class.from_pretrained(name, **options)
     dtype = options.get("dtype", "auto")
     if is_zero3:
@@ -211,11 +222,14 @@ def load_sharded(auto_class, name, **options):
     return model
 
 
-def is_quantized(name, options):
-    """Return whether from_pretrained quantizes a model, or loads one that is quantized."""
-    if "quantization_config" in options:
-        return True
-    return hasattr(AutoConfig.from_pretrained(name), "quantization_config")
+def is_converted(config):
+    """Return whether transformers joins or splits weights of this model, such as experts.
+
+    It makes ordinary tensors of them, all before the first is sharded. zero.Init takes less memory.
+    """
+    kinds = {config.model_type, config.get_text_config().model_type}
+    rules = [rule for kind in kinds for rule in get_checkpoint_conversion_mapping(kind) or ()]
+    return any(isinstance(rule, WeightConverter) for rule in rules)
 
 
 def read_in_every_process():
