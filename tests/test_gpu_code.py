@@ -410,7 +410,8 @@ def test_every_script_fuses_its_optimizer_on_a_gpu():
     for file in TRAINING:
         text = file.read_text()
         is_fused = 'options["fused"] = accelerator.device.type == "cuda"' in text
-        assert is_fused or "adamw(config.optim)" in text, file
+        of_config = "DummyOptim(" in text  # DeepSpeed's config names the optimizer
+        assert is_fused or of_config or "adamw(config.optim)" in text, file
 
 
 def test_a_setting_added_later_does_not_stop_a_resume_while_it_is_off():

@@ -6,6 +6,7 @@ ACCELERATE_DEEPSPEED_CONFIG_FILE names) or a dict in the script (`start_accelera
 
 import importlib.util
 import inspect
+import logging
 import math
 import os
 
@@ -208,6 +209,8 @@ def check_keys(culprit, content):
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # takes seconds
     from pydantic import ValidationError
 
+    logger = logging.getLogger("DeepSpeed")
+    logger.disabled = True  # it names older keys again when the engine reads the config
     try:
         known = DeepSpeedZeroConfig(**zero)
     except ValidationError as error:
@@ -216,6 +219,8 @@ def check_keys(culprit, content):
         refuse(f"{culprit} has {ZERO}{place} {first['input']!r}: {first['msg']}")
     except AssertionError as error:  # an old key beside the one that has replaced it
         refuse(f"{culprit} has a wrong zero_optimization: {first_line(error)}")
+    finally:
+        logger.disabled = False
     if zero.get("stage") in (1, 2) and known.allgather_bucket_size % 2:
         refuse(f"{culprit} has allgather_bucket_size {known.allgather_bucket_size}: make it even")
     return known
