@@ -187,10 +187,10 @@ def main():
         model = build_model(config, tokenizer)
         files = WeightFiles(accelerator, config, model, tokenizer)
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        # Optimizer and schedule are named in DeepSpeed's config. These two fill its "auto" values.
+        # DeepSpeed's config names optimizer and schedule. The two dummies fill its "auto" values.
         options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
         optimizer = DummyOptim(list(trainable.values()), **options)
-        # accelerate divides the total by the processes: before `prepare` the loader has all batches
+        # all updates times the processes: accelerate divides this total by the processes
         total = len(train_loader) // config.gradient_accumulation_steps
         max_steps = total // accelerator.num_processes
         warmup = int(config.warmup_ratio * max_steps)

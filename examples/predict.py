@@ -1,4 +1,4 @@
-"""Predict with what was trained: JSONL in, JSONL out, in order, resumable, under any strategy.
+"""Predict with a trained model: JSONL in, JSONL out, in order, resumable, under any strategy.
 
 Base:    none
 Changes: no sections
@@ -64,13 +64,13 @@ class Config:
     )
     overwrite_output_file: bool = HfArg(
         default=False,
-        help="replace an earlier output, and drop the lines of another unfinished run",
+        help="replace an earlier output, and drop an unfinished run with other settings",
     )
     skip_bad_lines: bool = HfArg(
         default=False, help="write a line with the key error for each bad line, instead of stopping"
     )
     dtype: str = HfArg(
-        default="auto", help="dtype of the loaded weights; auto: that of the precision or the files"
+        default="auto", help="dtype of the weights; auto: of the mixed precision, else of the files"
     )
     attn_implementation: str = HfArg(default="sdpa", help="attention backend: sdpa, eager, ...")
     use_4bit_quantization: bool = HfArg(
@@ -139,19 +139,20 @@ def build_model(config, source, tokenizer):
 
 
 def set_engine_dtype(accelerator, source):
-    """Let DeepSpeed's engine and zero.Init keep the weights in their dtype. Before they load."""
+    """Let DeepSpeed's engine and zero.Init keep the dtype of the weights. Call before loading."""
     settings = accelerator.deepspeed_plugin.deepspeed_config
     for name, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
         settings[name] = {"enabled": source.dtype == dtype}
-    settings["train_micro_batch_size_per_gpu"] = 1  # it wants one, although nothing is trained
+    settings["train_micro_batch_size_per_gpu"] = 1  # DeepSpeed needs one, also without training
     accelerator.deepspeed_plugin.set_deepspeed_weakref()
 
 
 def prepare(accelerator, model):
     """Return the model under the launched strategy: sharded, or a copy in each process.
 
-    There is no optimizer. Without one, accelerate prepares the model under ZeRO-3 and FSDP1. Under
-    FSDP2 its inner function is called, and under ZeRO-1 and 2 there is nothing to shard.
+    Prediction has no optimizer. Without one, accelerate's `prepare` works only under ZeRO-3 and
+    FSDP1. Under FSDP2 its inner function `fsdp2_prepare_model` is called instead. Under ZeRO-1 and
+    2 there is nothing to shard.
     """
     strategy = launched_strategy()
     if strategy == "zero3":
@@ -183,10 +184,10 @@ def pad(sequences, value, side="right"):
 
 
 def generate(config, accelerator, model, tokenizer, examples, lines):
-    """Return what each row's line gets: the prediction, and why it ended (stop or length).
+    """Return the new keys of each row: the prediction, and why it ended (stop or length).
 
     Args:
-        lines: numbers of the rows' lines, which decide the samples.
+        lines: line number of each row, from which its random numbers are made.
     """
     is_seq2seq, prompts = model.config.is_encoder_decoder, [one.input_ids for one in examples]
     side = "right" if is_seq2seq else "left"
@@ -214,7 +215,7 @@ def generate(config, accelerator, model, tokenizer, examples, lines):
 
 
 def score(accelerator, model, tokenizer, examples):
-    """Return what each row's line gets: the mean loss of its label tokens, and their number."""
+    """Return the new keys of each row: the mean loss of its label tokens, and their number."""
     inputs = [one.input_ids for one in examples]
     batch = {
         "input_ids": pad(inputs, tokenizer.pad_token_id),
@@ -279,7 +280,7 @@ class Scores:
         lists = [[one] if isinstance(one, str) else one for one in references]
         has_lists = any(isinstance(one, list) for one in references)
         for name, (metric, wants_lists) in self.metrics.items() if self.pairs else ():
-            wanted = lists if has_lists or wants_lists else references  # of one form
+            wanted = lists if has_lists or wants_lists else references  # all texts or all lists
             try:
                 found = metric.compute(predictions=predictions, references=wanted)
             except Exception as error:  # a metric may raise anything
