@@ -20,7 +20,8 @@ from transformers.utils import is_liger_kernel_available
 
 from utils.activations import settle_checkpointing
 from utils.checkpoint import checkpoints
-from utils.environment import launched_precision, launched_strategy, shards_parameters, uses_gpu
+from utils.environment import deepspeed_settings, launched_precision, launched_strategy
+from utils.environment import shards_parameters, uses_gpu
 from utils.errors import or_refuse, refuse, say
 from utils.folders import check_output, lock_folder
 from utils.lora import PATTERN
@@ -245,6 +246,12 @@ def resolve(config):
     """Fill in the settings that depend on others and on the machine; print which have no effect."""
     half = HALF.get(choose_precision(config), "float32")
     is_gpu, strategy = uses_gpu(), launched_strategy()
+    if strategy == "zero3" and deepspeed_settings()["optimizer"] == "nvme":
+        refuse(
+            "the launch config offloads the optimizer to NVMe, and chat_sft's checkpoints cannot "
+            "hold it then: launch with configs/zero3_offload.yaml, or train with "
+            "examples/causal_lm_full_zero3.py, which saves no checkpoints"
+        )
     has_liger = is_gpu and is_liger_kernel_available()
     if config.use_liger_kernel is None:
         config.use_liger_kernel = has_liger

@@ -26,6 +26,7 @@ from utils.environment import FIELDS, uses_gpu
 from utils.errors import first_line, refuse
 from utils.experts import allow_skipping
 from utils.heartbeat import start_heartbeat
+from utils.nvme import fit_nvme, start_nvme
 from utils.process_group import end_with_launcher, join_group, use_all_cores
 from utils.sharded_loading import load_sharded as load_sharded  # lessons take it from here
 from utils.sharded_loading import shard_from_files
@@ -49,7 +50,8 @@ def start_accelerator(
     6. create the Accelerator, and check that it runs as many processes as were launched;
     7. start a heartbeat between several machines, which ends the run if one is lost;
     8. keep FSDP's mixed precision from rounding gradients, buffers and the loss;
-    9. build DeepSpeed's CPU Adam if the optimizer is offloaded; if that fails, use torch's AdamW.
+    9. check the path of an offload to NVMe, and give the run a folder there (utils/nvme.py);
+    10. build DeepSpeed's CPU Adam if the optimizer is offloaded; if that fails, use torch's AdamW.
 
     Prints what really runs, read from the Accelerator.
 
@@ -108,6 +110,7 @@ def start_accelerator(
         # accelerate reads the batch size from the loader; a file's own would contradict it
         batch = dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu"), "auto")
         plugin.deepspeed_config |= batch | {"gradient_accumulation_steps": accumulation.num_steps}
+        start_nvme(accelerator)
         plugin.set_deepspeed_weakref()  # zero.Init reads it while the model loads
     if offloads_optimizer(accelerator) and (reason := cpu_adam_failure(accelerator)):
         accelerator.deepspeed_plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
@@ -247,6 +250,7 @@ def configure_deepspeed(accelerator, config, model, **settings):
         gradient_clipping=config.max_grad_norm,
         **settings,
     )
+    fit_nvme(accelerator, model)
     is_4bit = any(getattr(layer, "quant_state", None) is not None for layer in model.modules())
     if is_4bit and accelerator.deepspeed_plugin.zero_stage == 3:
         shard_4bit_model(accelerator, model)

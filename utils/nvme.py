@@ -1,0 +1,322 @@
+"""Parameters and optimizer on NVMe (ZeRO-Infinity): checks, sizes of buffers, a folder per run.
+
+DeepSpeed writes its swap files into the folder `nvme_path` and never removes them. Here every run
+gets a folder of its own, `PATH/run-...`, which is removed when the run ends, by whatever but
+SIGKILL. What a killed run has left, the next run removes.
+"""
+
+import atexit
+import contextlib
+import fcntl
+import importlib.util
+import math
+import os
+import resource
+import secrets
+import shutil
+import signal
+import socket
+import tempfile
+from pathlib import Path
+
+import psutil
+from accelerate.utils import broadcast_object_list
+from torch.utils import cpp_extension
+
+from utils.errors import or_refuse, refuse, say
+from utils.launch_checks import free_extension_lock
+from utils.sharded_loading import engine_dtype
+
+VARIABLE = "NVME_PATH"
+PARTS = ("offload_optimizer", "offload_param")
+EXTENSIONS = ("pin_memory", "async_io")
+BUILD = "build it once with `python -m tools.nvme build`"
+LEAST = 2**20  # bytes: DeepSpeed keeps smaller partitions in memory
+STATES = 3  # files of an optimizer state: its float32 weights and AdamW's two means
+LOCKS = {}  # run folder -> descriptor of the lock that this process holds
+
+
+def nvme_parts(deepspeed_config):
+    """Return part -> its settings, for the parts of a DeepSpeed config that are on NVMe."""
+    zero = deepspeed_config["zero_optimization"]
+    parts = {part: zero.get(part) or {} for part in PARTS}
+    return {part: block for part, block in parts.items() if block.get("device") == "nvme"}
+
+
+# Before the model loads ---------------------------------------------------------------------------
+def start_nvme(accelerator):
+    """Check the path and the extension, and give the run a swap folder of its own. Collective.
+
+    Does nothing without a part on NVMe. The path is `nvme_path` of DeepSpeed's config, or the
+    environment variable NVME_PATH.
+    """
+    content = accelerator.deepspeed_plugin.deepspeed_config
+    parts = nvme_parts(content)
+    if not parts:
+        return
+    if accelerator.deepspeed_plugin.zero_stage != 3:
+        refuse(
+            f"{' and '.join(parts)} on NVMe needs ZeRO-3, other stages keep it in CPU memory: set "
+            "stage 3, or the device cpu"
+        )
+    bases = {part: find_base(part, block) for part, block in parts.items()}
+    load_extensions(accelerator)
+    token = broadcast_object_list([secrets.token_hex(4)])[0]
+    name = f"run-{token}-{socket.gethostname()}-{os.environ.get('GROUP_RANK', 0)}"
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        for base in {*bases.values()}:
+            remove_left_behind(base)
+            make_folder(base / name)
+        remove_at_end()
+    accelerator.wait_for_everyone()
+    for part, block in parts.items():
+        block["nvme_path"] = str(bases[part] / name)
+    accelerator.print(f"Swap files: {', '.join(sorted({str(b / name) for b in bases.values()}))}")
+
+
+def find_base(part, block):
+    """Return the folder for the swap files of all runs; stop if there is none, or it is not fit."""
+    told, variable = block.get("nvme_path"), os.environ.get(VARIABLE)
+    told = None if str(told) in ("None", "none", "auto", "") else str(told)
+    if told is None and not variable:
+        refuse(
+            f"{part} is on NVMe, and {VARIABLE} is not set in the environment: set it to a folder "
+            "on an NVMe drive"
+        )
+    if told and variable and Path(told).resolve() != Path(variable).resolve():
+        refuse(
+            f"nvme_path of {part} is {told}, and {VARIABLE} in the environment {variable}: remove "
+            "one of them"
+        )
+    culprit = f"nvme_path {told}" if told else f"{VARIABLE} {variable}"
+    base = Path(told or variable).resolve()
+    if not base.is_dir():
+        refuse(f"{culprit} is not a folder: name one on an NVMe drive")
+    with or_refuse(f"{culprit} cannot be written", tempfile.NamedTemporaryFile, dir=base) as file:
+        direct = os.O_RDWR | getattr(os, "O_DIRECT", 0)
+        remedy = "DeepSpeed needs direct I/O (O_DIRECT), name a folder on a local drive"
+        os.close(or_refuse(f"{culprit}: {remedy}", os.open, file.name, direct))
+    return base
+
+
+# The extension ------------------------------------------------------------------------------------
+def link_libaio():
+    """Let DeepSpeed link its extension with libaio, which it forgets on machines without a GPU."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    def extra_ldflags(self, own=AsyncIOBuilder.extra_ldflags):
+        flags = own(self)
+        return flags if "-laio" in flags else ["-laio", *flags]
+
+    AsyncIOBuilder.extra_ldflags = extra_ldflags
+
+
+def is_built():
+    """Return whether both extensions were built: by tools.nvme, or when DeepSpeed was installed."""
+    if importlib.util.find_spec("deepspeed.ops.aio.async_io_op"):
+        return True
+    # asked for a file of the folder, because the function creates the folder
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    folders = {name: [Path(root), *Path(root).glob("*")] for name in EXTENSIONS}
+    return all(
+        any((folder / name / f"{name}.so").exists() for folder in places)
+        for name, places in folders.items()
+    )
+
+
+def load_extensions(accelerator):
+    """Load DeepSpeed's async_io and pin_memory; stop if they were not built. Collective."""
+    if not is_built():
+        refuse(
+            f"DeepSpeed's extension async_io, which reads and writes NVMe, is not built: {BUILD}"
+        )
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    link_libaio()
+    for name in EXTENSIONS:
+        free_extension_lock(name)
+    with accelerator.local_main_process_first():
+        culprit = f"DeepSpeed's extension async_io cannot be loaded, {BUILD}"
+        or_refuse(culprit, AsyncIOBuilder().load, verbose=False)
+
+
+# The folder of a run ------------------------------------------------------------------------------
+def lock_file(folder):
+    """Return the hidden file beside a run's folder that the run keeps locked."""
+    return folder.with_name(f".{folder.name}.lock")
+
+
+def make_folder(folder):
+    """Create the folder of this run, with a lock that the system releases when the run ends."""
+    # locked under another name first: a lock file that anyone can see is held, or left behind
+    file = lock_file(folder)
+    hidden = file.with_suffix(".new")
+    culprit = f"{folder} cannot be created"
+    descriptor = or_refuse(culprit, os.open, hidden, os.O_RDWR | os.O_CREAT, 0o666)
+    LOCKS[folder] = descriptor
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # a file system without locks
+        say(f"No lock for {folder} ({error}): if this run is killed, remove it by hand.")
+        hidden.unlink(missing_ok=True)
+    else:
+        or_refuse(culprit, hidden.rename, file)
+    or_refuse(culprit, folder.mkdir)
+
+
+def remove_left_behind(base):
+    """Remove the folders of runs whose lock nobody holds; print how many."""
+    removed, size = [], 0
+    for file in base.glob(".run-*.lock"):
+        folder = base / file.name.removeprefix(".").removesuffix(".lock")
+        with contextlib.suppress(OSError), open(file, "r+") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while the run lives
+            size += sum(one.stat().st_size for one in folder.rglob("*") if one.is_file())
+            remove(folder)
+            removed.append(folder)
+    if removed:
+        say(f"Removed {len(removed)} swap folder(s) of killed runs in {base}, {size:,} bytes.")
+
+
+def remove(folder):
+    """Remove a run's folder and its lock, also while another process still writes there."""
+    for _ in range(10):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            lock_file(folder).unlink(missing_ok=True)
+            return
+
+
+def remove_at_end():
+    """Remove the folders of this process when it ends, also by Ctrl+C and SIGTERM."""
+    owner = os.getpid()
+
+    def clean():
+        if os.getpid() != owner:  # a forked child
+            return
+        for folder in [*LOCKS]:
+            remove(folder)
+            os.close(LOCKS.pop(folder))
+
+    def ended(number, frame):
+        clean()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    def end():
+        # the launcher may pass on Ctrl+C, and SIGTERM after it
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        clean()
+
+    atexit.register(end)
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, ended)
+
+
+# Once the model is known --------------------------------------------------------------------------
+def fit_nvme(accelerator, model):
+    """Size the swap buffers by the model, print what is pinned; stop if space or memory is short.
+
+    Called before the weights are read from their files.
+    """
+    content = accelerator.deepspeed_plugin.deepspeed_config
+    parts = nvme_parts(content)
+    if not parts:
+        return
+    if any(getattr(layer, "quant_state", None) is not None for layer in model.modules()):
+        refuse(
+            "DeepSpeed's swap buffers have one dtype, and a quantized model has several: launch "
+            "with configs/zero3_offload.yaml or zero3_qlora.yaml"
+        )
+    plan = Plan(content, model, accelerator.num_processes)
+    if block := parts.get("offload_param"):
+        if block.setdefault("buffer_size", plan.largest) < plan.largest:
+            refuse(
+                f"buffer_size {block['buffer_size']} of offload_param is too small for the largest "
+                f"slice of a weight, {plan.largest} elements: remove it, or raise it"
+            )
+    pinned, needed = plan.pinned_bytes(parts), plan.file_bytes(parts)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    accelerator.print(
+        f"NVMe: up to {needed:,} bytes of swap files and {pinned:,} bytes of pinned memory per "
+        "process."
+    )
+    remedy = "lower sub_group_size or buffer_count in DeepSpeed's config"
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    if os.geteuid() and limit != resource.RLIM_INFINITY and pinned > limit:
+        refuse(
+            f"a process pins {pinned:,} bytes of memory, and `ulimit -l` allows {limit:,}: raise "
+            f"it, or {remedy}"
+        )
+    if pinned * here > (free := psutil.virtual_memory().available):
+        refuse(
+            f"{here} process(es) pin {pinned:,} bytes of memory each, and the machine has {free:,} "
+            f"available: {remedy}"
+        )
+    for base in {Path(block["nvme_path"]).parent for block in parts.values()}:
+        if needed * here > (free := shutil.disk_usage(base).free):
+            refuse(
+                f"{base} has {free:,} bytes free, and {here} process(es) write {needed:,} bytes of "
+                "swap files each: free some space, or name another folder"
+            )
+
+
+class Plan:
+    """What DeepSpeed pins and writes for a model.
+
+    Attributes:
+        largest: elements of the largest slice of a weight that is swapped.
+    """
+
+    def __init__(self, content, model, processes):
+        self.zero, aio = content["zero_optimization"], content.get("aio", {})
+        self.element = engine_dtype(content).itemsize
+        self.least = max(LEAST, aio.get("block_size", LEAST))
+        # older name of the setting: thread_count
+        self.aligned = 1024 * aio.get("intra_op_parallelism", 1)
+        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+        self.trained = [(numel, math.ceil(numel / processes)) for numel, grad in sizes if grad]
+        slices = [math.ceil(numel / processes) for numel, _ in sizes]
+        self.swapped = [one for one in slices if one * self.element >= self.least]
+        self.largest = max(self.swapped, default=self.aligned)
+        self.groups = self.sub_groups()
+
+    def sub_groups(self):
+        """Return the trained weights as DeepSpeed groups them, as (elements, of a slice) pairs."""
+        groups, limit = [[]], self.zero.get("sub_group_size", 10**9)
+        for pair in self.trained:
+            if sum(own for _, own in groups[-1]) >= limit:
+                groups.append([])
+            groups[-1].append(pair)
+        return groups
+
+    def pad(self, elements, size):
+        """Return the bytes of a buffer of so many elements, which DeepSpeed aligns."""
+        return math.ceil(elements * size / self.aligned) * self.aligned
+
+    def pinned_bytes(self, parts):
+        """Return the bytes that a process pins."""
+        pinned = 0
+        if block := parts.get("offload_param"):
+            pinned += self.pad(block["buffer_size"], self.element) * block.get("buffer_count", 5)
+            if sum(own for _, own in self.trained) > block.get("max_in_cpu", 10**9):
+                # DeepSpeed counts full weights here, not slices
+                pinned += max(self.pad(sum(n for n, _ in g), self.element) for g in self.groups)
+        if block := parts.get("offload_optimizer"):
+            largest = max(sum(own for _, own in group) for group in self.groups)
+            pinned += self.pad(largest, 4) * block.get("buffer_count", 4)
+        return pinned
+
+    def file_bytes(self, parts):
+        """Return the bytes of the swap files of a process, at most."""
+        written = 0
+        if "offload_param" in parts:
+            written += sum(self.pad(one, self.element) for one in self.swapped)
+        if "offload_optimizer" in parts:
+            groups = [sum(own for _, own in group) for group in self.groups]
+            written += sum(STATES * self.pad(one, 4) for one in groups if one * 4 >= self.least)
+            # gradients wait for the optimizer there
+            slices = [own for _, own in self.trained if own * 4 >= self.least]
+            written += sum(self.pad(own, 4) for own in slices)
+        return written
