@@ -100,28 +100,22 @@ def find_base(part, block):
 
 
 # The extension ------------------------------------------------------------------------------------
-def link_libaio():
-    """Let DeepSpeed link its extension with libaio, which it forgets on machines without a GPU."""
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    def extra_ldflags(self, own=AsyncIOBuilder.extra_ldflags):
-        flags = own(self)
-        return flags if "-laio" in flags else ["-laio", *flags]
-
-    AsyncIOBuilder.extra_ldflags = extra_ldflags
-
-
 def is_built():
-    """Return whether both extensions were built: by tools.nvme, or when DeepSpeed was installed."""
-    if importlib.util.find_spec("deepspeed.ops.aio.async_io_op"):
+    """Return whether both extensions were built by this environment: torch then only loads them.
+
+    It builds them again where DeepSpeed lies in another folder, for that is in the command.
+    """
+    if importlib.util.find_spec("deepspeed.ops.aio.async_io_op"):  # built with DeepSpeed itself
         return True
-    # asked for a file of the folder, because the function creates the folder
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-    folders = {name: [Path(root), *Path(root).glob("*")] for name in EXTENSIONS}
-    return all(
-        any((folder / name / f"{name}.so").exists() for folder in places)
-        for name, places in folders.items()
-    )
+    package = importlib.util.find_spec("deepspeed").submodule_search_locations[0]
+    for name in EXTENSIONS:
+        folder = Path(cpp_extension._get_build_directory(name, verbose=False))
+        commands = folder / "build.ninja"
+        if not (folder / f"{name}.so").exists() or not commands.exists():
+            return False
+        if f"{package}/" not in commands.read_text():
+            return False
+    return True
 
 
 def load_extensions(accelerator):
@@ -132,7 +126,6 @@ def load_extensions(accelerator):
         )
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    link_libaio()
     for name in EXTENSIONS:
         free_extension_lock(name)
     with accelerator.local_main_process_first():
