@@ -74,6 +74,17 @@ def fits(accelerator, model) -> bool:
     the machine's memory, shared among its processes. The rest is for what generation keeps.
     Collective.
     """
+    swapped = [
+        p
+        for p in model.parameters()
+        if getattr(getattr(p, "ds_tensor", None), "final_location", "") == "nvme"
+    ]
+    if swapped and swapped[0].nvme_swapper.available_swap_in_buffers() < len(swapped):
+        accelerator.print(
+            f"{len(swapped)} weights are on NVMe, more than buffer_count of offload_param. So one "
+            "layer at a time is read to generate, for every token, which is slow."
+        )
+        return False
     needed = 0
     for parameter in model.parameters():
         shape = getattr(parameter, "_unpadded_unsharded_size", parameter.shape)  # FSDP1

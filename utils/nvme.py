@@ -71,7 +71,24 @@ def start_nvme(accelerator):
     accelerator.wait_for_everyone()
     for part, block in parts.items():
         block["nvme_path"] = str(bases[part] / name)
+    if "offload_param" in parts:
+        set_fetching(content["zero_optimization"])
     accelerator.print(f"Swap files: {', '.join(sorted({str(b / name) for b in bases.values()}))}")
+
+
+def set_fetching(zero):
+    """Let DeepSpeed hold no weight longer, and fetch none earlier, than the layer that uses it.
+
+    A weight that is kept or fetched ahead holds a swap buffer. DeepSpeed 0.19.8 runs out of buffers
+    then, or fetches a weight twice that the forward and the backward pass use, and fails.
+    """
+    for key in ("stage3_max_reuse_distance", "stage3_prefetch_bucket_size"):
+        if zero.setdefault(key, 0) not in (0, "auto"):
+            say(
+                f"{key} {zero[key]} with parameters on NVMe: DeepSpeed may run out of swap buffers "
+                "in the second update. 0 is safe."
+            )
+        zero[key] = 0 if zero[key] == "auto" else zero[key]
 
 
 def find_base(part, block):
