@@ -1,0 +1,291 @@
+"""Parameters and optimizer on NVMe: refusals without the extension, swap files, nothing left."""
+
+import fcntl
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ACCELERATE, ROOT
+from models import make_data, make_model
+from safetensors.torch import load_file
+
+from tools import nvme as tool
+from utils import nvme
+
+SCRIPT = "causal_lm_full_zero3"
+BIG = {"hidden_size": 512, "intermediate_size": 1024}  # slices of 1 MiB: DeepSpeed swaps them
+BIG |= {"num_attention_heads": 8, "num_key_value_heads": 8}
+UPDATES = 4
+LIMIT = 600  # seconds
+
+
+def refusal(capsys, function, *args):
+    """Return the one line with which a call stops."""
+    with pytest.raises(SystemExit) as ended:
+        function(*args)
+    error = capsys.readouterr().err
+    assert ended.value.code == 1 and error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+# The path -----------------------------------------------------------------------------------------
+def test_a_path_is_needed(monkeypatch, capsys):
+    monkeypatch.delenv(nvme.VARIABLE, raising=False)
+    for block in ({}, {"nvme_path": None}, {"nvme_path": "none"}):
+        error = refusal(capsys, nvme.find_base, "offload_param", block)
+        assert "NVME_PATH is not set in the environment: set it to a folder" in error
+
+
+def test_the_path_of_the_config_and_of_the_environment(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv(nvme.VARIABLE, str(tmp_path))
+    assert nvme.find_base("offload_param", {}) == tmp_path
+    assert nvme.find_base("offload_param", {"nvme_path": str(tmp_path)}) == tmp_path
+    error = refusal(capsys, nvme.find_base, "offload_param", {"nvme_path": "/elsewhere"})
+    assert "nvme_path of offload_param is /elsewhere, and NVME_PATH" in error
+    monkeypatch.delenv(nvme.VARIABLE)
+    assert nvme.find_base("offload_param", {"nvme_path": str(tmp_path)}) == tmp_path
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_path_that_is_no_folder_or_read_only(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    for path in (file, tmp_path / "missing"):
+        monkeypatch.setenv(nvme.VARIABLE, str(path))
+        assert "is not a folder" in refusal(capsys, nvme.find_base, "offload_param", {})
+    monkeypatch.setenv(nvme.VARIABLE, "/proc")  # not even root can write there
+    assert "NVME_PATH /proc cannot be written" in refusal(capsys, nvme.find_base, "x", {})
+
+
+# The sizes ----------------------------------------------------------------------------------------
+def plan(processes=2, **zero):
+    """Return the plan of a model with one large and one small weight."""
+    model = torch.nn.Sequential(torch.nn.Linear(1024, 1024, bias=False), torch.nn.LayerNorm(8))
+    return nvme.Plan({"zero_optimization": zero}, model, processes)
+
+
+def test_sizes_of_buffers_and_files():
+    half = 1024 * 1024 // 2
+    one = plan()
+    assert one.largest == half and one.swapped == [half]
+    flat = half + 4 + 4
+    padded = -(-4 * flat // 1024) * 1024
+    parts = {"offload_optimizer": {"device": "nvme"}}
+    assert one.pinned_bytes(parts) == 4 * padded
+    assert one.file_bytes(parts) == 3 * padded + 4 * half  # three states, and the gradients
+    parts = {"offload_param": {"buffer_size": one.largest, "max_in_cpu": 0, "buffer_count": 3}}
+    whole = 4 * (1024 * 1024 + 16)
+    assert one.pinned_bytes(parts) == 3 * 4 * half + -(-whole // 1024) * 1024
+    assert one.file_bytes(parts) == 4 * half
+    assert [len(group) for group in plan(sub_group_size=half).groups] == [1, 2]
+
+
+@pytest.fixture
+def accelerator(tmp_path):
+    """What fit_nvme reads of an Accelerator."""
+    zero = {
+        "offload_param": {"device": "nvme", "nvme_path": str(tmp_path / "run"), "max_in_cpu": 0}
+    }
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": zero})
+    return SimpleNamespace(deepspeed_plugin=plugin, num_processes=2, print=print)
+
+
+def test_too_little_space_memory_or_buffer(accelerator, monkeypatch, capsys):
+    model = torch.nn.Linear(1024, 1024)
+    block = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]["offload_param"]
+    nvme.fit_nvme(accelerator, model)
+    assert block["buffer_size"] == 1024 * 1024 // 2
+    assert "bytes of pinned memory per process" in capsys.readouterr().out
+    usage = SimpleNamespace(free=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(nvme.shutil, "disk_usage", lambda path: usage)
+        assert "has 1,000 bytes free, and 1 process" in refusal(
+            capsys, nvme.fit_nvme, accelerator, model
+        )
+    with monkeypatch.context() as patch:
+        patch.setattr(nvme.os, "geteuid", lambda: 1000)
+        patch.setattr(nvme.resource, "getrlimit", lambda kind: (8192, 8192))
+        assert "`ulimit -l` allows 8,192" in refusal(capsys, nvme.fit_nvme, accelerator, model)
+    block["buffer_count"] = 10**9
+    assert "bytes of memory each" in refusal(capsys, nvme.fit_nvme, accelerator, model)
+    block |= {"buffer_count": 5, "buffer_size": 7}
+    assert "buffer_size 7 of offload_param is too small" in refusal(
+        capsys, nvme.fit_nvme, accelerator, model
+    )
+
+
+def test_fetching_ahead_is_off_unless_the_user_wants_it(capsys):
+    zero = {"stage3_prefetch_bucket_size": 5}
+    nvme.set_fetching(zero)
+    assert zero == {"stage3_prefetch_bucket_size": 5, "stage3_max_reuse_distance": 0}
+    assert "stage3_prefetch_bucket_size 5 with parameters on NVMe" in capsys.readouterr().out
+
+
+# The folder ---------------------------------------------------------------------------------------
+HOLDER = """
+import pathlib, sys, time
+from utils import nvme
+folder = pathlib.Path(sys.argv[1])
+nvme.make_folder(folder)
+(folder / "weights").write_bytes(bytes(1000))
+nvme.remove_at_end()
+print("ready", flush=True)
+time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_the_folder_goes_with_its_run(tmp_path, capsys, number):
+    folder = tmp_path / "run-1"
+    command = [sys.executable, "-c", HOLDER, folder]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, cwd=ROOT, **streams) as process:
+        assert process.stdout.readline() == b"ready\n"
+        nvme.remove_left_behind(tmp_path)
+        assert (folder / "weights").exists()  # the run lives
+        process.send_signal(number)
+        assert process.wait(60) == (-number if number != signal.SIGINT else -signal.SIGINT)
+    if number == signal.SIGKILL:
+        assert folder.exists()
+        nvme.remove_left_behind(tmp_path)
+        assert "Removed 1 swap folder(s) of killed runs" in capsys.readouterr().out
+    assert [*tmp_path.iterdir()] == []
+
+
+# Without the extension ----------------------------------------------------------------------------
+def test_the_extension_is_not_built(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert not nvme.is_built()
+    error = refusal(capsys, nvme.load_extensions, None)
+    assert "is not built: build it once with `python -m tools.nvme build`" in error
+    assert "async_io is not built: build it" in refusal(capsys, tool.tune, tmp_path, "1M")
+
+
+def test_the_build_names_what_is_missing(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-compiler")
+    error = refusal(capsys, tool.build, 1)
+    assert "the build needs a C++ compiler, no-compiler (package g++)" in error
+    monkeypatch.delenv("CXX")
+    monkeypatch.setattr(tool, "PROGRAM", "#include <no_libaio.h>")
+    assert "libaio.h (package libaio-dev)" in refusal(capsys, tool.build, 1)
+
+
+def test_a_launch_without_the_extension(launch, tmp_path):
+    output = launch(SCRIPT, "zero3_nvme", "--output_dir", tmp_path / "run", code=1).stdout
+    assert output.count("error: ") == 1 and "NVME_PATH is not set" in output
+    variables = {nvme.VARIABLE: str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "none")}
+    output = launch(SCRIPT, "zero3_nvme", "--output_dir", tmp_path / "run", code=1, **variables)
+    assert output.stdout.count("error: ") == 1 and "tools.nvme build" in output.stdout
+    assert not (tmp_path / "run").exists() and not [*tmp_path.glob("*run-*")]
+
+
+def test_chat_sft_refuses_it(launch, tmp_path):
+    output = launch("chat_sft", "zero3_nvme", "--output_dir", tmp_path / "run", code=1).stdout
+    assert output.count("error: ") == 1
+    assert "chat_sft's checkpoints cannot hold it" in output
+
+
+# For real -----------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def built(environment):
+    """Build the extensions into the folder of the session. This takes minutes."""
+    if missing := tool.find_missing():
+        pytest.skip(f"needs {missing[0]}")
+    command = [sys.executable, "-m", "tools.nvme", "build", "--minutes", "90"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    """The flags of a model whose weights are large enough for DeepSpeed to swap, and its data."""
+    folder = tmp_path_factory.mktemp("nvme")
+    data = make_data(folder / "data", train=16, validation=4, noise=0.3)
+    model = make_model(folder / "llama", "llama", **BIG)
+    words = ("--model_name_or_path", model, "--dataset_name", data)
+    return (*words, "--max_steps", UPDATES, "--per_device_train_batch_size", 2)
+
+
+@pytest.mark.slow
+def test_it_trains_like_zero3_offload(built, launch, flags, tmp_path):
+    drive, facts = tmp_path / "drive", tmp_path / "facts.json"
+    drive.mkdir()
+    script = ROOT / f"examples/{SCRIPT}.py"
+    words = (facts, script, *flags, "--output_dir", tmp_path / "nvme")
+    driver = ROOT / "tests/nvme_driver.py"
+    output = launch(driver, "zero3_nvme", *words, NVME_PATH=str(drive), real=True).stdout
+    launch(SCRIPT, "zero3_offload", *flags, "--output_dir", tmp_path / "cpu")
+    runs = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("nvme", "cpu")]
+    assert runs[0]["losses"] == pytest.approx(runs[1]["losses"], rel=1e-6)
+    tensors = [load_file(tmp_path / name / "model.safetensors") for name in ("nvme", "cpu")]
+    for name, values in tensors[0].items():
+        torch.testing.assert_close(values, tensors[1][name], rtol=1e-5, atol=1e-6)
+    found = json.loads(facts.read_text())
+    assert Path(found["folder"]).parent == drive
+    assert found["on_drive"] >= 6 and found["equal"]
+    assert found["states"] == 3 and found["masters_equal"]
+    assert all(
+        found["own_bytes"] <= size <= found["own_bytes"] + 1024 for size in found["state_bytes"]
+    )
+    told = int(re.search(r"up to ([\d,]+) bytes of swap files", output)[1].replace(",", ""))
+    assert 0.7 * told <= found["files_bytes"] <= told
+    assert [*drive.iterdir()] == []
+
+
+def start(environment, flags, drive, output):
+    """Start a long run; return it once it has swap files of the optimizer."""
+    config = ROOT / "configs/zero3_nvme.yaml"
+    words = [*ACCELERATE, "--config_file", config, ROOT / f"examples/{SCRIPT}.py", *flags]
+    words = [sys.executable, *words, "--max_steps", 10_000, "--output_dir", output]
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(
+        [str(word) for word in words],
+        cwd=ROOT,
+        env=environment | {nvme.VARIABLE: str(drive)},
+        start_new_session=True,
+        **streams,
+    )
+    begin = time.monotonic()
+    while not [*drive.glob("run-*/zero_stage_3/optimizer/rank*/exp_avg*")]:
+        assert process.poll() is None and time.monotonic() - begin < LIMIT
+        time.sleep(0.2)
+    return process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_nothing_is_left_after_a_signal(built, environment, flags, tmp_path, number):
+    process = start(environment, flags, tmp_path, tmp_path.with_name("output"))
+    # a terminal sends Ctrl+C to all processes
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    process.wait(120)
+    begin = time.monotonic()
+    while [*tmp_path.iterdir()] and time.monotonic() - begin < 60:
+        time.sleep(0.2)
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.slow
+def test_the_next_run_removes_what_sigkill_left(built, environment, launch, flags, tmp_path):
+    drive = tmp_path / "drive"
+    drive.mkdir()
+    process = start(environment, flags, drive, tmp_path / "killed")
+    [lock] = drive.glob(".run-*.lock")
+    with open(lock, "r+") as file, pytest.raises(OSError):
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(60)
+    assert [*drive.glob("run-*/zero_stage_3")]
+    words = (*flags, "--output_dir", tmp_path / "next")
+    output = launch(SCRIPT, "zero3_nvme", *words, NVME_PATH=str(drive), real=True).stdout
+    assert "Removed 1 swap folder(s) of killed runs" in output
+    assert [*drive.iterdir()] == []
