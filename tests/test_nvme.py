@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from conftest import ACCELERATE, ROOT
@@ -179,11 +180,17 @@ def test_the_build_names_what_is_missing(monkeypatch, tmp_path, capsys):
     assert "libaio.h (package libaio-dev)" in refusal(capsys, tool.build, 1)
 
 
-def test_a_launch_without_the_extension(launch, tmp_path):
+def test_a_launch_without_a_path(launch, tmp_path):
     output = launch(SCRIPT, "zero3_nvme", "--output_dir", tmp_path / "run", code=1).stdout
     assert output.count("error: ") == 1 and "NVME_PATH is not set" in output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_launch_without_the_extension(launch, tmp_path):
     variables = {nvme.VARIABLE: str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "none")}
-    output = launch(SCRIPT, "zero3_nvme", "--output_dir", tmp_path / "run", code=1, **variables)
+    words = ("--output_dir", tmp_path / "run")
+    output = launch(SCRIPT, "zero3_nvme", *words, code=1, real=True, **variables)
     assert output.stdout.count("error: ") == 1 and "tools.nvme build" in output.stdout
     assert not (tmp_path / "run").exists() and not [*tmp_path.glob("*run-*")]
 
@@ -282,7 +289,10 @@ def test_the_next_run_removes_what_sigkill_left(built, environment, launch, flag
     [lock] = drive.glob(".run-*.lock")
     with open(lock, "r+") as file, pytest.raises(OSError):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.killpg(process.pid, signal.SIGKILL)
+    # the processes first: without their launcher they would get SIGTERM
+    for one in psutil.Process(process.pid).children(recursive=True):
+        one.kill()
+    process.kill()
     process.wait(60)
     assert [*drive.glob("run-*/zero_stage_3")]
     words = (*flags, "--output_dir", tmp_path / "next")
