@@ -85,8 +85,8 @@ def set_fetching(zero):
     for key in ("stage3_max_reuse_distance", "stage3_prefetch_bucket_size"):
         if zero.setdefault(key, 0) not in (0, "auto"):
             say(
-                f"{key} {zero[key]} with parameters on NVMe: DeepSpeed may run out of swap buffers "
-                "in the second update. 0 is safe."
+                f"{key} {zero[key]} with parameters on NVMe: DeepSpeed may run out of swap "
+                "buffers. 0 is safe."
             )
         zero[key] = 0 if zero[key] == "auto" else zero[key]
 
