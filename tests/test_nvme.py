@@ -132,8 +132,9 @@ def test_fetching_ahead_is_off_unless_the_user_wants_it(capsys):
 
 # The folder ---------------------------------------------------------------------------------------
 HOLDER = """
-import pathlib, sys, time
+import pathlib, signal, sys, time
 from utils import nvme
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 folder = pathlib.Path(sys.argv[1])
 nvme.make_folder(folder)
 (folder / "weights").write_bytes(bytes(1000))
@@ -153,7 +154,10 @@ def test_the_folder_goes_with_its_run(tmp_path, capsys, number):
         nvme.remove_left_behind(tmp_path)
         assert (folder / "weights").exists()  # the run lives
         process.send_signal(number)
-        assert process.wait(60) == (-number if number != signal.SIGINT else -signal.SIGINT)
+        try:
+            assert process.wait(60) == -number
+        finally:
+            process.kill()
     if number == signal.SIGKILL:
         assert folder.exists()
         nvme.remove_left_behind(tmp_path)
