@@ -79,8 +79,8 @@ def start_nvme(accelerator):
 def set_fetching(zero):
     """Let DeepSpeed hold no weight longer, and fetch none earlier, than the layer that uses it.
 
-    A weight that is kept or fetched ahead holds a swap buffer. DeepSpeed 0.19.8 runs out of buffers
-    then, or fetches a weight twice that the forward and the backward pass use, and fails.
+    A weight that is kept or fetched ahead holds a swap buffer. With prefetching, DeepSpeed 0.19.8
+    failed: "already assigned swap buffer". Without it, training worked.
     """
     for key in ("stage3_max_reuse_distance", "stage3_prefetch_bucket_size"):
         if zero.setdefault(key, 0) not in (0, "auto"):
