@@ -75,6 +75,7 @@ def assert_same(folder, other, processes):
         left, right = load_file(folder / file), load_file(other / file)
         assert left.keys() == right.keys()
         assert [key for key in left if not torch.equal(left[key], right[key])] == [], file
+        assert (folder / file).read_bytes() == (other / file).read_bytes(), file
     steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
     assert steps == [
         json.loads(line)["step"] for line in (other / "log.jsonl").read_text().splitlines()

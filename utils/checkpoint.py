@@ -31,8 +31,16 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor
 
-from utils.training_state import StateError, local, pieces_of, read_pieces, restore_training_state
-from utils.training_state import stepped, training_state
+from utils.training_state import (
+    StateError,
+    local,
+    metadata_of,
+    pieces_of,
+    read_pieces,
+    restore_training_state,
+    stepped,
+    training_state,
+)
 
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
@@ -153,7 +161,7 @@ def save_checkpoint(accelerator, output_dir, step, optimizer, state, write_weigh
             f"process {accelerator.process_index} does not see {folder}: give all machines the "
             "same folder"
         )
-    save_file(tensors, file, {"numbers": json.dumps(numbers), "pieces": json.dumps(pieces)})
+    save_file(tensors, file, metadata_of(numbers, pieces))
     mask = os.umask(0)
     os.umask(mask)
     file.chmod(0o666 & ~mask)  # safetensors writes with 0600, whatever the umask says

@@ -267,10 +267,25 @@ def parameter_pieces(name, parameter):
 
 
 # What a checkpoint holds --------------------------------------------------------------------------
+def metadata_of(numbers, pieces):
+    """Return the metadata of a file: one entry, for safetensors writes several in random order."""
+    return {"state": json.dumps({"numbers": numbers, "pieces": pieces})}
+
+
+def read_metadata(file):
+    """Return the numbers and the pieces of an open file; an older version has None for pieces."""
+    metadata = file.metadata()
+    if "state" in metadata:
+        state = json.loads(metadata["state"])
+        return state["numbers"], state["pieces"]
+    return json.loads(metadata["numbers"]), None
+
+
 class Source(NamedTuple):
     """Where a run of elements is stored: in which file, in the tensors named `index`.key."""
 
     file: safe_open
+    numbers: dict  # key -> number of the optimizer's state
     index: int
     start: int  # of the elements in the flattened parameter
     offset: int  # of the elements in the stored tensor
@@ -281,7 +296,7 @@ class Stored:
     """The tensors of a checkpoint, found by the parameters that they hold parts of.
 
     A file holds tensors named `index`.value and `index`.key, for each key of the optimizer's state;
-    and in its metadata as JSON `pieces`, from `pieces_of`, and `numbers`, `index`.key -> number.
+    and in its metadata the numbers, `index`.key -> number, and the pieces, from `pieces_of`.
 
     Args:
         files: open files of all processes.
@@ -290,9 +305,11 @@ class Stored:
     def __init__(self, files):
         self.sources = {}  # name of a parameter -> where its elements are
         for file in files:
-            for index, pieces in enumerate(json.loads(file.metadata()["pieces"])):
+            numbers, pieces_of_all = read_metadata(file)
+            for index, pieces in enumerate(pieces_of_all):
+                own = of_parameter(numbers, index)
                 for name, *place in pieces:
-                    self.sources.setdefault(name, []).append(Source(file, index, *place))
+                    self.sources.setdefault(name, []).append(Source(file, own, index, *place))
 
     def find(self, piece):
         """Yield (source, first element in its tensor, first element in mine, length) of a piece."""
@@ -322,9 +339,7 @@ class Stored:
             if name.startswith(prefix):
                 key = name.removeprefix(prefix)
                 tensors[key] = self.assemble_one(key, first, parts, shape)
-        numbers = json.loads(first.file.metadata()["numbers"]).items()
-        numbers = {n.removeprefix(prefix): one for n, one in numbers if n.startswith(prefix)}
-        return tensors, numbers
+        return tensors, dict(first.numbers)
 
     def assemble_one(self, key, first, parts, shape):
         """Return the tensor `key` of the given shape; or a number of the optimizer as it is."""
@@ -358,16 +373,16 @@ def read_pieces(files, own, pieces, shapes):
         StateError: the files do not hold all of it, or it cannot be divided.
     """
     pieces = json.loads(json.dumps(pieces))  # as a file holds them
-    if own in files and json.loads(files[own].metadata().get("pieces", "null")) in (None, pieces):
+    facts = {path: read_metadata(file) for path, file in files.items()}
+    if own in files and facts[own][1] in (None, pieces):
         names = [name for name in files[own].keys() if not name.startswith("random.")]
-        tensors = {name: files[own].get_tensor(name) for name in names}
-        return tensors, json.loads(files[own].metadata()["numbers"])
-    if any("pieces" not in file.metadata() for file in files.values()):
+        return {name: files[own].get_tensor(name) for name in names}, facts[own][0]
+    if any(stored is None for _, stored in facts.values()):
         raise StateError(
             f"it is of an older version, which resumes on as many processes only: {len(files)}"
         )
     stored, tensors = Stored(files.values()), {}
-    numbers = json.loads(next(iter(files.values())).metadata()["numbers"])
+    numbers, _ = next(iter(facts.values()))
     numbers = {name: numbers[name] for name in SCALERS if name in numbers}
     for index, (place, shape) in enumerate(zip(pieces, shapes, strict=True)):
         own_tensors, own_numbers = stored.assemble(place, shape)
