@@ -135,7 +135,7 @@ def build_model(config, tokenizer):
         use_safetensors=True,
         device_map=device_map(),  # the strategy decides where the weights go
     )
-    model.get_decoder().layerdrop = 0.0  # processes that skip different layers would wait forever
+    model.get_decoder().layerdrop = 0.0  # else processes skip different layers, and the run hangs
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model.generation_config = GenerationConfig(**ends)  # greedy, whatever the checkpoint asks for
     if config.gradient_checkpointing:
@@ -192,7 +192,7 @@ def main():
         optimizer = torch.optim.AdamW(trainable.values(), **options)
         configure_deepspeed(accelerator, config, model)  # DeepSpeed accumulates and clips by itself
         model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
-        # not in `prepare`, where DeepSpeed would also read the batch size of this loader
+        # not in `prepare`: accelerate would give DeepSpeed the smaller batch size of both loaders
         valid_loader = accelerator.prepare_data_loader(valid_loader)
     max_steps = len(train_loader) // config.gradient_accumulation_steps
     warmup = int(config.warmup_ratio * max_steps)
@@ -252,7 +252,7 @@ def main():
 # 7. Save ------------------------------------------------------------------------------------------
 # leave, unless you know why
 def gather_weights(accelerator, model):
-    """Return name -> trained parameter, in full. Every process must call it: they all gather."""
+    """Return name -> full trained parameter. Every process must call it: it gathers any shards."""
     return accelerator.get_state_dict(model)
 
 

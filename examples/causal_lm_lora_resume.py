@@ -154,7 +154,7 @@ def build_model(config, tokenizer):
         use_safetensors=True,
         device_map=device_map(),  # the strategy decides where the weights go
     )
-    model.get_decoder().layerdrop = 0.0  # processes that skip different layers would wait forever
+    model.get_decoder().layerdrop = 0.0  # else processes skip different layers, and the run hangs
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model.generation_config = GenerationConfig(**ends)  # greedy, whatever the checkpoint asks for
     if config.gradient_checkpointing:
@@ -265,7 +265,7 @@ def main():
             part.load_state_dict(value)
         # the seed decides the order of the rows; skip those that were trained on
         train_loader = accelerator.skip_first_batches(train_loader, len(progress.updates) * steps)
-        # iter(loader) draws a random seed; from the global RNG, it would change dropout
+        # else iter(loader) would draw a seed from the global RNG, which dropout uses
         train_loader.base_dataloader.generator = torch.Generator()
         for one, random_state in zip(generators, state["random"][accelerator.process_index]):
             one.set_rng_state(random_state)
@@ -341,7 +341,7 @@ def main():
 # 7. Save ------------------------------------------------------------------------------------------
 # leave, unless you know why
 def gather_weights(accelerator, model):
-    """Return name -> trained parameter, in full. Every process must call it: they all gather."""
+    """Return name -> full trained parameter. Every process must call it: it gathers any shards."""
     unwrapped = accelerator.unwrap_model(model)
     return {name: p for name, p in unwrapped.named_parameters() if p.requires_grad}
 

@@ -65,7 +65,7 @@ class Config:
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations to save memory")
     tf32: bool = HfArg(default=False, help="matrix products in TF32 on GPUs: faster, less exact")
     layerwise_generation: bool = HfArg(
-        default=False, help="gather layer by layer to generate; slow"
+        default=False, help="generate with one layer gathered at a time: less memory, slow"
     )
     lora_r: int = HfArg(default=8, help="rank of the LoRA matrices")
     lora_alpha: int = HfArg(default=32, help="LoRA is scaled by lora_alpha / lora_r")
@@ -162,7 +162,7 @@ def build_model(config, tokenizer):
         quantization_config=quantization,
         device_map={"": "cpu"},  # else transformers puts the full model on every GPU
     )
-    model.get_decoder().layerdrop = 0.0  # processes that skip different layers would wait forever
+    model.get_decoder().layerdrop = 0.0  # else processes skip different layers, and the run hangs
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model.generation_config = GenerationConfig(**ends)  # greedy, whatever the checkpoint asks for
     if config.gradient_checkpointing:
@@ -196,8 +196,8 @@ def evaluate(accelerator, model, tokenizer, valid_loader, config):
     model.eval()
     rows, predictions = valid_loader.dataset, []
     longest = max(len(row["target"]) for row in rows)
-    # Gather the full model once, generate, and shard it again.
-    # synced_gpus: a process that is done still takes part in gathering until all are done.
+    # Gather the full model once, generate, and shard it again. If it does not fit, each layer is
+    # gathered for every token, by all processes: synced_gpus lets none stop before the others.
     with generating(accelerator, model, config.layerwise_generation) as generator:
         for batch in valid_loader:
             tokens = generator.generate(**batch, max_new_tokens=longest, synced_gpus=True)
@@ -228,7 +228,7 @@ def main():
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         for module in model.modules():
             if isinstance(module, ModulesToSaveWrapper):
-                # drop the unused frozen copy: FSDP2 fails if it shares a tied weight with a layer
+                # drop PEFT's unused frozen copy: with it, a tied weight would be in two FSDP2 units
                 module.original_module = torch.nn.Identity()
         options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
         optimizer = adamw(config.optim)(trainable.values(), **options)
@@ -297,7 +297,7 @@ def main():
 # 7. Save ------------------------------------------------------------------------------------------
 # leave, unless you know why
 def gather_weights(accelerator, model):
-    """Return name -> trained parameter, in full. Every process must call it: they all gather."""
+    """Return name -> full trained parameter. Every process must call it: it gathers any shards."""
     unwrapped = accelerator.unwrap_model(model)
     trainable = {n: p for n, p in unwrapped.named_parameters() if p.requires_grad}
     # only the trainable parameters are gathered, the frozen base stays sharded

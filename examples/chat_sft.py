@@ -1,4 +1,4 @@
-"""Fine-tune a chat model in production: LoRA, QLoRA or all weights; packing, resuming, any config.
+"""Fine-tune a chat model in production: LoRA, QLoRA or all weights; packing, resuming, sharding.
 
 Base:    none
 Changes: none
@@ -99,8 +99,8 @@ class Config:
     )
     chat_template_format: str = HfArg(
         default="none",
-        help="chat template: chatml, zephyr, a .jinja file, or the name of one of the tokenizer's; "
-        "none: the tokenizer's only or default one",
+        help="chat template: chatml, zephyr, a .jinja file, or the name of a template of the "
+        "tokenizer; none: the tokenizer's only template, or the one called default",
     )
     train_on: str = HfArg(
         default="assistant",
@@ -142,7 +142,7 @@ class Config:
     lora_target_parameters: str = HfArg(
         default="",
         help="fused weights of routed experts that get LoRA, comma separated, such as "
-        "experts.down_proj; or experts for all of them",
+        "experts.down_proj; experts: all of them",
     )
     adapter_name_or_path: str = HfArg(
         default="", help="LoRA adapter to train further, folder or Hub id; empty: a new one"
@@ -292,7 +292,7 @@ def read_rows(config):
 
 
 def build_dataloaders(config, accelerator, tokenizer, rows, state, num_added):
-    """Return the `Data` of a run that begins with the state of a checkpoint, or of a new run."""
+    """Return the `Data` of a run. `state` is that of the checkpoint to resume, or START."""
     train, valid, unread, shape, is_chat = rows
     date = state["identity"].get("template_date")
     pinned, date = pin_date(tokenizer, date) if is_chat else (tokenizer, None)
@@ -307,7 +307,7 @@ def build_dataloaders(config, accelerator, tokenizer, rows, state, num_added):
             sequences = partial(stream_sequences, read, limit, config.packing)
             documents, examples = None, list(islice(read(0, is_strict=True), 2))
             num_sequences, facts = math.inf, ""
-            if workers > 1:  # datasets would split the files of a stream among them
+            if workers > 1:  # `datasets` would split the stream's files among the workers
                 say(f"--dataloader_num_workers {workers}: a stream is read by one worker.")
                 workers = 1
         else:
@@ -358,7 +358,7 @@ def build_model(config, tokenizer, num_added):
     model = load_sharded(AutoModelForCausalLM, config.model_name_or_path, **options)
     modules_to_save = resize(model, tokenizer, num_added, config.adapter_name_or_path)
     set_ends(model, tokenizer)
-    model.get_decoder().layerdrop = 0.0  # processes that skip different layers would wait forever
+    model.get_decoder().layerdrop = 0.0  # else processes skip different layers, and the run hangs
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable(
             {"use_reentrant": config.use_reentrant},
@@ -366,13 +366,13 @@ def build_model(config, tokenizer, num_added):
             offload=config.gradient_checkpointing_offload,
         )
         model.enable_input_require_grads()  # a reentrant layer needs an input with a gradient
-    set_seed(config.seed)  # the same LoRA matrices, however many random numbers the resizing drew
+    set_seed(config.seed)  # resizing may draw random numbers; LoRA must start the same
     if config.use_peft_lora:
         model = add_lora(config, model, modules_to_save)
     if config.use_liger_kernel:  # without Liger's loss: add_token_loss replaces the loss
         apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
         if not any("forward" in vars(module) for module in model.modules()):
-            say(f"Liger has no kernels for {config.model_name_or_path}: it is unused.")
+            say(f"Liger is unused: it has no kernels for {config.model_name_or_path}.")
     add_token_loss(model)
     return model
 
@@ -401,7 +401,7 @@ def add_lora(config, model, modules_to_save):
     if launched_precision() != "no":
         for module in model.modules():
             if hasattr(module, "cast_input_dtype_enabled"):
-                # autocast casts the input; PEFT would use the weight's dtype, which FSDP changes
+                # leave casting to autocast: PEFT casts to the weight's dtype, which FSDP changes
                 module.cast_input_dtype_enabled = False
     return model
 
@@ -416,7 +416,7 @@ def build_optimizer(config, model):
 def prepare(config, accelerator, model):
     """Return the model and optimizer under the launched strategy."""
     strategy = launched_strategy()
-    if config.torch_compile:  # per layer: all layers share one compilation, and keep their names
+    if config.torch_compile:  # per layer: one compilation serves all, and parameter names stay
         layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
         if not layers:
             fail_together(accelerator, "--torch_compile finds no decoder layers here: drop it")
@@ -424,7 +424,7 @@ def prepare(config, accelerator, model):
             layer.compile(dynamic=True)  # the rows differ in length
     deepspeed = {"train_micro_batch_size_per_gpu": config.per_device_train_batch_size}
     deepspeed["communication_data_type"] = "fp32"
-    if strategy != "zero1":  # there, this would select an engine whose state cannot be saved
+    if strategy != "zero1":  # in zero1 this may select BF16_Optimizer, whose state cannot be saved
         deepspeed["data_types"] = {"grad_accum_dtype": "fp32"}
     configure_deepspeed(accelerator, config, model, **deepspeed)
     if strategy == "zero3":
@@ -439,7 +439,7 @@ def prepare(config, accelerator, model):
     if strategy == "fsdp2":
         for module in model.modules():
             if isinstance(module, ModulesToSaveWrapper):
-                # drop the unused frozen copy: FSDP2 fails if it shares a tied weight with a layer
+                # drop PEFT's unused frozen copy: with it, a tied weight would be in two FSDP2 units
                 module.original_module = torch.nn.Identity()
     model, optimizer = accelerator.prepare(model, build_optimizer(config, model))
     if strategy == "fsdp2":
@@ -449,7 +449,7 @@ def prepare(config, accelerator, model):
 
 
 def uncompiled(config):
-    """Return a context in which compiled layers run uncompiled, for a few batches."""
+    """Return a context, for a few batches, in which compiled layers run uncompiled."""
     return torch.compiler.set_stance("force_eager") if config.torch_compile else nullcontext()
 
 
@@ -518,7 +518,7 @@ def show_answers(config, accelerator, model, tokenizer, prompts):
             said = tokenizer.decode(tokens[0, len(prompt) :], skip_special_tokens=True).strip()
             accelerator.print(f"  {tokenizer.decode(prompt)[-100:]!r} -> {said!r}")
     unwrapped.generation_config = own  # it is saved with the model
-    if hasattr(unwrapped, "peft_config"):  # PEFT's generate gave its base the greedy one
+    if hasattr(unwrapped, "peft_config"):  # PEFT's generate has copied the greedy one to its base
         unwrapped.get_base_model().generation_config = own
     model.train()
 
@@ -548,7 +548,7 @@ def main():
     with tracker.phase("load"), explaining(*describe(config)):
         model = build_model(config, tokenizer, num_added)
         flop = flop_per_token(model)
-        # a new one beside the last, which is on the disk already if the run is resumed
+        # disk space for a new checkpoint beside the last; a resumed run already has the last
         kept = 1 if config.save_strategy == "no" or resumed else 2
         files = WeightFiles(accelerator, config, model, tokenizer, kept, state_bytes(config.optim))
         model, optimizer = prepare(config, accelerator, model)
@@ -647,7 +647,7 @@ def main():
     end_run(accelerator)
     if hub:  # main process only; all collectives are done, so a long upload cannot time one out
         hub.finish()
-    reader.check()  # the data could not be read to the end
+    reader.check()  # stops with an error if data could not be read
 
 
 # 7. Save ------------------------------------------------------------------------------------------

@@ -70,7 +70,8 @@ class Config:
         default=False, help="write a line with the key error for each bad line, instead of stopping"
     )
     dtype: str = HfArg(
-        default="auto", help="dtype of the weights; auto: of the mixed precision, else of the files"
+        default="auto",
+        help="dtype of the weights; auto: the mixed-precision dtype, or else that of the files",
     )
     attn_implementation: str = HfArg(default="sdpa", help="attention backend: sdpa, eager, ...")
     use_4bit_quantization: bool = HfArg(
@@ -78,12 +79,12 @@ class Config:
     )
     tf32: bool = HfArg(default=False, help="matrix products in TF32 on GPUs: faster, less exact")
     layerwise_generation: bool = HfArg(
-        default=False, help="gather layer by layer to generate; slow"
+        default=False, help="generate with one layer gathered at a time: less memory, slow"
     )
     chat_template_format: str = HfArg(
         default="none",
-        help="chat template: chatml, zephyr, a .jinja file, or the name of one of the tokenizer's; "
-        "none: the tokenizer's only or default one",
+        help="chat template: chatml, zephyr, a .jinja file, or the name of a template of the "
+        "tokenizer; none: the tokenizer's only template, or the one called default",
     )
     max_length: int | None = HfArg(
         default=None,
@@ -163,7 +164,7 @@ def prepare(accelerator, model):
     if strategy == "fsdp2":
         for module in model.modules():
             if isinstance(module, ModulesToSaveWrapper):
-                # drop the unused frozen copy: FSDP2 fails if it shares a tied weight with a layer
+                # drop PEFT's unused frozen copy: with it, a tied weight would be in two FSDP2 units
                 module.original_module = torch.nn.Identity()
         if model.config.is_encoder_decoder:
             # accelerate would put the shared embedding into two units, which FSDP2 does not accept
@@ -187,7 +188,7 @@ def generate(config, accelerator, model, tokenizer, examples, lines):
     """Return the new keys of each row: the prediction, and why it ended (stop or length).
 
     Args:
-        lines: line number of each row, from which its random numbers are made.
+        lines: line number of each row; with the seed, it decides the row's random numbers.
     """
     is_seq2seq, prompts = model.config.is_encoder_decoder, [one.input_ids for one in examples]
     side = "right" if is_seq2seq else "left"
@@ -329,7 +330,7 @@ def main():
         if launched_strategy() == "zero3":
             set_engine_dtype(accelerator, source)
         model = prepare(accelerator, build_model(config, source, tokenizer))
-        with refusing(DataError):  # the input was changed in the meantime
+        with refusing(DataError):  # if the input has changed since it was indexed
             predict(config, accelerator, model, tokenizer, read, batches, output)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

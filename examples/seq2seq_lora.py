@@ -154,7 +154,7 @@ def build_model(config, tokenizer):
         start = model.config.decoder_start_token_id
     model.generation_config.decoder_start_token_id = start
     for part in (model.get_encoder(), model.get_decoder()):
-        part.layerdrop = 0.0  # processes that skip different layers would wait for each other
+        part.layerdrop = 0.0  # else processes skip different layers, and the run hangs
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()  # non-reentrant
     targets = "all-linear" if config.target_modules == ["all-linear"] else config.target_modules
@@ -217,7 +217,7 @@ def main():
         optimizer = torch.optim.AdamW(trainable.values(), **options)
         configure_deepspeed(accelerator, config, model)  # DeepSpeed accumulates and clips by itself
         model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
-        # not in `prepare`, where DeepSpeed would also read the batch size of this loader
+        # not in `prepare`: accelerate would give DeepSpeed the smaller batch size of both loaders
         valid_loader = accelerator.prepare_data_loader(valid_loader)
     max_steps = len(train_loader) // config.gradient_accumulation_steps
     warmup = int(config.warmup_ratio * max_steps)
@@ -277,7 +277,7 @@ def main():
 # 7. Save ------------------------------------------------------------------------------------------
 # leave, unless you know why
 def gather_weights(accelerator, model):
-    """Return name -> trained parameter, in full. Every process must call it: they all gather."""
+    """Return name -> full trained parameter. Every process must call it: it gathers any shards."""
     unwrapped = accelerator.unwrap_model(model)
     return {name: p for name, p in unwrapped.named_parameters() if p.requires_grad}
 

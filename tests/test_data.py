@@ -185,7 +185,7 @@ def test_files_that_are_not_read_are_named(write, capsys, case):
         (data.Path("folder") / name).write_text(LINES)
     train, valid = data.load_data("folder", COLUMNS)
     assert [len(train), len(valid)] == sizes
-    assert capsys.readouterr().out == (f"Not used of folder: {told}.\n" if told else "")
+    assert capsys.readouterr().out == (f"Unused in folder: {told}.\n" if told else "")
 
 
 @pytest.mark.cases
@@ -195,7 +195,7 @@ def test_columns_that_are_not_read_are_named_once_with_their_cells(write, capsys
         write(f"folder/{split}.csv", lines)
     train, _ = data.load_data("folder", COLUMNS)
     assert train.column_names == ["t", "l"]
-    told = "Not used of folder: column 'day' (0 cells), column 'id' (20 cells).\n"
+    told = "Unused in folder: column 'day' (0 cells), column 'id' (20 cells).\n"
     assert capsys.readouterr().out == told
 
 
@@ -226,7 +226,7 @@ def test_of_the_hub_splits_and_columns_are_named_and_class_numbers_get_their_nam
     train, valid = data.load_data("a/b", COLUMNS)
     assert train.to_list() == [{"t": "a", "l": "World"}, {"t": "b", "l": "Sports"}]
     printed = capsys.readouterr().out
-    assert "Not used of a/b: column 'id' (4 cells), split test (2 rows).\n" in printed
+    assert "Unused in a/b: column 'id' (4 cells), split test (2 rows).\n" in printed
     assert (
         "Column 'l' of train holds class numbers: their names are used, World, Sports." in printed
     )

@@ -61,7 +61,7 @@ def load_data(dataset_name, columns, seed=0, *, keep=()):
         )
     told = [f"column {n!r} ({count} cells)" for n, count in sorted(unused.items()) if n or count]
     if told or others:
-        say(f"Not used of {dataset_name}: {', '.join([*told, *others])}.")
+        say(f"Unused in {dataset_name}: {', '.join([*told, *others])}.")
     if "validation" in dataset:
         return dataset["train"], dataset["validation"]
     return hold_out(dataset["train"], names[0], seed, f"--dataset_name {dataset_name}")

@@ -126,7 +126,7 @@ def build_index(config, encode):
     if blank:
         say(f"{blank} blank lines of {config.input_file} are left out.")
     if notes:
-        say(f"Not used of {config.input_file}, or changed: {census(notes)}.")
+        say(f"Unused in {config.input_file}, or changed: {census(notes)}.")
     return Index(*map(numpy.array, columns), bad, digest.hexdigest(), tokens, written)
 
 

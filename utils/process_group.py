@@ -106,7 +106,7 @@ def choose_interface():
             if not uses_gpu():  # with a GPU, NCCL connects the processes
                 say(
                     f"Several machines: gloo uses {name} ({address}), which reaches "
-                    f"{os.environ['MASTER_ADDR']}. GLOO_SOCKET_IFNAME names another one."
+                    f"{os.environ['MASTER_ADDR']}. Set GLOO_SOCKET_IFNAME to use another one."
                 )
             return
 

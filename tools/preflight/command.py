@@ -53,7 +53,7 @@ def main():
     if not launch(args):
         end("the processes of all machines could not connect: see the lines above")
     if not is_same:
-        end("the machines differ: machine 0 says in what")
+        end("the machines differ: see the lines with `differs:` on machine 0")
 
 
 def end(message):
