@@ -1,5 +1,6 @@
 """chat_sft: the guides' commands, the same training under every strategy, what a run leaves."""
 
+import functools
 import json
 import math
 import re
@@ -41,32 +42,41 @@ def words_of(command):
     return words[words.index("examples/chat_sft.py") + 1 :], words[words.index("--config_file") + 1]
 
 
+NAMES = [command.stem for command in COMMANDS]
+# The default suite runs those with LoRA, with small batches and one short answer.
+BRIEF = ["brief lora_fsdp", "brief lora_zero3"]
+IDS = [*BRIEF, *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES)]
+
+
 @pytest.fixture(scope="module")
 def guides(launch, tmp_path_factory):
-    """Run the four commands, with output folders of their own: name -> (output, folder)."""
-    runs = {}
-    for command in COMMANDS:
-        arguments, config = words_of(command)
-        folder = tmp_path_factory.mktemp("guides") / command.stem
+    """A function that runs a command once, with an output folder of its own: (output, folder)."""
+
+    @functools.cache
+    def run(name):
+        stem = name.removeprefix("brief ")
+        arguments, config = words_of(ROOT / f"docs/commands/{stem}.sh")
+        folder = tmp_path_factory.mktemp("guides") / stem
         arguments[arguments.index("--output_dir") + 1] = folder
-        real = command.stem == "lora_fsdp"  # of FSDP1; test_copy.py has the real launch of ZeRO-3
-        done = launch("chat_sft", ROOT / config, *arguments, real=real)
-        runs[command.stem] = done.stdout, folder
-    return runs
+        if name != stem:
+            for flag in ("--per_device_train_batch_size", "--per_device_eval_batch_size"):
+                arguments[arguments.index(flag) + 1] = 1
+            arguments += ["--num_samples", 1, "--max_new_tokens", 8]
+        # the launch of FSDP1 is a real one; test_copy.py has that of ZeRO-3
+        return launch(
+            "chat_sft", ROOT / config, *arguments, real=stem == "lora_fsdp"
+        ).stdout, folder
+
+    return run
 
 
 def test_there_are_four_commands():
-    assert [command.stem for command in COMMANDS] == [
-        "lora_fsdp",
-        "lora_zero3",
-        "qlora_fsdp",
-        "qlora_zero3",
-    ]
+    assert NAMES == ["lora_fsdp", "lora_zero3", "qlora_fsdp", "qlora_zero3"]
 
 
-@pytest.mark.parametrize("name", [command.stem for command in COMMANDS])
+@pytest.mark.parametrize("name", IDS)
 def test_guides_command_acts(guides, name):
-    output, folder = guides[name]
+    output, folder = guides(name)
     metrics = read_metrics(folder)
     config = metrics["config"]
     assert (
@@ -93,9 +103,12 @@ def test_guides_command_acts(guides, name):
         assert "bfloat16" in str(metrics["engine"]["bytes_held"])
 
 
-@pytest.mark.parametrize("pair", ["lora", "qlora"])
+PAIRS = ["brief lora", *(pytest.param(pair, marks=pytest.mark.slow) for pair in ("lora", "qlora"))]
+
+
+@pytest.mark.parametrize("pair", PAIRS)
 def test_guides_commands_train_alike(guides, pair):
-    one, other = (guides[f"{pair}_{strategy}"][1] for strategy in ("zero3", "fsdp"))
+    one, other = (guides(f"{pair}_{strategy}")[1] for strategy in ("zero3", "fsdp"))
     first, second = read_metrics(one), read_metrics(other)
     one_score, other_score = (run["scores"]["perplexity"] for run in (first, second))
     assert one_score["before"] == pytest.approx(other_score["before"], rel=1e-3)

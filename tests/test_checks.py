@@ -659,12 +659,19 @@ LAUNCHED = [  # (whether the launch is a real one, script, config, flags, expect
     (False, *ZERO3, "--lora_r 0", "--lora_r is 0"),
     (False, *ZERO3, "--dataset_name data/nothing.csv", "data/nothing.csv does not exist"),
     (False, *ZERO3, "--label_column label", "the columns are 'Tweet text', 'Label'"),
-    (True, LORA, "ddp", f"{MODEL} nobody/nothing", "the Hub cannot be reached"),
-    (True, OFFLOAD, "use_cpu.yaml", "", "use_cpu: true"),
+    pytest.param(
+        True,
+        LORA,
+        "ddp",
+        f"{MODEL} nobody/nothing",
+        "the Hub cannot be reached",
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(True, OFFLOAD, "use_cpu.yaml", "", "use_cpu: true", marks=pytest.mark.slow),
     (False, OFFLOAD, "ddp", "", "was launched with ddp"),
     (False, LORA, "ddp", f"{MODEL} data", "data holds no config.json"),
 ]
-LAUNCHED_IDS = ["-".join(map(str, case[1:])) for case in LAUNCHED]
+LAUNCHED_IDS = ["-".join(map(str, getattr(case, "values", case)[1:])) for case in LAUNCHED]
 
 
 @pytest.mark.parametrize("real, script, config, words, fragment", LAUNCHED, ids=LAUNCHED_IDS)

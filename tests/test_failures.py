@@ -78,8 +78,8 @@ def launched_until(pool, launch, copy, config, flags, started):
     "script, config, fault",
     [
         ("causal_lm_lora", "ddp", RAISE),
-        (OFFLOAD, "zero3", KILL),
-        pytest.param("causal_lm_lora", "ddp", KILL, marks=pytest.mark.slow),
+        ("causal_lm_lora", "ddp", KILL),
+        pytest.param(OFFLOAD, "zero3", KILL, marks=pytest.mark.slow),
         pytest.param(OFFLOAD, "zero3", RAISE, marks=pytest.mark.slow),
     ],
 )

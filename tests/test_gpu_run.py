@@ -42,12 +42,14 @@ def dry_run(tmp_path_factory):
     return done, folder
 
 
+@pytest.mark.slow
 def test_dry_run_passes_and_writes_nothing(dry_run):
     done, folder = dry_run
     assert done.returncode == 0, done.stdout
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_dry_run_prints_every_command(dry_run):
     lines = dry_run[0].stdout.splitlines()
     for name, limit in (runner.CORRECT | runner.SPEED).items():
@@ -61,6 +63,7 @@ def test_dry_run_prints_every_command(dry_run):
                 assert any(f" --machine_rank {machine} " in line for line in launches)
 
 
+@pytest.mark.slow
 def test_dry_run_collects_every_test(dry_run):
     for file in sorted((ROOT / "tests/gpu").glob("test_*.py")):
         assert f"tests/gpu/{file.name}::" in dry_run[0].stdout, file.name

@@ -267,6 +267,7 @@ tqdm.tqdm = Bar
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_folder_that_looks_complete(tmp_path, llama):
     shutil.copytree(llama[1], tmp_path / "adapter")
     killed = in_process(tmp_path, KILL, "--max_shard_size", "20KB")

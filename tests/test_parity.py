@@ -33,7 +33,9 @@ PARITY = [  # (script, config, script of the run in one process to compare with)
     ("causal_lm_lora_fsdp2", "fsdp2_offload", "causal_lm_lora"),
     ("seq2seq_lora_fsdp1", "fsdp1_offload", "seq2seq_lora"),
     pytest.param("seq2seq_lora", "ddp", "seq2seq_lora", marks=pytest.mark.slow),
-    ("seq2seq_lora_zero3_offload", "zero3_offload", "seq2seq_lora"),
+    pytest.param(
+        "seq2seq_lora_zero3_offload", "zero3_offload", "seq2seq_lora", marks=pytest.mark.slow
+    ),
     ("causal_lm_full_zero3", "zero3", "causal_lm_full"),
     ("causal_lm_qlora", "zero2", "causal_lm_qlora"),
     ("causal_lm_qlora_zero3", "zero3_qlora", "causal_lm_qlora"),
@@ -42,7 +44,9 @@ PARITY = [  # (script, config, script of the run in one process to compare with)
 ]
 SCORES = [  # as above, and the number of held-out rows
     pytest.param("causal_lm_lora", "ddp", "causal_lm_lora", 2, marks=pytest.mark.slow),
-    ("causal_lm_lora_zero3_offload", "zero3", "causal_lm_lora", 7),
+    pytest.param(
+        "causal_lm_lora_zero3_offload", "zero3", "causal_lm_lora", 7, marks=pytest.mark.slow
+    ),
     pytest.param("seq2seq_lora_zero3_offload", "zero3", "seq2seq_lora", 2, marks=pytest.mark.slow),
     ("causal_lm_lora_fsdp1", "fsdp1", "causal_lm_lora", 7),
     ("causal_lm_lora_fsdp2", "fsdp2", "causal_lm_lora", 2),
@@ -191,7 +195,7 @@ def test_three_processes_train_and_score_alike(
 
 BF16 = [
     ("causal_lm_lora", "ddp"),
-    ("causal_lm_lora_zero3_offload", "zero3"),
+    pytest.param("causal_lm_lora_zero3_offload", "zero3", marks=pytest.mark.slow),
     ("causal_lm_lora_fsdp1", "fsdp1"),
 ]
 

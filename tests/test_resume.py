@@ -175,6 +175,7 @@ def read(file):
     return file.read_text() if file.is_file() else ""
 
 
+@pytest.mark.slow
 def test_signal_to_the_launcher_stops_all_processes(environment, tmp_path):
     command = [
         sys.executable,
