@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 COMMANDS = sorted((ROOT / "docs/commands").glob("*.sh"))
 STRATEGIES = ["ddp", pytest.param("zero2", marks=pytest.mark.slow), "zero3", "fsdp1", "fsdp2"]
-HALF = ("--per_device_train_batch_size", 4)  # of two processes each
-WHOLE = ("--per_device_train_batch_size", 8)
+HALF = ("--per_device_train_batch_size", 2)  # of two processes each
+WHOLE = ("--per_device_train_batch_size", 4)
 SETTINGS = (
     "--max_steps",
     4,

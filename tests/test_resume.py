@@ -36,6 +36,7 @@ FLAGS += (
     4,
 )
 FLAGS += ("--num_samples", 1, "--max_new_tokens", 4)
+WHOLE = ("--per_device_train_batch_size", 2)  # of one process, or 1 of each of two
 ON = ("--resume_from_checkpoint", True)
 
 
@@ -83,10 +84,21 @@ def assert_same(folder, other, processes):
 
 
 @pytest.fixture(scope="module")
-def whole(forks, tmp_path_factory):
+def chats(tmp_path_factory):
+    """Flags of data with 25 conversations, 7 updates per epoch, and of 3 held-out ones."""
+    folder = tmp_path_factory.mktemp("chats")
+    for name, number in (("train", 25), ("test", 3)):
+        lines = (ROOT / f"assets/chat/{name}.jsonl").read_text().splitlines(keepends=True)
+        (folder / f"{name}.jsonl").write_text("".join(lines[:number]))
+    return ("--dataset_name", folder)
+
+
+@pytest.fixture(scope="module")
+def whole(forks, chats, tmp_path_factory):
     """A run that was not stopped, one that resumes it, and one that resumes the resumed one."""
     folder = tmp_path_factory.mktemp("whole")
-    command = ("chat_sft", *FLAGS, "--output_dir", folder / "whole")
+    flags = (*FLAGS, *WHOLE, *chats)
+    command = ("chat_sft", *flags, "--output_dir", folder / "whole")
     [(code, output)] = run_single(forks, folder, command)
     assert code == 0, output
     runs = (("once", "whole", STOP), ("twice", "once", 2 * STOP), ("older", "whole", STOP))
@@ -94,7 +106,7 @@ def whole(forks, tmp_path_factory):
         target = go_on(folder / name, folder / source, step)
         if name == "older":
             make_older(target / f"checkpoint-{step}")
-        command = ("chat_sft", *FLAGS, *ON, "--output_dir", target)
+        command = ("chat_sft", *flags, *ON, "--output_dir", target)
         [(code, output)] = run_single(forks, folder, command)
         assert code == 0, output
         assert (
@@ -112,8 +124,8 @@ SLOW = [pytest.param(strategy, marks=pytest.mark.slow) for strategy in ("zero2",
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero3", *SLOW])
-def test_two_processes_go_on(launch, strategy, tmp_path):
-    flags = (*FLAGS, "--per_device_train_batch_size", 4)
+def test_two_processes_go_on(launch, chats, strategy, tmp_path):
+    flags = (*FLAGS, *chats, "--per_device_train_batch_size", 1)
     launch("chat_sft", strategy, *flags, "--output_dir", tmp_path / "whole", processes=2)
     target = go_on(tmp_path / "once", tmp_path / "whole", STOP)
     launch("chat_sft", strategy, *flags, *ON, "--output_dir", target, processes=2)
@@ -137,9 +149,10 @@ def test_checkpoint_holds_what_is_trained_and_no_pickle(whole):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.slow)])
-def test_signal_saves_and_stops(forks, environment, tmp_path, name):
+def test_signal_saves_and_stops(forks, environment, chats, tmp_path, name):
     """Sent while it trains; the resumed run then ends like one that was not stopped."""
-    flags = (*FLAGS[:5], "--max_steps", 12, "--num_samples", 0, "--logging_steps", 1)
+    flags = (*FLAGS[:5], *WHOLE, *chats)
+    flags += ("--max_steps", 12, "--num_samples", 0, "--logging_steps", 1)
     flags += ("--eval_strategy", "steps", "--eval_steps", 1)  # due in whatever update it arrives
     flags = list(map(str, flags))
     command = [sys.executable, "examples/chat_sft.py", *flags, "--save_strategy", "epoch"]
