@@ -175,8 +175,8 @@ def evaluate(accelerator, model, tokenizer, valid_loader, config):
     model.eval()
     rows, predictions = valid_loader.dataset, []
     longest = max(len(row["target"]) for row in rows)
-    # Gather the full model once, generate, and shard it again. If it does not fit, each layer is
-    # gathered for every token, by all processes: synced_gpus lets none stop before the others.
+    # Gather the full model once, generate, and shard it again. If it does not fit, all processes
+    # gather each layer for every token. synced_gpus makes each go on until the last is done.
     with generating(accelerator, model, config.layerwise_generation) as generator:
         for batch in valid_loader:
             tokens = generator.generate(**batch, max_new_tokens=longest, synced_gpus=True)
@@ -191,7 +191,7 @@ def evaluate(accelerator, model, tokenizer, valid_loader, config):
 
 def main():
     # 5. Setup -------------------------------------------------------------------------------------
-    # leave, unless you know why
+    # do not change without a reason
     config = read_settings(Config, ("zero3",), AutoModelForCausalLM, base="trained")
     accelerator = start_accelerator(config.gradient_accumulation_steps, tf32=config.tf32)
     # lets get_state_dict gather the weights to save them, whatever the launch config says
@@ -219,7 +219,7 @@ def main():
     progress = Progress(accelerator, model, config, max_steps, len(train_loader.dataset))
 
     # 6. Training loop -----------------------------------------------------------------------------
-    # leave, unless you know why
+    # do not change without a reason
     before, _ = evaluate(accelerator, model, tokenizer, valid_loader, config)
     files.try_writing(gather_weights(accelerator, model))  # stops now if saving fails
     with tracker.phase("train"):
@@ -269,9 +269,9 @@ def main():
 
 
 # 7. Save ------------------------------------------------------------------------------------------
-# leave, unless you know why
+# do not change without a reason
 def gather_weights(accelerator, model):
-    """Return name -> full trained parameter. Every process must call it: it gathers any shards."""
+    """Return name -> full trained parameter. Call it in every process: it may gather shards."""
     return accelerator.get_state_dict(model)
 
 
