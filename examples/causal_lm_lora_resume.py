@@ -222,7 +222,7 @@ def find_checkpoint(config, run):
 
 def main():
     # 5. Setup -------------------------------------------------------------------------------------
-    # do not change without a reason
+    # leave, unless you know why
     config = read_settings(Config, ("single", "ddp"), AutoModelForCausalLM, base="frozen")
     steps, deterministic = config.gradient_accumulation_steps, config.deterministic
     accelerator = start_accelerator(steps, tf32=config.tf32, deterministic=deterministic)
@@ -272,7 +272,7 @@ def main():
         accelerator.print(f"Resumed from {resumed}, after {len(progress.updates)} updates.")
 
     # 6. Training loop -----------------------------------------------------------------------------
-    # do not change without a reason
+    # leave, unless you know why
     if not resumed:
         before, _ = evaluate(accelerator, model, tokenizer, valid_loader, config)
         files.try_writing(gather_weights(accelerator, model))  # stops now if saving fails
@@ -339,7 +339,7 @@ def main():
 
 
 # 7. Save ------------------------------------------------------------------------------------------
-# do not change without a reason
+# leave, unless you know why
 def gather_weights(accelerator, model):
     """Return name -> full trained parameter. Call it in every process: it may gather shards."""
     unwrapped = accelerator.unwrap_model(model)

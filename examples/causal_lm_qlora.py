@@ -202,7 +202,7 @@ def evaluate(accelerator, model, tokenizer, valid_loader, config):
 
 def main():
     # 5. Setup -------------------------------------------------------------------------------------
-    # do not change without a reason
+    # leave, unless you know why
     strategies = ("single", "ddp", "zero1", "zero2")
     config = read_settings(Config, strategies, AutoModelForCausalLM, base="4bit")
     accelerator = start_accelerator(config.gradient_accumulation_steps, tf32=config.tf32)
@@ -227,7 +227,7 @@ def main():
     progress = Progress(accelerator, model, config, max_steps, len(train_loader.dataset))
 
     # 6. Training loop -----------------------------------------------------------------------------
-    # do not change without a reason
+    # leave, unless you know why
     before, _ = evaluate(accelerator, model, tokenizer, valid_loader, config)
     files.try_writing(gather_weights(accelerator, model))  # stops now if saving fails
     with tracker.phase("train"):
@@ -277,7 +277,7 @@ def main():
 
 
 # 7. Save ------------------------------------------------------------------------------------------
-# do not change without a reason
+# leave, unless you know why
 def gather_weights(accelerator, model):
     """Return name -> full trained parameter. Call it in every process: it may gather shards."""
     unwrapped = accelerator.unwrap_model(model)

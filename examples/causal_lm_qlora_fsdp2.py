@@ -212,7 +212,7 @@ def evaluate(accelerator, model, tokenizer, valid_loader, config):
 
 def main():
     # 5. Setup -------------------------------------------------------------------------------------
-    # do not change without a reason
+    # leave, unless you know why
     config = read_settings(Config, ("fsdp2",), AutoModelForCausalLM, base="4bit")
     if config.modules_to_save:  # else tied weights are lost when one process reads the files
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
@@ -245,7 +245,7 @@ def main():
     progress = Progress(accelerator, model, config, max_steps, len(train_loader.dataset))
 
     # 6. Training loop -----------------------------------------------------------------------------
-    # do not change without a reason
+    # leave, unless you know why
     before, _ = evaluate(accelerator, model, tokenizer, valid_loader, config)
     files.try_writing(gather_weights(accelerator, model))  # stops now if saving fails
     with tracker.phase("train"):
@@ -295,7 +295,7 @@ def main():
 
 
 # 7. Save ------------------------------------------------------------------------------------------
-# do not change without a reason
+# leave, unless you know why
 def gather_weights(accelerator, model):
     """Return name -> full trained parameter. Call it in every process: it may gather shards."""
     unwrapped = accelerator.unwrap_model(model)

@@ -532,7 +532,7 @@ def log_evaluation(config, accelerator, model, tokenizer, data, log):
 
 def main():
     # 5. Setup -------------------------------------------------------------------------------------
-    # do not change without a reason
+    # leave, unless you know why
     config = read_chat_settings(Config, AutoModelForCausalLM)
     rows = read_rows(config)
     resumed, start, state = find_run(config)
@@ -571,7 +571,7 @@ def main():
     log = RunLog(accelerator, config, progress, flop, state["seconds"])
 
     # 6. Training loop -----------------------------------------------------------------------------
-    # do not change without a reason
+    # leave, unless you know why
     signals, stopped_by, saved, step = StopSignals(), [], resumed, start
     evaluate_now = partial(log_evaluation, config, accelerator, model, tokenizer, data, log)
     save_now = partial(save, config, accelerator, model, files, optimizer, log, identity)
@@ -651,7 +651,7 @@ def main():
 
 
 # 7. Save ------------------------------------------------------------------------------------------
-# do not change without a reason
+# leave, unless you know why
 def save(config, accelerator, model, files, optimizer, log, identity, last_good):
     """Write a checkpoint of the last update and return its folder; stop if that fails."""
     progress, step = log.progress, len(log.progress.updates)

@@ -159,7 +159,7 @@ def test_marks_under_the_banners(name):
     for banner in lineage.BANNERS:
         at = lines.index(banner)
         mine = banner.lstrip("# ")[0] in "1234"
-        mark = "# yours to change" if mine else "# do not change without a reason"
+        mark = "# yours to change" if mine else "# leave, unless you know why"
         assert lines[at + 1].strip() == mark, banner
 
 
