@@ -185,8 +185,8 @@ def evaluate(accelerator, model, tokenizer, valid_loader, config):
     model.eval()
     rows, predictions = valid_loader.dataset, []
     longest = max(len(row["target"]) for row in rows)
-    # Gather the full model once, generate, and shard it again. If it does not fit, each layer is
-    # gathered for every token, by all processes: synced_gpus lets none stop before the others.
+    # Gather the full model once, generate, and shard it again. If it does not fit, all processes
+    # gather each layer for every token. synced_gpus makes each go on until the last is done.
     with generating(accelerator, model, config.layerwise_generation) as generator:
         for batch in valid_loader:
             tokens = generator.generate(**batch, max_new_tokens=longest, synced_gpus=True)
@@ -280,7 +280,7 @@ def main():
 # 7. Save ------------------------------------------------------------------------------------------
 # leave, unless you know why
 def gather_weights(accelerator, model):
-    """Return name -> full trained parameter. Every process must call it: it gathers any shards."""
+    """Return name -> full trained parameter. Call it in every process: it may gather shards."""
     weights = {}
     for path, unit in model.named_modules():
         # only units that are trained: the frozen base stays sharded

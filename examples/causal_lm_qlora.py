@@ -279,7 +279,7 @@ def main():
 # 7. Save ------------------------------------------------------------------------------------------
 # leave, unless you know why
 def gather_weights(accelerator, model):
-    """Return name -> full trained parameter. Every process must call it: it gathers any shards."""
+    """Return name -> full trained parameter. Call it in every process: it may gather shards."""
     unwrapped = accelerator.unwrap_model(model)
     return {name: p for name, p in unwrapped.named_parameters() if p.requires_grad}
 

@@ -67,7 +67,7 @@ class Config:
         help="replace an earlier output, and drop an unfinished run with other settings",
     )
     skip_bad_lines: bool = HfArg(
-        default=False, help="write a line with the key error for each bad line, instead of stopping"
+        default=False, help="do not stop at a bad line, but write the reason into the output"
     )
     dtype: str = HfArg(
         default="auto",
@@ -240,7 +240,7 @@ def score(accelerator, model, tokenizer, examples):
 
 
 class Scores:
-    """The scores of a run: perplexity, and those of the metrics. For the main process."""
+    """The scores of a run: perplexity and metrics. Only the main process needs them."""
 
     def __init__(self, config, metrics):
         self.config, self.metrics = config, metrics
