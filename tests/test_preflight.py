@@ -132,12 +132,16 @@ def test_a_machine_that_does_not_come(own_facts, port):
 
 
 def test_a_used_port(own_facts):
+    def answer():
+        for _ in range(2):
+            server.accept()[0].sendall(b"SSH-2.0\n")
+
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
+        thread = threading.Thread(target=answer)
+        thread.start()
         with pytest.raises(MeetingError, match=f"port {port} of this machine is used by another"):
             meet(machine(0, port), own_facts, "", 1)
-        thread = threading.Thread(target=lambda: server.accept()[0].sendall(b"SSH-2.0\n"))
-        thread.start()
         with pytest.raises(MeetingError, match="is no preflight, or one that has ended"):
             meet(machine(1, port), own_facts, "", 1)
         thread.join()
