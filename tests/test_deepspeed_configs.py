@@ -345,6 +345,18 @@ def test_hpz_trains_like_zero3_in_two_groups_of_two(launch, flags, single, tmp_p
 
 
 @pytest.mark.slow
+def test_hybrid_sharding_trains_like_one_process(launch, flags, single, tmp_path):
+    """The other successor of MiCS: FSDP2 in two groups of two."""
+    words = (*flags, *batches(4), "--output_dir", tmp_path / "run")
+    done = launch("causal_lm_lora_fsdp2", "fsdp2_hybrid", *words, processes=4)
+    run, alone = Run(tmp_path / "run", done.stdout), single("causal_lm_lora")
+    assert_same(run, alone, 1e-3)
+    held = [sum(one.values()) for one in run.metrics["engine"]["bytes_held"]]
+    full = sum(alone.metrics["engine"]["bytes_held"][0].values())
+    assert held == pytest.approx([full / 2] * 4, rel=0.1)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "script"),
     [("zero2_buckets", "causal_lm_full"), ("zero3_buckets", "causal_lm_full_zero3")],
