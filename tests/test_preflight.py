@@ -112,7 +112,7 @@ def test_another_number_of_processes(own_facts, port):
 @pytest.mark.parametrize(
     "address, told",
     [
-        ("127.0.0.1", r"no machine has --machine_rank 0: the address 127\.0\.0\.1 of --main_proc"),
+        ("127.0.0.1", r"no machine with --machine_rank 0 answers at 127\.0\.0\.1:\d+: this mach"),
         ("no.such.host.invalid", r"the name no\.such\.host\.invalid of --main_process_ip is unk"),
     ],
 )
@@ -299,8 +299,8 @@ def test_two_machines(check):
         (
             1,
             [
-                "no machine has --machine_rank 0: the address 10.77.0.1 of --main_process_ip is "
-                "this machine's, which has --machine_rank 1",
+                "no machine with --machine_rank 0 answers at 10.77.0.1:29500: this machine has "
+                "that address, and --machine_rank 1.",
                 "with --machine_rank 0: perhaps two machines have --machine_rank 1.",
             ],
         ),

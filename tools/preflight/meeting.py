@@ -233,12 +233,11 @@ def reach(machine, wait):
         except OSError as problem:
             error = problem
             time.sleep(0.2)
-    if isinstance(error, ConnectionRefusedError) and has_address(machine.address):
+    if has_address(machine.address):
         raise MeetingError(
-            f"no machine has --machine_rank 0: the address {machine.address} of --main_process_ip "
-            f"is this machine's, which has --machine_rank {machine.rank}, and nobody listens at "
-            f"port {machine.port}. Start this machine with --machine_rank 0 and the others with "
-            "ranks of their own, or give the address of machine 0 everywhere"
+            f"no machine with --machine_rank 0 answers at {machine.place()}: this machine has that "
+            f"address, and --machine_rank {machine.rank}. Start it with --machine_rank 0 and the "
+            "others with ranks of their own, or give the address of machine 0 everywhere"
         )
     if isinstance(error, ConnectionRefusedError):
         raise MeetingError(
