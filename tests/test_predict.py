@@ -658,4 +658,4 @@ def test_memory_does_not_grow_with_the_input(forks, place, tmp_path):
         ids = [row["id"] for row in map(json.loads, (tmp_path / f"{count}.out.jsonl").open())]
         assert ids == list(range(count))
     print(f"RssAnon grew by {grown} MB")
-    assert grown[100_000] <= grown[1000] + 50, grown
+    assert grown[100_000] <= grown[1000] + 50 * 0.9, grown
