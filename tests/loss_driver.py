@@ -5,7 +5,6 @@ and FOLDER/qwen2 and writes FOLDER/STRATEGY.pt: case -> what `train` returns. PY
 repository.
 """
 
-import os
 import random
 import sys
 from functools import partial
@@ -121,9 +120,6 @@ def train(accelerator, folder, case, whose, **options):
 
 
 def main():
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = (
-        "false"  # as chat_sft does where there are new tokens
-    )
     accelerator = start_accelerator(gradient_accumulation_steps=ACCUMULATED)
     folder, whose = Path(sys.argv[1]), [accelerator.process_index]
     found = {case: train(accelerator, folder, case, whose) for case in CASES}

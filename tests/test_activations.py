@@ -163,7 +163,7 @@ def test_models_that_cannot(model, capsys):
 
 
 # Launches -----------------------------------------------------------------------------------------
-UPDATES, ACCUMULATED = 4, 2
+UPDATES, ACCUMULATED = 8, 2
 COUNT = """    calls = []
     for name, module in model.named_modules():
         if name.endswith("self_attn"):
@@ -227,15 +227,16 @@ def test_every_knob_acts_under_every_strategy(
 
 
 @pytest.mark.slow
-def test_a_lesson_under_zero3(launch, model, tmp_path):
-    data, losses = make_data(tmp_path / "data", train=32), []
-    flags = ("--model_name_or_path", model, "--dataset_name", data, "--max_steps", 4)
-    for number, more in enumerate([(), ("--gradient_checkpointing", EVERY, 2)]):
-        output = tmp_path / str(number)
-        script = "causal_lm_full_zero3"
-        launch(script, "zero3", *flags, *more, "--output_dir", output, processes=2)
-        losses.append(read_metrics(output)["losses"])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+def test_a_lesson_under_zero3(launch, forks, model, tmp_path):
+    data, rows = make_data(tmp_path / "data", train=32), "--per_device_train_batch_size"
+    flags = ("--model_name_or_path", model, "--dataset_name", data, "--max_steps", UPDATES)
+    alone = ("causal_lm_full", *flags, rows, 4, "--output_dir", tmp_path / "alone")
+    [(code, output)] = run_single(forks, tmp_path, alone)
+    assert code == 0, output
+    flags += ("--gradient_checkpointing", EVERY, 2, rows, 2, "--output_dir", tmp_path / "run")
+    launch("causal_lm_full_zero3", "zero3", *flags, processes=2)
+    ours, theirs = (read_metrics(tmp_path / name)["losses"] for name in ("run", "alone"))
+    assert ours == pytest.approx(theirs, rel=1e-3) and len(ours) == UPDATES
 
 
 @pytest.mark.slow

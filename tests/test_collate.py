@@ -267,6 +267,11 @@ def test_what_is_needed_is_said(saved, models, tmp_path, capsys):
     assert "adapter_config.json: give --adapter_config" in error_of(
         capsys, lora / "state", out, *other
     )
+    shutil.copytree(models["qwen2"], tmp_path / "model")
+    file = tmp_path / "model/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"hidden_size": "wide"}))
+    other_config = ("--model_name_or_path", tmp_path / "model")
+    assert "hidden_size" in error_of(capsys, full, out, *other_config)
     shutil.copytree(lora / "adapter", tmp_path / "adapter")
     file = tmp_path / "adapter/adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 3}))

@@ -166,7 +166,9 @@ def test_a_dict_in_the_script(launch, flags, single, tmp_path):
     }
     script = with_dict(tmp_path, "causal_lm_full", content)
     words = (*flags, *batches(2), "--lr_scheduler_type", "linear", "--output_dir", tmp_path / "run")
-    done = launch(script, "zero2", *words, processes=2, PYTHONPATH=str(ROOT))
+    facts = tmp_path / "facts.json"
+    done = launch(DRIVER, "zero2", facts, script, *words, processes=2, PYTHONPATH=str(ROOT))
+    assert json.loads(facts.read_text())["sizes"]["reduce_bucket_size"] == 1000
     told = "gradient_clipping 9 of the DeepSpeedPlugin of the script is not used: --max_grad_norm"
     assert told in done.stdout
     run = Run(tmp_path / "run", done.stdout)
@@ -343,13 +345,26 @@ def test_hpz_trains_like_zero3_in_two_groups_of_two(launch, flags, single, tmp_p
 
 
 @pytest.mark.slow
+def test_hybrid_sharding_trains_like_one_process(launch, flags, single, tmp_path):
+    """The other successor of MiCS: FSDP2 in two groups of two."""
+    words = (*flags, *batches(4), "--output_dir", tmp_path / "run")
+    done = launch("causal_lm_lora_fsdp2", "fsdp2_hybrid", *words, processes=4)
+    run, alone = Run(tmp_path / "run", done.stdout), single("causal_lm_lora")
+    assert_same(run, alone, 1e-3)
+    held = [sum(one.values()) for one in run.metrics["engine"]["bytes_held"]]
+    full = sum(alone.metrics["engine"]["bytes_held"][0].values())
+    assert held == pytest.approx([full / 2] * 4, rel=0.1)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "script"),
     [("zero2_buckets", "causal_lm_full"), ("zero3_buckets", "causal_lm_full_zero3")],
 )
-def test_sizes_of_a_config_win(launch, flags, tmp_path, config, script):
-    words = (tmp_path / "facts.json", ROOT / f"examples/{script}.py", *flags, "--max_steps", 1)
-    launch(DRIVER, config, *words, "--output_dir", tmp_path / "run", processes=2)
+def test_sizes_of_a_config_win(launch, flags, single, tmp_path, config, script):
+    words = (tmp_path / "facts.json", ROOT / f"examples/{script}.py", *flags, *batches(2))
+    done = launch(DRIVER, config, *words, "--output_dir", tmp_path / "run", processes=2)
+    assert_same(Run(tmp_path / "run", done.stdout), single("causal_lm_full"), 1e-3)
     sizes = json.loads((tmp_path / "facts.json").read_text())["sizes"]
     zero = json.loads((ROOT / f"configs/deepspeed/{config}.json").read_text())["zero_optimization"]
     del zero["stage"]

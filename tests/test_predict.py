@@ -110,13 +110,10 @@ def alone(forks, place):
     runs = {
         "adapter": ("adapter", "in"),
         "sampled": ("adapter", "in", *SAMPLED),
-        "scored": ("adapter", "in_answered", "--perplexity"),
-        "grown": ("grown", "new"),
+        "scored": ("adapter", "in", "--perplexity"),
         "t5": ("t5", "pairs", "--metrics", "exact_match,token_f1,rouge_l"),
         "t5_scored": ("t5", "pairs", "--perplexity"),
     }
-    answered = [row for row in read(place / "in.jsonl")]
-    write(place / "in_answered.jsonl", answered)
     commands = [
         flags(place / model, place / f"{data}.jsonl", place / f"{name}.out.jsonl", *more)
         for name, (model, data, *more) in runs.items()
@@ -124,6 +121,15 @@ def alone(forks, place):
     for code, output in run_single(forks, place, *commands):
         assert code == 0, output
     return {name: read(place / f"{name}.out.jsonl") for name in runs}
+
+
+@pytest.fixture(scope="module")
+def grown_alone(forks, place):
+    """The same with the model grown."""
+    target = place / "grown.out.jsonl"
+    [(code, output)] = run_single(forks, place, flags(place / "grown", place / "new.jsonl", target))
+    assert code == 0, output
+    return {"grown": read(target)}
 
 
 # What it writes -----------------------------------------------------------------------------------
@@ -202,7 +208,7 @@ CASES += [(name, "fsdp2", 3, ()) for name in ("adapter", "scored", "t5", "t5_sco
 CASES += [("grown", name, 2, ()) for name in STRATEGIES[1:]]
 CASES += [(name, "zero3", 2, ()) for name in ("scored", "t5")]
 CASES += [("sampled", name, 2, ("--layerwise_generation",)) for name in STRATEGIES[1:]]
-DATA = {"grown": "new", "scored": "in_answered", "t5": "pairs", "t5_scored": "pairs"}
+DATA = {"grown": "new", "t5": "pairs", "t5_scored": "pairs"}
 MORE = {"sampled": SAMPLED, "scored": ("--perplexity",), "t5_scored": ("--perplexity",)}
 QUICK = (("adapter", "ddp"), ("sampled", "fsdp2"))
 
@@ -215,8 +221,9 @@ QUICK = (("adapter", "ddp"), ("sampled", "fsdp2"))
     ],
 )
 def test_output_is_the_same_on_any_processes(
-    alone, launch, place, tmp_path, name, config, processes, more
+    request, launch, place, tmp_path, name, config, processes, more
 ):
+    alone = request.getfixturevalue("grown_alone" if name == "grown" else "alone")
     model = place / {"sampled": "adapter", "scored": "adapter"}.get(name, name.split("_")[0])
     data = place / f"{DATA.get(name, 'in')}.jsonl"
     command = flags(model, data, tmp_path / "out.jsonl", *MORE.get(name, ()), *more)
@@ -651,4 +658,4 @@ def test_memory_does_not_grow_with_the_input(forks, place, tmp_path):
         ids = [row["id"] for row in map(json.loads, (tmp_path / f"{count}.out.jsonl").open())]
         assert ids == list(range(count))
     print(f"RssAnon grew by {grown} MB")
-    assert grown[100_000] <= grown[1000] + 50, grown
+    assert grown[100_000] <= grown[1000] + 50 * 0.9, grown

@@ -97,6 +97,11 @@ def test_two_machines_with_the_same_rank(own_facts, port):
         assert re.match(r"two machines have --machine_rank 1: [bc] \(127.0.0.1\) and [bc] ", result)
 
 
+def test_two_machines_of_one_host_with_rank_0(own_facts, port):
+    results = meet_all([machine(0, port)] * 2, [own_facts] * 2)
+    assert all(one.startswith("two machines have --machine_rank 0: ") for one in results), results
+
+
 def test_another_number_of_processes(own_facts, port):
     every = [own_facts, changed(own_facts, "b", **{"--num_processes": 16})]
     results = meet_all([machine(rank, port) for rank in range(2)], every)
@@ -107,7 +112,7 @@ def test_another_number_of_processes(own_facts, port):
 @pytest.mark.parametrize(
     "address, told",
     [
-        ("127.0.0.1", r"nobody listens at 127\.0\.0\.1:\d+ \(connection refused for 1 s\)"),
+        ("127.0.0.1", r"no machine with --machine_rank 0 answers at 127\.0\.0\.1:\d+: this mach"),
         ("no.such.host.invalid", r"the name no\.such\.host\.invalid of --main_process_ip is unk"),
     ],
 )
@@ -127,12 +132,16 @@ def test_a_machine_that_does_not_come(own_facts, port):
 
 
 def test_a_used_port(own_facts):
+    def answer():
+        for _ in range(2):
+            server.accept()[0].sendall(b"SSH-2.0\n")
+
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
+        thread = threading.Thread(target=answer)
+        thread.start()
         with pytest.raises(MeetingError, match=f"port {port} of this machine is used by another"):
             meet(machine(0, port), own_facts, "", 1)
-        thread = threading.Thread(target=lambda: server.accept()[0].sendall(b"SSH-2.0\n"))
-        thread.start()
         with pytest.raises(MeetingError, match="is no preflight, or one that has ended"):
             meet(machine(1, port), own_facts, "", 1)
         thread.join()
@@ -283,11 +292,25 @@ def test_two_machines(check):
 
 
 @pytest.mark.slow
-def test_two_machines_with_rank_0(check):
-    codes, *texts = check(words_of(0), words_of(0))
+@pytest.mark.parametrize(
+    "rank, told",
+    [
+        (0, ["two machines have --machine_rank 0: host0 (10.77.0.1) and host1 (10.77.0.2)"] * 2),
+        (
+            1,
+            [
+                "no machine with --machine_rank 0 answers at 10.77.0.1:29500: this machine has "
+                "that address, and --machine_rank 1.",
+                "with --machine_rank 0: perhaps two machines have --machine_rank 1.",
+            ],
+        ),
+    ],
+)
+def test_two_machines_with_one_rank(check, rank, told):
+    codes, *texts = check(words_of(rank), words_of(rank), PREFLIGHT_SECONDS="6")
     assert codes == [1, 1]
-    told = "error: two machines have --machine_rank 0: host0 (10.77.0.1) and host1 (10.77.0.2)"
-    assert all(text.count(told) == 1 for text in texts), texts
+    for text, sentence in zip(texts, told, strict=True):
+        assert text.count("error: ") == text.count(sentence) == 1, text
 
 
 @pytest.mark.slow

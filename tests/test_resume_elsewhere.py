@@ -202,3 +202,18 @@ def test_state_that_belongs_to_blocks_is_not_divided(tmp_path, key, numel):
         assert found[f"0.{key}"].tolist() == ([[5], [6]] if key == "exp_avg" else [1])
         with pytest.raises(StateError, match="no element 2 of second"):
             read_pieces({file: stored}, tmp_path / "other", [[("second", 0, 0, 3)]], [(3,)])
+
+
+def test_parts_of_several_files_are_joined(tmp_path):
+    """The second file begins before the first, and both hold elements 4 and 5, as replicas do."""
+    places = {"a.safetensors": (4, 10), "b.safetensors": (0, 6), "c.safetensors": (12, 14)}
+    for name, (start, end) in places.items():
+        tensors = {"0.value": torch.arange(float(start), end)}
+        save_file(tensors, tmp_path / name, metadata_of({}, [[["one", start, 0, end - start]]]))
+    files = {tmp_path / n: safe_open(tmp_path / n, framework="pt") for n in places}
+    for first, last in ((2, 9), (4, 6), (0, 10), (12, 14)):
+        pieces, shapes = [[("one", first, 0, last - first)]], [(last - first,)]
+        found, _ = read_pieces(files, tmp_path / "other", pieces, shapes)
+        assert found["0.value"].tolist() == list(range(first, last))
+    with pytest.raises(StateError, match="no element 10 of one"):
+        read_pieces(files, tmp_path / "other", [[("one", 8, 0, 5)]], [(5,)])

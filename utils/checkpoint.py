@@ -262,11 +262,13 @@ def check_same_run(folder, then, now):
         )
 
 
-def read_state(folder, needed=()):
+def read_state(folder, needed=(), process=0, processes=1):
     """Return the state that `save_checkpoint` was given, with `step`; checks every file.
 
     Args:
         needed: names that the state must hold.
+        process, processes: rank and number of the processes that call this. Each reads the bytes of
+            its share of the files; together they read all.
 
     Raises:
         CheckpointError: a file is missing or changed, or is a pickle.
@@ -274,7 +276,7 @@ def read_state(folder, needed=()):
     folder = Path(folder)
     try:
         state = json.loads((folder / "state.json").read_text())
-        files, _ = state.pop("files").items(), [state[name] for name in ("step", *needed)]
+        files, _ = [*state.pop("files").items()], [state[name] for name in ("step", *needed)]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(
             f"{folder} is not a checkpoint, its state.json cannot be read ({error})"
@@ -284,8 +286,9 @@ def read_state(folder, needed=()):
             f"{folder} holds {pickles[0]}, a pickle, which could run any code; save_checkpoint "
             "writes none: delete it if you trust the rest"
         )
-    for name, facts in files:
-        if not (folder / name).is_file() or digest(folder / name) != facts:
+    for number, (name, facts) in enumerate(files):
+        own = number % processes == process
+        if not (folder / name).is_file() or (own and digest(folder / name) != facts):
             raise CheckpointError(f"{folder / name} is missing or is not what was written")
     return state
 

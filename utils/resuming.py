@@ -58,8 +58,9 @@ def find_run(config):
     with refusing(CheckpointError):
         folder = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
         if folder:
-            state = read_state(folder, needed=("updates", "evaluations", "seconds", "identity"))
-            processes = int(os.environ.get("WORLD_SIZE", 1))
+            needed = ("updates", "evaluations", "seconds", "identity")
+            rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+            state = read_state(folder, needed, rank, processes)
             check_split(folder, state["identity"], config, processes)
             # older checkpoints lack it
             state.setdefault("sequences", state["step"] * per_update(config, processes))

@@ -11,6 +11,7 @@ This file imports no other file of the project and can be copied along with a sc
 """
 
 import json
+from collections import defaultdict
 from typing import NamedTuple
 
 import torch
@@ -86,12 +87,13 @@ def restore_training_state(accelerator, optimizer, tensors, numbers):
         StateError: the tensors have other names or shapes.
     """
     inner, masters = stepped(accelerator, optimizer)
+    tensors_of, numbers_of = by_parameter(tensors), by_parameter(numbers)
     # AdamW counts its steps on the CPU, unless it runs as one kernel
     on_device = any(group.get("fused") or group.get("capturable") for group in inner.param_groups)
     with torch.no_grad():
         for index, master in enumerate(masters):
-            own = of_parameter(tensors, index)
-            value, shape = own.pop("value", None), local(master).shape
+            own, shape = tensors_of[index], local(master).shape
+            value = own.pop("value", None)
             if value is None or value.shape != shape:
                 raise StateError(f"it holds no value of shape {tuple(shape)} for {index}")
             local(master).copy_(value)
@@ -104,8 +106,7 @@ def restore_training_state(accelerator, optimizer, tensors, numbers):
                     mesh, placements = master.device_mesh, master.placements
                     state = DTensor.from_local(state, mesh, placements, run_check=False, **layout)
                 inner.state[master][key] = state
-            for key, number in of_parameter(numbers, index).items():
-                inner.state[master][key] = number
+            inner.state[master].update(numbers_of[index])
             count_steps(inner, inner.state[master], local(master).device if on_device else "cpu")
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(loss_scale(numbers, "scaler"))
@@ -136,14 +137,14 @@ def count_steps(optimizer, state, device):
         state["step"] = int(step)
 
 
-def of_parameter(entries, index):
-    """Return key -> value of the entries named `index`.key."""
-    prefix = f"{index}."
-    return {
-        name.removeprefix(prefix): value
-        for name, value in entries.items()
-        if name.startswith(prefix)
-    }
+def by_parameter(entries):
+    """Return index of a parameter -> {key: value} of the entries named `index`.key."""
+    found = defaultdict(dict)
+    for name, value in entries.items():
+        index, _, key = name.partition(".")
+        if index.isdigit():  # others are of no parameter, such as random.cpu
+            found[int(index)][key] = value
+    return found
 
 
 def engine_scaler(accelerator):
@@ -285,11 +286,16 @@ class Source(NamedTuple):
     """Where a run of elements is stored: in which file, in the tensors named `index`.key."""
 
     file: safe_open
+    keys: list  # of the tensors
     numbers: dict  # key -> number of the optimizer's state
     index: int
     start: int  # of the elements in the flattened parameter
     offset: int  # of the elements in the stored tensor
     length: int
+
+    def read(self, key):
+        """Return a tensor. It is a view of the mapped file: only what is copied from it is read."""
+        return self.file.get_tensor(f"{self.index}.{key}")
 
 
 class Stored:
@@ -299,30 +305,31 @@ class Stored:
     and in its metadata the numbers, `index`.key -> number, and the pieces, from `pieces_of`.
 
     Args:
-        files: open files of all processes.
+        files: (open file, numbers, pieces) of each process.
     """
 
     def __init__(self, files):
-        self.sources = {}  # name of a parameter -> where its elements are
-        for file in files:
-            numbers, pieces_of_all = read_metadata(file)
+        self.sources = defaultdict(list)  # name of a parameter -> where its elements are, in order
+        for file, numbers, pieces_of_all in files:
+            numbers, names = by_parameter(numbers), by_parameter(dict.fromkeys(file.keys()))
             for index, pieces in enumerate(pieces_of_all):
-                own = of_parameter(numbers, index)
+                own = list(names[index]), numbers[index], index
                 for name, *place in pieces:
-                    self.sources.setdefault(name, []).append(Source(file, own, index, *place))
+                    self.sources[name].append(Source(file, *own, *place))
+        for sources in self.sources.values():
+            sources.sort(key=lambda source: source.start)
 
     def find(self, piece):
         """Yield (source, first element in its tensor, first element in mine, length) of a piece."""
         name, start, offset, length = piece
         at, end = start, start + length
-        while at < end:
-            found = [one for one in self.sources.get(name, ()) if 0 <= at - one.start < one.length]
-            if not found:
-                raise StateError(f"it holds no element {at} of {name}")
-            source = found[0]
+        for source in self.sources.get(name, ()):  # several may hold the same elements
             taken = min(end, source.start + source.length) - at
-            yield source, source.offset + at - source.start, offset + at - start, taken
-            at += taken
+            if source.start <= at and taken > 0:
+                yield source, source.offset + at - source.start, offset + at - start, taken
+                at += taken
+        if at < end:
+            raise StateError(f"it holds no element {at} of {name}")
 
     def assemble(self, pieces, shape):
         """Return key -> tensor and key -> number: the values and the optimizer's state of a tensor.
@@ -334,17 +341,13 @@ class Stored:
         parts = [part for piece in pieces for part in self.find(piece)]
         # a process may hold padding alone; the steps of the optimizer are those of any other tensor
         first = parts[0][0] if parts else next(source[0] for source in self.sources.values())
-        tensors, prefix = {}, f"{first.index}."
-        for name in first.file.keys():
-            if name.startswith(prefix):
-                key = name.removeprefix(prefix)
-                tensors[key] = self.assemble_one(key, first, parts, shape)
+        tensors = {key: self.assemble_one(key, first, parts, shape) for key in first.keys}
         return tensors, dict(first.numbers)
 
     def assemble_one(self, key, first, parts, shape):
         """Return the tensor `key` of the given shape; or a number of the optimizer as it is."""
-        stored = first.file.get_tensor(f"{first.index}.{key}")
-        if stored.shape != first.file.get_tensor(f"{first.index}.value").shape:
+        stored = first.read(key)
+        if stored.shape != first.read("value").shape:
             if stored.numel() == 1:
                 return stored
             raise StateError(
@@ -353,7 +356,7 @@ class Stored:
             )
         whole = torch.zeros(shape, dtype=stored.dtype)
         for source, there, here, length in parts:
-            stored = source.file.get_tensor(f"{source.index}.{key}").reshape(-1)
+            stored = source.read(key).view(-1)
             whole.view(-1)[here : here + length] = stored[there : there + length]
         return whole
 
@@ -381,7 +384,7 @@ def read_pieces(files, own, pieces, shapes):
         raise StateError(
             f"it is of an older version, which resumes on as many processes only: {len(files)}"
         )
-    stored, tensors = Stored(files.values()), {}
+    stored, tensors = Stored([(file, *facts[path]) for path, file in files.items()]), {}
     numbers, _ = next(iter(facts.values()))
     numbers = {name: numbers[name] for name in SCALERS if name in numbers}
     for index, (place, shape) in enumerate(zip(pieces, shapes, strict=True)):

@@ -3,18 +3,16 @@
 import argparse
 import json
 import shutil
-import warnings
 from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError
 
 from tools import collate
 from tools.collate import model
 from tools.collate.deepspeed import find_deepspeed, read_deepspeed
 from tools.collate.fsdp import find_fsdp, read_fsdp
-from tools.merge_adapter.command import byte_count
+from tools.merge_adapter.console import add_output_flags, print_saved, run_quietly
 from tools.merge_adapter.read import read_weights
 from tools.merge_adapter.write import copy_tokenizer, write_model
 from utils.checkpoint import digest
@@ -123,19 +121,7 @@ def run(arguments):
             known = collate_adapter(arguments, weights, trained, kind, out)
         else:
             known = collate_model(arguments, weights, trained, kind, out)
-    report(arguments.output_dir, known)
-
-
-def report(folder, class_name):
-    """Print the files that were written, what is missing, and how to load them."""
-    print(f"saved in {folder}:")
-    for path in sorted(folder.iterdir()):
-        print(f"  {path.stat().st_size:>14,} bytes  {path.name}")
-    if not (folder / "tokenizer_config.json").is_file():
-        print("The tokenizer is not among them: neither place has one.")
-    library = "peft" if class_name.startswith("AutoPeft") else "transformers"
-    print(f"from {library} import {class_name}")
-    print(f'model = {class_name}.from_pretrained("{folder}")')
+    print_saved(arguments.output_dir, known)
 
 
 def parse(arguments):
@@ -158,32 +144,10 @@ def parse(arguments):
         default="",
         help="adapter_config.json of the run, or its folder (default: the checkpoint's)",
     )
-    parser.add_argument(
-        "--dtype",
-        choices=["float32", "float16", "bfloat16"],
-        help="dtype of the written weights (default: the checkpoint's, float32 if trained)",
-    )
-    parser.add_argument(
-        "--max_shard_size",
-        type=byte_count,
-        default="5GB",
-        help="largest size of a weight file of a full model (default: 5GB)",
-    )
-    parser.set_defaults(overwrite_output_dir=False)  # read by `new_folder`
-    parser.error = lambda message: fail(f"{message}: --help lists the flags")
+    add_output_flags(parser, "the checkpoint's, float32 if trained")
     return parser.parse_args(arguments)
 
 
 def main(arguments=None):
     """Run the command line."""
-    parsed = parse(arguments)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        try:
-            run(parsed)
-        except KeyboardInterrupt:
-            fail("interrupted, nothing was saved")
-        except (OSError, ValueError, SafetensorError) as error:  # such as a full disk
-            fail(f"nothing was saved: {' '.join(str(error).split())}")
+    run_quietly(run, parse(arguments))

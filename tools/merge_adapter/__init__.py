@@ -27,6 +27,7 @@ hidden folder `.NAME.PID` beside it, which you can delete.
     check.py     the comparison of logits
     write.py     the files of the result
     command.py   the command line
+    console.py   its flags, errors and last lines, which tools/collate shares
 """
 
 

@@ -1,21 +1,17 @@
 """The command line of tools/merge_adapter: read, merge, check, write, check again, report."""
 
 import argparse
-import logging
-import re
 import shutil
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers.core_model_loading import revert_weight_conversion
 
 from tools import merge_adapter
 from tools.merge_adapter.check import EXACT, TOLERANCES, deviation, probe, probe_ids
+from tools.merge_adapter.console import add_output_flags, print_saved, run_quietly
 from tools.merge_adapter.lazy import Lazy, recording
 from tools.merge_adapter.merging import merge_lazily, untie
 from tools.merge_adapter.model import AUTO_CLASSES, add_adapter, build_model, choose_class, resize
@@ -123,19 +119,7 @@ def report(folder, dtype, expected, exact, found, class_name):
         f"largest logit, {largest:.4g}: {found:.1e} (tolerance {tolerance:.0e}); before rounding "
         f"to {str(dtype).removeprefix('torch.')}: {exact:.1e} (tolerance {EXACT:.0e})"
     )
-    print(f"saved in {folder}:")
-    for path in sorted(folder.iterdir()):
-        print(f"  {path.stat().st_size:>14,} bytes  {path.name}")
-    print(f"from transformers import {class_name}")
-    print(f'model = {class_name}.from_pretrained("{folder}")')
-
-
-def byte_count(text):
-    """Return the bytes of "5GB", "300 MB" or "1000": units of 1000, as transformers counts them."""
-    form = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", text.strip().upper())
-    if not form or float(form[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size, such as 5GB or 300MB")
-    return int(float(form[1]) * 1000 ** " KMGT".index(form[2] or " "))
+    print_saved(folder, class_name)
 
 
 def parse(arguments):
@@ -151,35 +135,10 @@ def parse(arguments):
     parser.add_argument(
         "--base_model_name_or_path", help="base to merge into (default: the one the adapter names)"
     )
-    parser.add_argument(
-        "--dtype",
-        choices=["float32", "float16", "bfloat16"],
-        help="dtype of the merged weights (default: the base's)",
-    )
-    parser.add_argument(
-        "--max_shard_size",
-        type=byte_count,
-        default="5GB",
-        help="largest size of a weight file (default: 5GB)",
-    )
-    parser.set_defaults(overwrite_output_dir=False)  # read by `new_folder`
-    parser.error = lambda message: fail(f"{message}: --help lists the flags")
+    add_output_flags(parser, "the base's")
     return parser.parse_args(arguments)
 
 
 def main(arguments=None):
     """Run the command line."""
-    parsed = parse(arguments)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("peft").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), torch.no_grad():
-        # peft warns about ties, and about what its own merge would do
-        warnings.simplefilter("ignore")
-        try:
-            merge(parsed)
-        except KeyboardInterrupt:
-            fail("interrupted, nothing was saved")
-        # such as a full disk, or an invalid config.json
-        except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
-            fail(f"nothing was saved: {' '.join(str(error).split())}")
+    run_quietly(merge, parse(arguments))

@@ -89,7 +89,8 @@ def receive(machine, facts, output, wait):
     reports, lines = [Report(0, machine.address, facts, 0.0, shared)], []
     try:
         while len(reports) < machine.machines and time.monotonic() < end and not problem:
-            problem = find_other_first(machine)
+            if not has_address(machine.address):
+                problem = ask_other_first(machine)
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 connection, (address, *_) = server.accept()
                 lines.append(Line(connection))
@@ -121,7 +122,10 @@ def open_port(machine):
         else:
             server = socket.create_server(("", machine.port))
     except OSError as error:
-        reason = "is used by another program" if error.errno == errno.EADDRINUSE else error.strerror
+        is_used = error.errno == errno.EADDRINUSE
+        if is_used and (problem := ask_other_first(machine)):
+            raise MeetingError(problem) from None
+        reason = "is used by another program" if is_used else error.strerror
         raise MeetingError(
             f"port {machine.port} of this machine {reason}: give another --main_process_port, the "
             "same on all machines"
@@ -130,10 +134,8 @@ def open_port(machine):
     return server
 
 
-def find_other_first(machine):
+def ask_other_first(machine):
     """Return the problem if another machine answers as machine 0 at its address, else None."""
-    if has_address(machine.address):
-        return None
     with contextlib.suppress(OSError, ValueError):
         line = Line(socket.create_connection((machine.address, machine.port), POLL))
         line.send(preflight=True, rank=0, host=socket.gethostname())
@@ -189,7 +191,8 @@ def find_missing(reports, machine, wait):
         hint = f" --main_process_ip is no address of this machine, which has {own}."
     return (
         f"{names} did not come to {machine.place()} within {wait} s: start the preflight there at "
-        f"the same time, and see what it prints.{hint}"
+        "the same time, with this --main_process_ip and a --machine_rank of its own, and see what "
+        f"it prints.{hint}"
     )
 
 
@@ -230,14 +233,18 @@ def reach(machine, wait):
         except OSError as problem:
             error = problem
             time.sleep(0.2)
-    hint = ""
     if has_address(machine.address):
-        hint = f" This machine has that address, and --machine_rank {machine.rank}, not 0."
+        raise MeetingError(
+            f"no machine with --machine_rank 0 answers at {machine.place()}: this machine has that "
+            f"address, and --machine_rank {machine.rank}. Start it with --machine_rank 0 and the "
+            "others with ranks of their own, or give the address of machine 0 everywhere"
+        )
     if isinstance(error, ConnectionRefusedError):
         raise MeetingError(
             f"nobody listens at {machine.place()} (connection refused for {wait} s): start the "
-            "preflight on machine 0 at the same time, or correct --main_process_ip or "
-            f"--main_process_port; a firewall may also refuse.{hint}"
+            "preflight on machine 0 at the same time, and with --machine_rank 0: perhaps two "
+            f"machines have --machine_rank {machine.rank}. Or correct --main_process_ip or "
+            "--main_process_port; a firewall may also refuse"
         )
     if isinstance(error, socket.gaierror):
         raise MeetingError(
@@ -246,7 +253,7 @@ def reach(machine, wait):
         )
     raise MeetingError(
         f"{machine.place()} does not answer ({error.strerror or 'timed out'}): correct "
-        f"--main_process_ip, or open that port in machine 0's firewall.{hint}"
+        "--main_process_ip, or open that port in machine 0's firewall"
     )
 
 
