@@ -132,6 +132,21 @@ def test_two_processes_go_on(launch, chats, strategy, tmp_path):
     assert_same(target, tmp_path / "whole", 2)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])  # each of two processes reads its share of the files
+def test_a_changed_file_is_found_by_the_process_that_reads_it(
+    whole, launch, chats, tmp_path, number
+):
+    target = go_on(tmp_path / "run", whole / "whole", STOP)
+    names = list(json.loads((target / f"checkpoint-{STOP}/state.json").read_text())["files"])
+    file = target / f"checkpoint-{STOP}" / names[number]
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    flags = (*FLAGS, *chats, *ON, "--per_device_train_batch_size", 1, "--output_dir", target)
+    done = launch("chat_sft", "ddp", *flags, processes=2, code=None)
+    [error] = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and f"{file} is missing or is not what was written" in error
+
+
 def test_checkpoint_holds_what_is_trained_and_no_pickle(whole):
     folder = whole / f"whole/checkpoint-{STOP}"
     suffixes = {file.suffix for file in folder.iterdir()}
