@@ -82,15 +82,19 @@ class Config:
 
 # 2. Data ------------------------------------------------------------------------------------------
 # yours to change
+def encode_target(tokenizer, label):
+    """Return the token ids of a label, with the eos token, at which generation stops."""
+    ids, eos = tokenizer(text_target=label).input_ids, tokenizer.eos_token_id
+    return ids if eos in ids else [*ids, eos]  # some tokenizers do not append it
+
+
 def build_dataloaders(config, tokenizer, accelerator):
     """Return two loaders: the training batches of all updates, and the held-out rows."""
     columns = {"text_column": config.text_column, "label_column": config.label_column}
     train, valid = load_data(config.dataset_name, columns, config.seed)
     labels = dict.fromkeys(map(str, [*train[config.label_column], *valid[config.label_column]]))
     head, tail = config.prompt_template.split("{text}")
-    targets = {label: tokenizer(text_target=label).input_ids for label in labels}
-    eos = tokenizer.eos_token_id  # some tokenizers do not append it; generation would not stop
-    targets = {label: ids if eos in ids else [*ids, eos] for label, ids in targets.items()}
+    targets = {label: encode_target(tokenizer, label) for label in labels}
     fixed = len(tokenizer(head + tail).input_ids)
     known, limit = train[config.label_column], config.max_length
     answers, _ = check_labels(known, targets, tokenizer, limit, fixed, is_shared=False)
@@ -154,7 +158,7 @@ def build_model(config, tokenizer):
     model.generation_config = GenerationConfig(**ends)  # greedy, whatever the checkpoint asks for
     # the decoder starts as in training: with the config's start token, or mBART's language token
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        target = torch.tensor([tokenizer(text_target="label").input_ids])
+        target = torch.tensor([encode_target(tokenizer, "label")])
         start = model.prepare_decoder_input_ids_from_labels(target)[0, 0].item()
     else:
         start = model.config.decoder_start_token_id
@@ -242,8 +246,8 @@ def main():
             micro_batches = [next(batches) for _ in range(config.gradient_accumulation_steps)]
             targets = [count_targets(batch) for batch in micro_batches]
             inputs = sum(batch["attention_mask"].sum() for batch in micro_batches)
-            # label tokens and input tokens of this update, summed over all processes
-            step_targets, step_inputs = accelerator.reduce(torch.stack([sum(targets), inputs]))
+            totals = torch.stack([sum(targets, 0 * inputs), inputs])  # a tensor, even of numbers
+            step_targets, step_inputs = accelerator.reduce(totals)  # of this update, all processes
             step_loss = torch.zeros((), device=accelerator.device)
             for batch, count in zip(micro_batches, targets, strict=True):
                 with accelerator.accumulate(model):

@@ -1,6 +1,7 @@
 """Checkpoints and flags that were lost, misread or ended in a traceback: models, LoRA, resuming."""
 
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -10,17 +11,19 @@ import transformers
 from accelerate import Accelerator
 from conftest import ROOT, read_metrics
 from merge_models import run as merge
-from models import make_model
+from models import make_data, make_model
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from processes import plant
 from single import run_single
 from test_models import load
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from utils import chat_settings, documents, errors, model_files, resuming, vocabulary
+from utils import chat_settings, documents, errors, launch_checks, model_files, resuming
+from utils import vocabulary
 from utils.conversations import DataError
 from utils.lora import adapter_rows, expert_targets, lora_targets, text_layers
-from utils.loss import add_token_loss, check_token_loss
+from utils.loss import add_token_loss, attention_that_works, check_token_loss
 from utils.launch_checks import check_optimizer
 from utils.vocabulary import valid_generation
 
@@ -389,8 +392,69 @@ def test_an_attention_that_a_model_does_not_have(capsys, name):
     config = SimpleNamespace(attn_implementation="documents")
     arguments = (config, AutoModelForCausalLM, make_config(name), "--model_name_or_path x")
     line = error_of(capsys, model_files.build_skeleton, *arguments)
-    assert "give --attn_implementation eager" in line and "mixes the documents" in line
-    assert "--per_device_train_batch_size 1" in line
+    assert "which has no attention documents: give --attn_implementation" in line
+    assert "mixes the documents" in line and "--per_device_train_batch_size 1" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "remedy"),
+    [
+        ("gptj", "sdpa", "eager"),
+        ("gpt_oss", "sdpa", "eager"),
+        ("bloom", "sdpa", "eager"),
+        ("llama", "no_such_kernel", "sdpa"),
+        ("gpt_oss", "no_such_kernel", "eager"),
+    ],
+)
+def test_an_attention_is_named_with_one_that_the_model_has(capsys, name, attention, remedy):
+    """transformers' own sentence has six lines, and asks to open an issue."""
+    config = SimpleNamespace(attn_implementation=attention)
+    arguments = (config, AutoModelForCausalLM, make_config(name), "--model_name_or_path x")
+    line = error_of(capsys, model_files.build_skeleton, *arguments)
+    assert line.endswith(f"which has no attention {attention}: give --attn_implementation {remedy}")
+    config.attn_implementation = remedy
+    assert model_files.build_skeleton(*arguments) is not None
+
+
+def test_a_config_that_no_attention_can_be_made_of_keeps_its_reason(capsys):
+    config = SimpleNamespace(attn_implementation="sdpa")
+    broken = make_config("llama")
+    broken.hidden_act = "no_such_activation"
+    line = error_of(capsys, model_files.build_skeleton, config, AutoModelForCausalLM, broken, "it")
+    assert "no_such_activation" in line and "attn_implementation" not in line
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "works"),
+    [("stablelm", "documents", "sdpa"), ("falcon_h1", "documents", None)],
+)
+def test_the_attention_that_is_named_was_tried(name, attention, works):
+    model = build(name)
+    model.set_attn_implementation(attention)
+    add_token_loss(model)
+    rows = [{"input_ids": list(range(5, 15))}, {"input_ids": list(range(30, 42))}]
+    arguments = (Accelerator(cpu=True), model, *documents.probe(rows))
+    assert "mixes documents" in check_token_loss(*arguments)
+    assert attention_that_works(*arguments) == works
+    one = (Accelerator(cpu=True), model, *documents.probe(rows[:1]))
+    assert check_token_loss(*one) is None  # what is named where no attention works
+    assert chat_settings.loss_remedy(None, is_joined=True).startswith("give --per_device_train_")
+
+
+def test_a_model_that_cannot_take_several_documents_says_so_in_a_sentence():
+    """Qwen3-Next raises on a row of several documents without flash-linear-attention."""
+    size = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2}
+    size |= {"linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]}
+    model = build("qwen3_next", **MOE, **size, shared_expert_intermediate_size=16)
+    model.set_attn_implementation("documents")
+    add_token_loss(model)
+    rows = [{"input_ids": list(range(5, 15))}, {"input_ids": list(range(30, 42))}]
+    accelerator = Accelerator(cpu=True)
+    reason = check_token_loss(accelerator, model, *documents.probe(rows))
+    assert "flash-linear-attention" in reason and not reason.endswith(".")
+    assert model.config._attn_implementation == "documents"
+    assert attention_that_works(accelerator, model, *documents.probe(rows)) is None
+    assert check_token_loss(accelerator, model, *documents.probe(rows[:1])) is None
 
 
 def test_chunks_of_attention_that_documents_does_not_have(capsys, tmp_path):
@@ -444,6 +508,29 @@ def test_the_decoder_starts_as_in_training(tmp_path, name, monkeypatch):
     assert start == (1 if name == "t5gemma" else 2)
     labels = torch.tensor([[5, 6, 2, -100]])
     assert adapted(input_ids=torch.tensor([[5, 6, 7]]), labels=labels).loss.isfinite()
+
+
+@pytest.mark.parametrize("ids", [[5, 6], [5, 6, 2], [7, 5, 6, 2], [5, 6, 2, 7]], ids=str)
+@pytest.mark.parametrize("script", ["seq2seq_lora", "seq2seq_lora_fsdp1"])
+def test_mbart_starts_with_the_last_token_that_it_learned(monkeypatch, script, ids):
+    """Its decoder starts with the last token of the label, which may be eos or the language."""
+    module = load(script)
+    config = AutoConfig.for_model("mbart", **BART)
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config)
+    from_pretrained = SimpleNamespace(from_pretrained=lambda *args, **kwargs: model)
+    monkeypatch.setattr(module, "AutoModelForSeq2SeqLM", from_pretrained)
+    monkeypatch.setattr(module, "load_sharded", lambda *args, **kwargs: model, raising=False)
+    monkeypatch.setattr(module, "device_map", lambda: None, raising=False)
+
+    class Target(SimpleNamespace):
+        def __call__(self, text_target):
+            return SimpleNamespace(input_ids=list(ids))
+
+    tokenizer = Target(eos_token_id=2, pad_token_id=0)
+    adapted = module.build_model(module.Config(target_modules=["q_proj"]), tokenizer)
+    learned = module.encode_target(tokenizer, "label")
+    assert learned == (ids if 2 in ids else [*ids, 2])
+    assert adapted.generation_config.decoder_start_token_id == learned[-1]
 
 
 # Which checkpoints are usable ---------------------------------------------------------------------
@@ -683,6 +770,29 @@ def test_experts_train_alike_under_every_strategy(launch, place, tmp_path, strat
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
+WRAP = "FSDP_TRANSFORMER_CLS_TO_WRAP"
+
+
+@pytest.mark.parametrize("kind", ["pegasus", "marian", "blenderbot", "prophetnet", "led", "xglm"])
+def test_fsdp_takes_the_layers_of_a_model_that_names_none(monkeypatch, capsys, kind):
+    monkeypatch.delenv(WRAP, raising=False)
+    auto = transformers.AutoModelForSeq2SeqLM
+    auto = AutoModelForCausalLM if kind == "xglm" else auto
+    with torch.device("meta"):
+        model = auto.from_config(AutoConfig.for_model(kind))
+    model._no_split_modules = None  # as in the released transformers of most of these
+    launch_checks.check_wrap_classes("it", model)
+    found = os.environ.pop(WRAP).split(",")
+    assert len(found) == (1 if kind == "xglm" else 2) and all("Layer" in name for name in found)
+    assert "it names no layers for FSDP" in capsys.readouterr().out
+
+
+def test_a_layer_class_that_the_model_lacks_is_named_beside_those_that_it_has(monkeypatch, capsys):
+    monkeypatch.setenv(WRAP, "LlamaDecoderLayer")
+    line = error_of(capsys, launch_checks.check_wrap_classes, "it", on_meta("falcon"))
+    assert "no LlamaDecoderLayer" in line and line.endswith("name one of FalconDecoderLayer")
+
+
 @pytest.mark.parametrize("kind, strategy", [("fsmt", "ddp"), ("pegasus", "zero3")])
 def test_models_that_cannot_be_trained_are_an_error(monkeypatch, capsys, kind, strategy):
     monkeypatch.setattr(model_files, "launched_strategy", lambda: strategy)
@@ -701,3 +811,19 @@ def test_a_model_of_images_that_has_no_causal_class_is_an_error_with_a_remedy(ca
 def test_names_in_a_list_may_end_with_a_comma():
     assert chat_settings.split_names("q_proj, v_proj,") == ["q_proj", "v_proj"]
     assert chat_settings.split_names(" ") == []
+
+
+def test_a_count_may_be_a_plain_number(forks, place, tmp_path):
+    """The loop is the same in all lessons, so a script of the user's own may return an int."""
+    make_data(place / "rows", train=8, validation=2)
+    text, end = (ROOT / "examples" / "causal_lm_lora.py").read_text(), ".ne(-100).sum()  # nothing"
+    assert text.count(end) == 1
+    copy = plant(tmp_path, "causal_lm_lora", (end, ".ne(-100).sum().item()  # nothing"))
+    flags = ("--model_name_or_path", place / "llama", "--dataset_name", place / "rows")
+    flags += ("--max_steps", 2, "--gradient_accumulation_steps", 2, "--output_dir")
+    commands = ("causal_lm_lora", *flags, tmp_path / "tensor"), (copy, *flags, tmp_path / "int")
+    for code, output in run_single(forks, tmp_path, *commands):
+        assert code == 0, output
+    first, second = (read_metrics(tmp_path / name) for name in ("tensor", "int"))
+    assert first["losses"] == second["losses"]
+    assert first["target_tokens"] == second["target_tokens"] > 0

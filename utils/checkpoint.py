@@ -286,7 +286,9 @@ def read_state(folder, needed=()):
         )
     for name, facts in files:
         if not (folder / name).is_file() or digest(folder / name) != facts:
-            raise CheckpointError(f"{folder / name} is missing or is not what was written")
+            raise CheckpointError(
+                f"{folder / name} is missing or is not what was written: resume another checkpoint"
+            )
     return state
 
 

@@ -90,7 +90,10 @@ def start_accelerator(
             turned_off = join_group()
         except DistNetworkError as error:
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            refuse(f"no process group at {address}: {first_line(error)}; launch with another port")
+            refuse(
+                f"no process group at {address}: {first_line(error)}; launch with another port, or "
+                "check the address"
+            )
     accumulation = GradientAccumulationPlugin(
         gradient_accumulation_steps, sync_with_dataloader=False
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch.utils import cpp_extension
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from utils.deepspeed_checks import check_deepspeed
 from utils.environment import deepspeed_settings, launched_precision, launched_strategy, uses_gpu
@@ -100,6 +101,40 @@ def check_fsdp(strategy):
         refuse(
             f"fsdp_auto_wrap_policy {policy} does not gather layer by layer: set it to "
             "TRANSFORMER_BASED_WRAP"
+        )
+
+
+def check_wrap_classes(culprit, skeleton):
+    """Stop if FSDP's wrap policy finds none of its layer classes in the model.
+
+    Where the launch config names none, those that the model names are taken. A model may name
+    classes of a part that it does not have, such as a vision tower; accelerate would stop at
+    these. For a model that names none, the layers that can recompute their activations are taken.
+    """
+    classes = {type(module).__name__ for module in skeleton.modules()}
+    layers = {
+        type(module).__name__
+        for module in skeleton.modules()
+        if isinstance(module, GradientCheckpointingLayer)
+    }
+    known = f"name one of {', '.join(sorted(layers))}" if layers else "launch with configs/ddp.yaml"
+    if named := os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP"):
+        missing = sorted(set(named.split(",")) - classes)
+        if missing:
+            refuse(
+                f"{culprit} has no {missing[0]}, which fsdp_transformer_layer_cls_to_wrap names: "
+                f"{known}"
+            )
+        return
+    wanted = set(skeleton._no_split_modules or ())
+    if not (found := wanted & classes or layers):
+        refuse(f"{culprit} has no layers that FSDP could gather one by one: {known}")
+    if found != wanted:
+        os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(sorted(found))
+    if not found <= wanted:
+        say(
+            f"{culprit} names no layers for FSDP: {', '.join(sorted(found))} are taken. "
+            "fsdp_transformer_layer_cls_to_wrap can name others."
         )
 
 
