@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -15,11 +16,20 @@ from models import make_data, make_model
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from processes import plant
+from safetensors.torch import load_file, save_file
 from single import run_single
 from test_models import load
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from utils import chat_settings, documents, errors, launch_checks, model_files, resuming
+from utils import (
+    chat_settings,
+    deepspeed_checks,
+    documents,
+    errors,
+    launch_checks,
+    model_files,
+    resuming,
+)
 from utils import vocabulary
 from utils.conversations import DataError
 from utils.lora import adapter_rows, expert_targets, lora_targets, text_layers
@@ -793,12 +803,92 @@ def test_a_layer_class_that_the_model_lacks_is_named_beside_those_that_it_has(mo
     assert "no LlamaDecoderLayer" in line and line.endswith("name one of FalconDecoderLayer")
 
 
-@pytest.mark.parametrize("kind, strategy", [("fsmt", "ddp"), ("pegasus", "zero3")])
-def test_models_that_cannot_be_trained_are_an_error(monkeypatch, capsys, kind, strategy):
-    monkeypatch.setattr(model_files, "launched_strategy", lambda: strategy)
-    config = SimpleNamespace(model_type=kind, is_encoder_decoder=True)
+def test_a_model_that_cannot_be_trained_is_an_error(capsys):
+    config = SimpleNamespace(model_type="fsmt", is_encoder_decoder=True)
     line = error_of(capsys, model_files.check_kind, "AutoModelForSeq2SeqLM", config, "the model")
-    assert "take " in line
+    assert "take another one" in line
+
+
+@pytest.mark.slow
+def test_positions_that_a_checkpoint_does_not_hold_are_the_same_when_sharded(launch, tmp_path):
+    """Published Pegasus models lack them: transformers computes them from the full weight."""
+    make_model(tmp_path / "model", "pegasus", max_position_embeddings=128)
+    make_data(tmp_path / "rows", train=16, validation=4)
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    kept = {name: value for name, value in weights.items() if "embed_positions" not in name}
+    assert len(kept) < len(weights)
+    save_file(kept, file, {"format": "pt"})
+    flags = ("--model_name_or_path", tmp_path / "model", "--dataset_name", tmp_path / "rows")
+    flags += ("--max_steps", 3, "--per_device_train_batch_size", 2, "--output_dir")
+    runs = {"seq2seq_lora": "ddp", "seq2seq_lora_zero3_offload": "zero3"}
+    losses = []
+    for script, config in (runs | {"seq2seq_lora_fsdp1": "fsdp1"}).items():
+        launch(script, config, *flags, tmp_path / script, processes=2)
+        losses.append(read_metrics(tmp_path / script)["losses"])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert losses[2] == pytest.approx(losses[0], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_fewer_experts_than_processes_are_no_fault_of_sharding(launch, place, tmp_path):
+    """FSDP2 divides the first dimension: two processes hold 2 of the 4 experts, the third none."""
+    tokenizer = AutoTokenizer.from_pretrained(place / "llama")
+    size = {"hidden_size": 64, "intermediate_size": 512, "vocab_size": len(tokenizer)}
+    build("gpt_oss", **size, max_position_embeddings=512).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    flags = ("--use_peft_lora", "--chat_template_format", "chatml", "--max_steps", 1)
+    words = ("--model_name_or_path", tmp_path / "model", *flags, "--output_dir", tmp_path / "run")
+    done = launch("chat_sft", "fsdp2", *words, processes=3)
+    held = re.search(
+        "bytes of parameters per process: (.*); of the full model: .* ([0-9,]+)", done.stdout
+    )
+    parts = [int(one.split()[1].replace(",", "")) for one in held[1].split(" | ")]
+    assert max(parts) > 0.48 * int(held[2].replace(",", ""))
+
+
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_use_cpu_beside_deepspeed_is_an_error_where_there_is_a_gpu(monkeypatch, capsys, has_gpu):
+    monkeypatch.setattr(deepspeed_checks, "launch_config", lambda: {"use_cpu": True})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    # the check that comes next
+    config = SimpleNamespace(dtype="bfloat16")
+    line = error_of(capsys, deepspeed_checks.check_deepspeed, config, "no")
+    assert ("use_cpu: true" in line) == has_gpu
+
+
+@pytest.mark.parametrize(
+    ("report_to", "fragment"),
+    [
+        ("all", ""),
+        ("tensorboard", ""),
+        ("tensorboard, tensorboard", ""),
+        ("nothing", "not a tracker"),
+        ("tensorboard,nothing", "not a tracker"),
+        ("comet_ml", "is not installed"),
+    ],
+)
+def test_trackers_are_those_of_accelerate(capsys, monkeypatch, report_to, fragment):
+    """TensorBoard may be tensorboardX, and `all` means whatever is installed."""
+    monkeypatch.setattr(chat_settings, "get_available_trackers", lambda: ["tensorboard"])
+    if fragment:
+        assert fragment in error_of(capsys, chat_settings.check_trackers, report_to)
+    else:
+        assert chat_settings.check_trackers(report_to) is None
+    monkeypatch.setattr(chat_settings, "get_available_trackers", lambda: [])
+    assert "not" in error_of(capsys, chat_settings.check_trackers, report_to)
+
+
+@pytest.mark.parametrize("has_flag", [True, False])
+def test_a_4_bit_checkpoint_is_sharded_by_a_script_that_can(monkeypatch, capsys, has_flag):
+    monkeypatch.setattr(model_files, "launched_strategy", lambda: "zero3")
+    config = SimpleNamespace(dtype="float32")
+    if has_flag:
+        config.use_4bit_quantization = False
+    saved = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    line = error_of(capsys, model_files.check_quantization, config, "it", saved, "frozen")
+    wanted = "add --use_4bit_quantization" if has_flag else "take causal_lm_qlora_zero3.py"
+    assert line.endswith(wanted)
 
 
 def test_a_model_of_images_that_has_no_causal_class_is_an_error_with_a_remedy(capsys):
