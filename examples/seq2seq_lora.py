@@ -77,19 +77,15 @@ class Config:
 
 # 2. Data ------------------------------------------------------------------------------------------
 # yours to change
-def encode_target(tokenizer, label):
-    """Return the token ids of a label, with the eos token, at which generation stops."""
-    ids, eos = tokenizer(text_target=label).input_ids, tokenizer.eos_token_id
-    return ids if eos in ids else [*ids, eos]  # some tokenizers do not append it
-
-
 def build_dataloaders(config, tokenizer, accelerator):
     """Return two loaders: the training batches of all updates, and the held-out rows."""
     columns = {"text_column": config.text_column, "label_column": config.label_column}
     train, valid = load_data(config.dataset_name, columns, config.seed)
     labels = dict.fromkeys(map(str, [*train[config.label_column], *valid[config.label_column]]))
     head, tail = config.prompt_template.split("{text}")
-    targets = {label: encode_target(tokenizer, label) for label in labels}
+    targets = {label: tokenizer(text_target=label).input_ids for label in labels}
+    eos = tokenizer.eos_token_id  # some tokenizers do not append it; generation would not stop
+    targets = {label: ids if eos in ids else [*ids, eos] for label, ids in targets.items()}
     fixed = len(tokenizer(head + tail).input_ids)
     known, limit = train[config.label_column], config.max_length
     answers, _ = check_labels(known, targets, tokenizer, limit, fixed, is_shared=False)
@@ -152,7 +148,8 @@ def build_model(config, tokenizer):
     model.generation_config = GenerationConfig(**ends)  # greedy, whatever the checkpoint asks for
     # the decoder starts as in training: with the config's start token, or mBART's language token
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        target = torch.tensor([encode_target(tokenizer, "label")])
+        ids, eos = tokenizer(text_target="label").input_ids, tokenizer.eos_token_id
+        target = torch.tensor([ids if eos in ids else [*ids, eos]])  # as in section 2
         start = model.prepare_decoder_input_ids_from_labels(target)[0, 0].item()
     else:
         start = model.config.decoder_start_token_id
