@@ -796,6 +796,22 @@ def test_fsdp_takes_the_layers_of_a_model_that_names_none(monkeypatch, capsys, k
     assert "it names no layers for FSDP" in capsys.readouterr().out
 
 
+class OwnBlock(torch.nn.Module):
+    """A layer of a class that transformers does not know."""
+
+
+@pytest.mark.parametrize(
+    ("part", "remedy"),
+    [(OwnBlock, "name one of OwnBlock"), (torch.nn.ReLU, "train under zero3 or ddp")],
+)
+def test_a_model_that_tells_nothing_of_its_layers_is_an_error(monkeypatch, capsys, part, remedy):
+    monkeypatch.delenv(WRAP, raising=False)
+    model = torch.nn.Sequential(part())
+    model._no_split_modules = None
+    line = error_of(capsys, launch_checks.check_wrap_classes, "it", model)
+    assert "fsdp_transformer_layer_cls_to_wrap" in line and remedy in line
+
+
 def test_a_layer_class_that_the_model_lacks_is_named_beside_those_that_it_has(monkeypatch, capsys):
     monkeypatch.setenv(WRAP, "LlamaDecoderLayer")
     line = error_of(capsys, launch_checks.check_wrap_classes, "it", on_meta("falcon"))

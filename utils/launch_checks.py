@@ -111,24 +111,27 @@ def check_wrap_classes(culprit, skeleton):
     classes of a part that it does not have, such as a vision tower; accelerate would stop at
     these. For a model that names none, the layers that can recompute their activations are taken.
     """
-    classes = {type(module).__name__ for module in skeleton.modules()}
-    layers = {
-        type(module).__name__
-        for module in skeleton.modules()
-        if isinstance(module, GradientCheckpointingLayer)
-    }
-    known = f"name one of {', '.join(sorted(layers))}" if layers else "launch with configs/ddp.yaml"
+    kinds = {type(module) for module in skeleton.modules()}
+    classes = {kind.__name__ for kind in kinds}
+    layers = {kind.__name__ for kind in kinds if issubclass(kind, GradientCheckpointingLayer)}
+    known = sorted(layers or {name for name in classes if name.endswith(("Layer", "Block"))})
+    remedy = f"name one of {', '.join(known)}"
+    if not known:
+        remedy = "train under zero3 or ddp, with a script that runs there"
     if named := os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP"):
         missing = sorted(set(named.split(",")) - classes)
         if missing:
             refuse(
                 f"{culprit} has no {missing[0]}, which fsdp_transformer_layer_cls_to_wrap names: "
-                f"{known}"
+                f"{remedy}"
             )
         return
     wanted = set(skeleton._no_split_modules or ())
     if not (found := wanted & classes or layers):
-        refuse(f"{culprit} has no layers that FSDP could gather one by one: {known}")
+        refuse(
+            f"{culprit} does not tell which layers FSDP can gather one by one, for "
+            f"fsdp_transformer_layer_cls_to_wrap: {remedy}"
+        )
     if found != wanted:
         os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(sorted(found))
     if not found <= wanted:

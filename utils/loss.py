@@ -276,12 +276,12 @@ def check_token_loss(accelerator, model, packed, alone):
     try:
         with torch.no_grad():
             ours, theirs, before, after = losses_of_documents(model, causal, packed, alone)
-    except torch.OutOfMemoryError:
-        raise
+    except (torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError):
+        raise  # not the model's
     except Exception as error:  # whatever the model raises
         logging.get_logger("transformers").debug("The forward pass fails:", exc_info=True)
         told = str(error).strip().split("\n")[0].rstrip(". ") or type(error).__name__
-        return f"{name} cannot be trained so ({told})"
+        return f"{name} raises an error ({told})"
     finally:
         causal.set_attn_implementation(attention)
         model.train(was_training)
