@@ -329,7 +329,7 @@ ARGUMENTS = [  # (flags, expected parts of the line: the culprit, then the remed
     (f"{TARGETS} q_proj query", f"{TARGETS} query names no linear layer", "q_proj, up_proj"),
     (f"{TARGETS} input_layernorm", f"{TARGETS} input_layernorm names no linear layer", "q_proj"),
     (f"{TARGETS} self_attn", f"{TARGETS} self_attn names no linear layer", "q_proj"),
-    ("--attn_implementation flash", "--attn_implementation flash", "cannot be made"),
+    ("--attn_implementation flash", "has no attention flash", "give --attn_implementation sdpa"),
     (f"{TARGETS} embed_tokens", f"{TARGETS} embed_tokens names no linear layer", "q_proj"),
     (f"{MODEL} other_weights", "no weight of a LlamaForCausalLM", "save them together"),
     (f"{MODEL} other_shapes", "model.safetensors holds", "and config.json says"),
