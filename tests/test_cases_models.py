@@ -6,6 +6,7 @@ import re
 import shutil
 from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -34,6 +35,7 @@ from utils import vocabulary
 from utils.conversations import DataError
 from utils.lora import adapter_rows, expert_targets, lora_targets, text_layers
 from utils.loss import add_token_loss, attention_that_works, check_token_loss
+from utils.launch import find_tied_weights
 from utils.launch_checks import check_optimizer
 from utils.vocabulary import valid_generation
 
@@ -822,6 +824,21 @@ def test_a_model_that_cannot_be_trained_is_an_error(capsys):
     config = SimpleNamespace(model_type="fsmt", is_encoder_decoder=True)
     line = error_of(capsys, model_files.check_kind, "AutoModelForSeq2SeqLM", config, "the model")
     assert "take another one" in line
+
+
+def test_tied_weights_are_found_inside_of_an_adapter(monkeypatch):
+    """accelerate looks for model.decoder.embed_tokens in the wrapper, which has no such part."""
+    settings = BART | {"decoder_start_token_id": 0, "pad_token_id": 0}
+    config = AutoConfig.for_model("marian", **settings)
+    base = transformers.AutoModelForSeq2SeqLM.from_config(config)
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
+    retied = accelerate.accelerator.ensure_weights_retied
+    monkeypatch.setattr(accelerate.accelerator, "ensure_weights_retied", retied)
+    with pytest.raises(AttributeError, match="decoder"):
+        retied(None, model, torch.device("cpu"))
+    find_tied_weights()
+    accelerate.accelerator.ensure_weights_retied(None, model, torch.device("cpu"))
+    accelerate.accelerator.ensure_weights_retied(None, base, torch.device("cpu"))
 
 
 @pytest.mark.slow

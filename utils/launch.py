@@ -175,7 +175,7 @@ def find_tied_weights():
     retied = accelerate.accelerator.ensure_weights_retied
 
     def ensure_weights_retied(param_init_fn, model, device):
-        inner = model.get_base_model() if hasattr(model, "peft_config") else model
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         return retied(param_init_fn, inner, device)
 
     accelerate.accelerator.ensure_weights_retied = ensure_weights_retied
