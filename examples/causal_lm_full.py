@@ -210,8 +210,8 @@ def main():
             micro_batches = [next(batches) for _ in range(config.gradient_accumulation_steps)]
             targets = [count_targets(batch) for batch in micro_batches]
             inputs = sum(batch["attention_mask"].sum() for batch in micro_batches)
-            # label tokens and input tokens of this update, summed over all processes
-            step_targets, step_inputs = accelerator.reduce(torch.stack([sum(targets), inputs]))
+            totals = torch.stack([sum(targets, 0 * inputs), inputs])  # a tensor, even of numbers
+            step_targets, step_inputs = accelerator.reduce(totals)  # of this update, all processes
             step_loss = torch.zeros((), device=accelerator.device)
             for batch, count in zip(micro_batches, targets, strict=True):
                 with accelerator.accumulate(model):

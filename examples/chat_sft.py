@@ -31,7 +31,7 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.optimization import get_scheduler
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds utils/
-from utils.chat_settings import describe, read_chat_settings, split_names
+from utils.chat_settings import describe, loss_remedy, read_chat_settings, split_names
 from utils.chat_templates import build_tokenizer, pin_date
 from utils.checkpoint import CheckpointError, gather_trained, keep_newest, load_checkpoint
 from utils.checkpoint import remove_checkpoints, save_checkpoint
@@ -45,7 +45,7 @@ from utils.hub import push_checkpoint, start_pusher
 from utils.launch import OPTIMIZERS, adamw, configure_deepspeed, device_map, load_sharded
 from utils.launch import move_quant_states, start_accelerator, state_bytes
 from utils.lora import expert_targets, gather_blocks, lora_targets, say_experts, settle_dtypes
-from utils.loss import add_token_loss, check_token_loss
+from utils.loss import add_token_loss, attention_that_works, check_token_loss
 from utils.memory import MemoryTracker
 from utils.packing import build_loader, pack, shuffled_sequences, stream_sequences
 from utils.results import Progress, WeightFiles, collect_metrics, end_run, print_saved
@@ -476,8 +476,9 @@ def check_loss(config, accelerator, model, examples):
     packed, alone = probe(examples if is_joined else examples[:1])
     with uncompiled(config):
         reason = check_token_loss(accelerator, model, packed, alone)
+        other = reason and attention_that_works(accelerator, model, packed, alone)
     if reason:
-        fail_together(accelerator, f"{reason}: {describe(config)[1]}")
+        fail_together(accelerator, f"{reason}: {loss_remedy(other, is_joined)}")
 
 
 def evaluate(accelerator, model, batches):

@@ -155,7 +155,8 @@ def build_model(config, tokenizer):
     model.generation_config = GenerationConfig(**ends)  # greedy, whatever the checkpoint asks for
     # the decoder starts as in training: with the config's start token, or mBART's language token
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        target = torch.tensor([tokenizer(text_target="label").input_ids])
+        ids, eos = tokenizer(text_target="label").input_ids, tokenizer.eos_token_id
+        target = torch.tensor([ids if eos in ids else [*ids, eos]])  # as in section 2
         start = model.prepare_decoder_input_ids_from_labels(target)[0, 0].item()
     else:
         start = model.config.decoder_start_token_id
@@ -245,8 +246,8 @@ def main():
             micro_batches = [next(batches) for _ in range(config.gradient_accumulation_steps)]
             targets = [count_targets(batch) for batch in micro_batches]
             inputs = sum(batch["attention_mask"].sum() for batch in micro_batches)
-            # label tokens and input tokens of this update, summed over all processes
-            step_targets, step_inputs = accelerator.reduce(torch.stack([sum(targets), inputs]))
+            totals = torch.stack([sum(targets, 0 * inputs), inputs])  # a tensor, even of numbers
+            step_targets, step_inputs = accelerator.reduce(totals)  # of this update, all processes
             step_loss = torch.zeros((), device=accelerator.device)
             for batch, count in zip(micro_batches, targets, strict=True):
                 with accelerator.accumulate(model):

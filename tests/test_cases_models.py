@@ -1,26 +1,41 @@
 """Checkpoints and flags that were lost, misread or ended in a traceback: models, LoRA, resuming."""
 
 import json
+import os
+import re
 import shutil
 from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 import transformers
 from accelerate import Accelerator
 from conftest import ROOT, read_metrics
 from merge_models import run as merge
-from models import make_model
+from models import make_data, make_model
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from processes import plant
+from safetensors.torch import load_file, save_file
 from single import run_single
 from test_models import load
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from utils import chat_settings, documents, errors, model_files, resuming, vocabulary
+from utils import (
+    chat_settings,
+    deepspeed_checks,
+    documents,
+    errors,
+    launch_checks,
+    model_files,
+    resuming,
+)
+from utils import vocabulary
 from utils.conversations import DataError
 from utils.lora import adapter_rows, expert_targets, lora_targets, text_layers
-from utils.loss import add_token_loss, check_token_loss
+from utils.loss import add_token_loss, attention_that_works, check_token_loss
+from utils.launch import find_tied_weights
 from utils.launch_checks import check_optimizer
 from utils.vocabulary import valid_generation
 
@@ -389,8 +404,69 @@ def test_an_attention_that_a_model_does_not_have(capsys, name):
     config = SimpleNamespace(attn_implementation="documents")
     arguments = (config, AutoModelForCausalLM, make_config(name), "--model_name_or_path x")
     line = error_of(capsys, model_files.build_skeleton, *arguments)
-    assert "give --attn_implementation eager" in line and "mixes the documents" in line
-    assert "--per_device_train_batch_size 1" in line
+    assert "which has no attention documents: give --attn_implementation" in line
+    assert "mixes the documents" in line and "--per_device_train_batch_size 1" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "remedy"),
+    [
+        ("gptj", "sdpa", "eager"),
+        ("gpt_oss", "sdpa", "eager"),
+        ("bloom", "sdpa", "eager"),
+        ("llama", "no_such_kernel", "sdpa"),
+        ("gpt_oss", "no_such_kernel", "eager"),
+    ],
+)
+def test_an_attention_is_named_with_one_that_the_model_has(capsys, name, attention, remedy):
+    """transformers' own sentence has six lines, and asks to open an issue."""
+    config = SimpleNamespace(attn_implementation=attention)
+    arguments = (config, AutoModelForCausalLM, make_config(name), "--model_name_or_path x")
+    line = error_of(capsys, model_files.build_skeleton, *arguments)
+    assert line.endswith(f"which has no attention {attention}: give --attn_implementation {remedy}")
+    config.attn_implementation = remedy
+    assert model_files.build_skeleton(*arguments) is not None
+
+
+def test_a_config_that_no_attention_can_be_made_of_keeps_its_reason(capsys):
+    config = SimpleNamespace(attn_implementation="sdpa")
+    broken = make_config("llama")
+    broken.hidden_act = "no_such_activation"
+    line = error_of(capsys, model_files.build_skeleton, config, AutoModelForCausalLM, broken, "it")
+    assert "no_such_activation" in line and "attn_implementation" not in line
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "works"),
+    [("stablelm", "documents", "sdpa"), ("falcon_h1", "documents", None)],
+)
+def test_the_attention_that_is_named_was_tried(name, attention, works):
+    model = build(name)
+    model.set_attn_implementation(attention)
+    add_token_loss(model)
+    rows = [{"input_ids": list(range(5, 15))}, {"input_ids": list(range(30, 42))}]
+    arguments = (Accelerator(cpu=True), model, *documents.probe(rows))
+    assert "mixes documents" in check_token_loss(*arguments)
+    assert attention_that_works(*arguments) == works
+    one = (Accelerator(cpu=True), model, *documents.probe(rows[:1]))
+    assert check_token_loss(*one) is None  # what is named where no attention works
+    assert chat_settings.loss_remedy(None, is_joined=True).startswith("give --per_device_train_")
+
+
+def test_a_model_that_cannot_take_several_documents_says_so_in_a_sentence():
+    """Qwen3-Next raises on a row of several documents without flash-linear-attention."""
+    size = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2}
+    size |= {"linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]}
+    model = build("qwen3_next", **MOE, **size, shared_expert_intermediate_size=16)
+    model.set_attn_implementation("documents")
+    add_token_loss(model)
+    rows = [{"input_ids": list(range(5, 15))}, {"input_ids": list(range(30, 42))}]
+    accelerator = Accelerator(cpu=True)
+    reason = check_token_loss(accelerator, model, *documents.probe(rows))
+    assert "flash-linear-attention" in reason and not reason.endswith(".")
+    assert model.config._attn_implementation == "documents"
+    assert attention_that_works(accelerator, model, *documents.probe(rows)) is None
+    assert check_token_loss(accelerator, model, *documents.probe(rows[:1])) is None
 
 
 def test_chunks_of_attention_that_documents_does_not_have(capsys, tmp_path):
@@ -444,6 +520,28 @@ def test_the_decoder_starts_as_in_training(tmp_path, name, monkeypatch):
     assert start == (1 if name == "t5gemma" else 2)
     labels = torch.tensor([[5, 6, 2, -100]])
     assert adapted(input_ids=torch.tensor([[5, 6, 7]]), labels=labels).loss.isfinite()
+
+
+@pytest.mark.parametrize("ids", [[5, 6], [5, 6, 2], [7, 5, 6, 2], [5, 6, 2, 7]], ids=str)
+@pytest.mark.parametrize("script", ["seq2seq_lora", "seq2seq_lora_fsdp1"])
+def test_mbart_starts_with_the_last_token_that_it_learned(monkeypatch, script, ids):
+    """Its decoder starts with the last token of the label, which may be eos or the language."""
+    module = load(script)
+    config = AutoConfig.for_model("mbart", **BART)
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config)
+    from_pretrained = SimpleNamespace(from_pretrained=lambda *args, **kwargs: model)
+    monkeypatch.setattr(module, "AutoModelForSeq2SeqLM", from_pretrained)
+    monkeypatch.setattr(module, "load_sharded", lambda *args, **kwargs: model, raising=False)
+    monkeypatch.setattr(module, "device_map", lambda: None, raising=False)
+
+    class Target(SimpleNamespace):
+        def __call__(self, text_target):
+            return SimpleNamespace(input_ids=list(ids))
+
+    tokenizer = Target(eos_token_id=2, pad_token_id=0)
+    adapted = module.build_model(module.Config(target_modules=["q_proj"]), tokenizer)
+    learned = ids if 2 in ids else [*ids, 2]  # as build_dataloaders makes it
+    assert adapted.generation_config.decoder_start_token_id == learned[-1]
 
 
 # Which checkpoints are usable ---------------------------------------------------------------------
@@ -683,12 +781,146 @@ def test_experts_train_alike_under_every_strategy(launch, place, tmp_path, strat
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
-@pytest.mark.parametrize("kind, strategy", [("fsmt", "ddp"), ("pegasus", "zero3")])
-def test_models_that_cannot_be_trained_are_an_error(monkeypatch, capsys, kind, strategy):
-    monkeypatch.setattr(model_files, "launched_strategy", lambda: strategy)
-    config = SimpleNamespace(model_type=kind, is_encoder_decoder=True)
+WRAP = "FSDP_TRANSFORMER_CLS_TO_WRAP"
+
+
+@pytest.mark.parametrize("kind", ["pegasus", "marian", "blenderbot", "prophetnet", "led", "xglm"])
+def test_fsdp_takes_the_layers_of_a_model_that_names_none(monkeypatch, capsys, kind):
+    monkeypatch.delenv(WRAP, raising=False)
+    auto = transformers.AutoModelForSeq2SeqLM
+    auto = AutoModelForCausalLM if kind == "xglm" else auto
+    with torch.device("meta"):
+        model = auto.from_config(AutoConfig.for_model(kind))
+    model._no_split_modules = None  # as in the released transformers of most of these
+    launch_checks.check_wrap_classes("it", model)
+    found = os.environ.pop(WRAP).split(",")
+    assert len(found) == (1 if kind == "xglm" else 2) and all("Layer" in name for name in found)
+    assert "it names no layers for FSDP" in capsys.readouterr().out
+
+
+class OwnBlock(torch.nn.Module):
+    """A layer of a class that transformers does not know."""
+
+
+@pytest.mark.parametrize(
+    ("part", "remedy"),
+    [(OwnBlock, "name one of OwnBlock"), (torch.nn.ReLU, "train under zero3 or ddp")],
+)
+def test_a_model_that_tells_nothing_of_its_layers_is_an_error(monkeypatch, capsys, part, remedy):
+    monkeypatch.delenv(WRAP, raising=False)
+    model = torch.nn.Sequential(part())
+    model._no_split_modules = None
+    line = error_of(capsys, launch_checks.check_wrap_classes, "it", model)
+    assert "fsdp_transformer_layer_cls_to_wrap" in line and remedy in line
+
+
+def test_a_layer_class_that_the_model_lacks_is_named_beside_those_that_it_has(monkeypatch, capsys):
+    monkeypatch.setenv(WRAP, "LlamaDecoderLayer")
+    line = error_of(capsys, launch_checks.check_wrap_classes, "it", on_meta("falcon"))
+    assert "no LlamaDecoderLayer" in line and line.endswith("name one of FalconDecoderLayer")
+
+
+def test_a_model_that_cannot_be_trained_is_an_error(capsys):
+    config = SimpleNamespace(model_type="fsmt", is_encoder_decoder=True)
     line = error_of(capsys, model_files.check_kind, "AutoModelForSeq2SeqLM", config, "the model")
-    assert "take " in line
+    assert "take another one" in line
+
+
+def test_tied_weights_are_found_inside_of_an_adapter(monkeypatch):
+    """accelerate looks for model.decoder.embed_tokens in the wrapper, which has no such part."""
+    settings = BART | {"decoder_start_token_id": 0, "pad_token_id": 0}
+    config = AutoConfig.for_model("marian", **settings)
+    base = transformers.AutoModelForSeq2SeqLM.from_config(config)
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
+    retied = accelerate.accelerator.ensure_weights_retied
+    monkeypatch.setattr(accelerate.accelerator, "ensure_weights_retied", retied)
+    with pytest.raises(AttributeError, match="decoder"):
+        retied(None, model, torch.device("cpu"))
+    find_tied_weights()
+    accelerate.accelerator.ensure_weights_retied(None, model, torch.device("cpu"))
+    accelerate.accelerator.ensure_weights_retied(None, base, torch.device("cpu"))
+
+
+@pytest.mark.slow
+def test_positions_that_a_checkpoint_does_not_hold_are_the_same_when_sharded(launch, tmp_path):
+    """Published Pegasus models lack them: transformers computes them from the full weight."""
+    make_model(tmp_path / "model", "pegasus", max_position_embeddings=128)
+    make_data(tmp_path / "rows", train=16, validation=4)
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    kept = {name: value for name, value in weights.items() if "embed_positions" not in name}
+    assert len(kept) < len(weights)
+    save_file(kept, file, {"format": "pt"})
+    flags = ("--model_name_or_path", tmp_path / "model", "--dataset_name", tmp_path / "rows")
+    flags += ("--max_steps", 3, "--per_device_train_batch_size", 2, "--output_dir")
+    runs = {"seq2seq_lora": "ddp", "seq2seq_lora_zero3_offload": "zero3"}
+    losses = []
+    for script, config in (runs | {"seq2seq_lora_fsdp1": "fsdp1"}).items():
+        launch(script, config, *flags, tmp_path / script, processes=2)
+        losses.append(read_metrics(tmp_path / script)["losses"])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert losses[2] == pytest.approx(losses[0], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_fewer_experts_than_processes_are_no_fault_of_sharding(launch, place, tmp_path):
+    """FSDP2 divides the first dimension: two processes hold 2 of the 4 experts, the third none."""
+    tokenizer = AutoTokenizer.from_pretrained(place / "llama")
+    size = {"hidden_size": 64, "intermediate_size": 512, "vocab_size": len(tokenizer)}
+    build("gpt_oss", **size, max_position_embeddings=512).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    flags = ("--use_peft_lora", "--chat_template_format", "chatml", "--max_steps", 1)
+    words = ("--model_name_or_path", tmp_path / "model", *flags, "--output_dir", tmp_path / "run")
+    done = launch("chat_sft", "fsdp2", *words, processes=3)
+    held = re.search(
+        "bytes of parameters per process: (.*); of the full model: .* ([0-9,]+)", done.stdout
+    )
+    parts = [int(one.split()[1].replace(",", "")) for one in held[1].split(" | ")]
+    assert max(parts) > 0.48 * int(held[2].replace(",", ""))
+
+
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_use_cpu_beside_deepspeed_is_an_error_where_there_is_a_gpu(monkeypatch, capsys, has_gpu):
+    monkeypatch.setattr(deepspeed_checks, "launch_config", lambda: {"use_cpu": True})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    # the check that comes next
+    config = SimpleNamespace(dtype="bfloat16")
+    line = error_of(capsys, deepspeed_checks.check_deepspeed, config, "no", False)
+    assert ("use_cpu: true" in line) == has_gpu
+
+
+@pytest.mark.parametrize(
+    ("report_to", "fragment"),
+    [
+        ("all", ""),
+        ("tensorboard", ""),
+        ("tensorboard, tensorboard", ""),
+        ("nothing", "not a tracker"),
+        ("tensorboard,nothing", "not a tracker"),
+        ("comet_ml", "is not installed"),
+    ],
+)
+def test_trackers_are_those_of_accelerate(capsys, monkeypatch, report_to, fragment):
+    """TensorBoard may be tensorboardX, and `all` means whatever is installed."""
+    monkeypatch.setattr(chat_settings, "get_available_trackers", lambda: ["tensorboard"])
+    if fragment:
+        assert fragment in error_of(capsys, chat_settings.check_trackers, report_to)
+    else:
+        assert chat_settings.check_trackers(report_to) is None
+    monkeypatch.setattr(chat_settings, "get_available_trackers", lambda: [])
+    assert "not" in error_of(capsys, chat_settings.check_trackers, report_to)
+
+
+@pytest.mark.parametrize("has_flag", [True, False])
+def test_a_4_bit_checkpoint_is_sharded_by_a_script_that_can(monkeypatch, capsys, has_flag):
+    monkeypatch.setattr(model_files, "launched_strategy", lambda: "zero3")
+    config = SimpleNamespace(dtype="float32")
+    if has_flag:
+        config.use_4bit_quantization = False
+    saved = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    line = error_of(capsys, model_files.check_quantization, config, "it", saved, "frozen")
+    wanted = "add --use_4bit_quantization" if has_flag else "take causal_lm_qlora_zero3.py"
+    assert line.endswith(wanted)
 
 
 def test_a_model_of_images_that_has_no_causal_class_is_an_error_with_a_remedy(capsys):
@@ -701,3 +933,19 @@ def test_a_model_of_images_that_has_no_causal_class_is_an_error_with_a_remedy(ca
 def test_names_in_a_list_may_end_with_a_comma():
     assert chat_settings.split_names("q_proj, v_proj,") == ["q_proj", "v_proj"]
     assert chat_settings.split_names(" ") == []
+
+
+def test_a_count_may_be_a_plain_number(forks, place, tmp_path):
+    """The loop is the same in all lessons, so a script of the user's own may return an int."""
+    make_data(place / "rows", train=8, validation=2)
+    text, end = (ROOT / "examples" / "causal_lm_lora.py").read_text(), ".ne(-100).sum()  # nothing"
+    assert text.count(end) == 1
+    copy = plant(tmp_path, "causal_lm_lora", (end, ".ne(-100).sum().item()  # nothing"))
+    flags = ("--model_name_or_path", place / "llama", "--dataset_name", place / "rows")
+    flags += ("--max_steps", 2, "--gradient_accumulation_steps", 2, "--output_dir")
+    commands = ("causal_lm_lora", *flags, tmp_path / "tensor"), (copy, *flags, tmp_path / "int")
+    for code, output in run_single(forks, tmp_path, *commands):
+        assert code == 0, output
+    first, second = (read_metrics(tmp_path / name) for name in ("tensor", "int"))
+    assert first["losses"] == second["losses"]
+    assert first["target_tokens"] == second["target_tokens"] > 0

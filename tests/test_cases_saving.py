@@ -378,6 +378,31 @@ def test_the_tokens_that_end_a_text_are_saved_and_loaded_by_the_printed_lines(tm
     assert torch.equal(answer, greedy)
 
 
+@pytest.mark.parametrize("kind", ["bart", "mbart", "t5", "m2m_100", "pegasus"])
+def test_an_encoder_and_decoder_answer_by_the_settings_of_the_run(tmp_path, kind):
+    """peft reads a wrapper's settings for causal models alone; those of the base are not wanted."""
+    size = {"vocab_size": 64, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1}
+    size |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_layers": 1}
+    size |= {"num_heads": 4, "d_kv": 8, "pad_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    base = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(kind, **size))
+    leaks = {"num_beams": 3, "forced_bos_token_id": 7, "min_length": 5, "decoder_start_token_id": 9}
+    base.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=1, **leaks)
+    base.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(task_type="SEQ_2_SEQ_LM", target_modules="all-linear")
+    model = peft.get_peft_model(base, config)
+    base.generation_config = GenerationConfig(
+        eos_token_id=2, pad_token_id=1, decoder_start_token_id=2
+    )
+    config.base_model_name_or_path = str(tmp_path / "base")
+    files, weights = files_of(model, tmp_path / "run"), trained(model)
+    save_run(tmp_path / "run", model, files, weights)
+    names = {}
+    exec(loading.load_lines(tmp_path / "run", tmp_path / "run", metrics_of(tmp_path)), names)
+    loaded = names["model"].eval().generate(input_ids=IDS, max_new_tokens=8)
+    assert torch.equal(loaded, model.eval().generate(input_ids=IDS, max_new_tokens=8))
+
+
 @pytest.mark.parametrize("with_data", [True, False])
 def test_the_card_says_what_was_set_and_not_what_was_read(tmp_path, with_data):
     (tmp_path / "adapter_config.json").write_text('{"task_type": "CAUSAL_LM"}')

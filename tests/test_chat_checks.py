@@ -168,7 +168,7 @@ CASES = [  # flags; what the line must say, culprit first
     ("--bnb_4bit_compute_dtype int8", "--bnb_4bit_compute_dtype is 'int8'", "float32"),
     ("--lr_scheduler_type step", "--lr_scheduler_type is 'step'", "cosine, linear"),
     ("--optim sgd", "--optim is 'sgd'", "adamw_torch"),
-    ("--attn_implementation flash", "--attn_implementation flash"),
+    ("--attn_implementation flash", "has no attention flash", "give --attn_implementation sdpa"),
     # numbers out of range
     ("--learning_rate 0", "--learning_rate is 0", "above 0"),
     ("--learning_rate nan", "--learning_rate is nan", "above 0"),

@@ -1,11 +1,10 @@
 """The table of models: its configs, selecting, judging and rendering its cells, and a sample."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 from conftest import ROOT
+from model_rows import assert_as_committed, groups, measured
 
 from tools.compatibility.results import cell_file, dump, read_cells, versions
 from tools.models import measure
@@ -16,6 +15,7 @@ from tools.models.measure import judge
 from tools.models.page import PAGE, render
 from tools.models.results import RESULTS, has_failed, select
 from tools.models.rows import CELLS, COLUMNS, RUNS, run_of
+from utils.model_files import ONE_BY_ONE
 
 YES = {"answer": "yes", "reload": "", "seconds": 1.0}
 SENTENCE = "GptOss has no sdpa: give --attn_implementation eager"
@@ -65,24 +65,38 @@ def test_judge():
     assert judge({"check": "starts", "message": "hangs"}, False)["answer"] == "traceback"
 
 
-def test_a_setting_that_the_sentence_names_is_tried(monkeypatch, tmp_path):
-    answers = [{"answer": "refused", "reason": SENTENCE}, dict(YES)]
-    row = measure.RowFolder.__new__(measure.RowFolder)
-    tried = []
+def tried_with(monkeypatch, column, *answers):
+    """Return the facts of a cell whose runs give these answers, and the flags of each run."""
+    row, tried = measure.RowFolder.__new__(measure.RowFolder), []
 
-    def measure_run(column, extra=()):
-        tried.append(extra)
-        return answers[len(tried) - 1]
+    def measure_run(column, flags=()):
+        tried.append(flags)
+        return dict(answers[len(tried) - 1])
 
     monkeypatch.setattr(row, "measure_run", measure_run)
-    facts = row.measure_cell("chat_sft")
-    assert tried == [(), ("--attn_implementation", "eager")]
-    assert facts["answer"] == "yes" and facts["without"] == SENTENCE
-    answers[1], tried[:] = {"answer": "traceback", "reason": "no"}, []
-    facts = row.measure_cell("chat_sft")  # a remedy that does not work is a fault
-    assert facts["answer"] == "traceback" and facts["without"] == SENTENCE
-    answers[0], tried[:] = {"answer": "refused", "reason": "no"}, []
-    assert row.measure_cell("chat_sft")["reason"] == "no" and tried == [()]
+    return row.measure_cell(column), tried
+
+
+def test_the_flags_that_a_sentence_names_are_tried(monkeypatch):
+    eager, one = ("--attn_implementation", "eager"), ONE_BY_ONE.split(",")[0].split()
+    first = {"answer": "refused", "reason": SENTENCE}
+    second = {"answer": "refused", "reason": f"it mixes documents: give {ONE_BY_ONE}"}
+    facts, tried = tried_with(monkeypatch, "chat_sft", first, YES)
+    assert tried == [(), eager] and facts["setting"] == " ".join(eager)
+    assert facts["answer"] == "yes" and facts["without"] == [SENTENCE]
+    facts, tried = tried_with(monkeypatch, "chat_sft", first, second, YES)
+    assert tried == [(), eager, (*eager, *one)] and len(facts["without"]) == 2
+    # a packed row holds several documents
+    facts, tried = tried_with(monkeypatch, "packing", first, second)
+    assert tried == [(), eager] and facts["answer"] == "refused"
+    # a remedy that does not work is a fault
+    facts, _ = tried_with(monkeypatch, "chat_sft", first, {"answer": "traceback", "reason": "no"})
+    assert facts["answer"] == "traceback" and facts["without"] == [SENTENCE]
+    # a circle
+    facts, tried = tried_with(monkeypatch, "chat_sft", first, first)
+    assert facts["answer"] == "refused" and tried == [(), eager]
+    facts, tried = tried_with(monkeypatch, "chat_sft", {"answer": "refused", "reason": "no"})
+    assert facts["reason"] == "no" and tried == [()]
 
 
 def test_printed_lines_are_read():
@@ -93,6 +107,8 @@ def test_printed_lines_are_read():
     assert CHAT_ANSWER.findall(output) == ["'a'", '"b\'s"']
     assert ROW_ANSWER.findall(output) == ["'c d'", '"e\'s"']
     assert LINES.findall(output) == ["from peft import A\nmodel = A.load('x')"]
+    settings = "from peft import A\nmodel = A.load('x')\nmodel.get_base_model().settings = B('x')"
+    assert LINES.findall(f"saved\n{settings}\nmore") == [settings]
     four = "from peft import A\nfrom transformers import B\nfour = B(\n  x)\nmodel = A(four)"
     assert LINES.findall(f"saved\n{four}\nmore") == [four]
 
@@ -153,13 +169,13 @@ def test_render():
     stopped = {"answer": "stopped", "reason": "lost", "started": True, "seconds": 1.0}
     raised = {"answer": "traceback", "reason": "KeyError: 1", "seconds": 1.0}
     cells = {
-        "gpt2/chat_sft": YES | {"setting": "--attn_implementation eager", "without": "no"},
+        "gpt2/chat_sft": YES | {"setting": "--attn_implementation eager", "without": ["no"]},
         "gpt2/lesson": refused,
         "gpt2/packing": refused,
         "gpt2/zero3": stopped,
         "gpt2/fsdp2": raised,
         "gpt2/merge": {"answer": "differs", "reason": "an answer", "seconds": 1.0},
-        "opt/lesson": raised | {"setting": "--attn_implementation eager", "without": "no"},
+        "opt/lesson": raised | {"setting": "--attn_implementation eager", "without": ["no"]},
         "t5/lesson": YES | {"reload": "an answer is 1"},
         "t5/merge": {"answer": "nothing", "seconds": 0.0},
     }
@@ -193,39 +209,12 @@ def test_committed_results_are_complete_and_rendered():
         assert word not in RESULTS.read_text()
 
 
-def measured(environment, folder, *flags):
-    """Measure cells and return cell -> facts."""
-    command = [sys.executable, "-m", "tools.models", "--folder", folder, *flags]
-    command = list(map(str, command))
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    files = {cell: cell_file(folder, cell) for cell in CELLS}
-    return {cell: json.loads(file.read_text()) for cell, file in files.items() if file.is_file()}
-
-
-def answer(facts):
-    return facts["answer"], facts.get("reason"), facts.get("reload"), facts.get("setting")
-
-
-def assert_as_committed(cells):
-    committed = json.loads(RESULTS.read_text())["cells"]
-    assert {cell: answer(facts) for cell, facts in cells.items()} == {
-        cell: answer(committed[cell]) for cell in cells
-    }
-
-
 def test_a_sample_gives_the_committed_answers(environment, tmp_path):
     cells = measured(environment, tmp_path, "--rows", "gpt2", "--columns", "packing,merge")
     assert list(cells) == SAMPLE
     assert_as_committed(cells)
 
 
-# of each kind of architecture and answer; all of them take most of an hour
-AGAIN = "llama3 gemma3_vision falcon deepseek_v2 gpt_oss t5 bart switch m2m_100 fsmt".split()
-
-
-@pytest.mark.slow
-def test_ten_rows_give_the_committed_answers(environment, tmp_path):
-    cells = measured(environment, tmp_path, "--rows", ",".join(AGAIN))
-    assert list(cells) == [cell for cell in CELLS if cell.split("/")[0] in AGAIN]
-    assert_as_committed(cells)
+def test_every_row_is_measured_again_with_all():
+    assert sorted(sum(groups(0) + groups(1), [])) == sorted(ARCHITECTURES)
+    assert abs(len(groups(0)) - len(groups(1))) <= 1

@@ -129,7 +129,7 @@ def test_main_job_shows_predictions_files_and_how_to_load(main_job):
         "from peft import AutoPeftModelForSeq2SeqLM",
         "from transformers import GenerationConfig",
         f'model = AutoPeftModelForSeq2SeqLM.from_pretrained("{folder}")',
-        f'model.generation_config = GenerationConfig.from_pretrained("{folder}")',
+        f'model.get_base_model().generation_config = GenerationConfig.from_pretrained("{folder}")',
     ]
     picture = (folder / "memory.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n") and picture.endswith(b"IEND\xaeB`\x82")

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import transformers
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig
@@ -26,6 +27,7 @@ from utils.errors import or_refuse, refuse, say
 from utils.folders import check_output, lock_folder
 from utils.lora import PATTERN
 from utils.model_files import DTYPES, HALF, ONE_BY_ONE, adapter_base, check_model
+from utils.run_log import tracker_names
 from utils.settings import check_launch, check_numbers, parse_arguments
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2")
@@ -124,7 +126,10 @@ def take_adapter(config):
     adapter = or_refuse(f"{culprit} cannot be read", PeftConfig.from_pretrained, place)
     kind, named = adapter.peft_type, adapter.base_model_name_or_path
     if kind != "LORA":
-        refuse(f"{culprit} is an adapter of type {kind.value}: chat_sft continues only type LORA")
+        refuse(
+            f"{culprit} is an adapter of type {kind.value}, and chat_sft continues only type LORA: "
+            "give one, or train a new adapter"
+        )
     base = config.model_name_or_path
     told = "" if base == named else f", although it names {named} as its base"
     say(f"The training of the adapter {place} continues, on {base}{told}.")
@@ -194,11 +199,18 @@ def check_combinations(config):
 
 def check_trackers(report_to):
     """Stop if --report_to names a tracker that is unknown or not installed."""
-    for name in report_to.split(",") if report_to != "none" else ():
-        if name not in LoggerType.list() or importlib.util.find_spec(name) is None:
+    known, installed = LoggerType.list(), [str(name) for name in get_available_trackers()]
+    for name in tracker_names(report_to) or ():
+        if name not in known:
             refuse(
-                f"--report_to {report_to}: {name!r} is not installed, or is not a tracker of "
-                "accelerate: install it, or give none"
+                f"--report_to {report_to}: {name!r} is not a tracker of accelerate: choose one of "
+                f"{', '.join(sorted(known))}, or none"
+            )
+        if name not in installed and not (name == "all" and installed):
+            needs = "a tracker" if name == "all" else f"the package of {name}"
+            refuse(
+                f"--report_to {report_to} needs {needs}, which is not installed: install it, or "
+                "give none"
             )
 
 
@@ -323,13 +335,30 @@ def check_row_length(config):
 
 
 def describe(config):
-    """Return the model with the settings that matter, and what may work instead, for an error."""
+    """Return the model with the settings that matter, and what to try instead, for an error."""
     what = f"--model_name_or_path {config.model_name_or_path}"
     what += f" with --attn_implementation {config.attn_implementation}"
+    tries = ["another model"]
     if config.use_peft_lora and not config.adapter_name_or_path:
         what += f" and --lora_target_modules {config.lora_target_modules}"
-    other = "sdpa" if config.attn_implementation == "documents" else "documents"
-    return what, f"try --attn_implementation {other}, or else {ONE_BY_ONE}"
+        tries.insert(0, "other --lora_target_modules")
+    strategy = launched_strategy()
+    if strategy not in ("single", "ddp"):
+        what += f" under {strategy}"
+        tries.insert(0, "configs/ddp.yaml")
+    return what, f"try {' or '.join(tries)}"
+
+
+def loss_remedy(attention, is_joined):
+    """Return what to do about a model whose loss is wrong.
+
+    Args:
+        attention: an attn_implementation with which it is right; None: there is none.
+        is_joined: whether a row may hold several documents.
+    """
+    if attention:
+        return f"give --attn_implementation {attention}"
+    return f"give {ONE_BY_ONE}" if is_joined else "take another model"
 
 
 def resumes(config):

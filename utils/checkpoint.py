@@ -289,7 +289,9 @@ def read_state(folder, needed=(), process=0, processes=1):
     for number, (name, facts) in enumerate(files):
         own = number % processes == process
         if not (folder / name).is_file() or (own and digest(folder / name) != facts):
-            raise CheckpointError(f"{folder / name} is missing or is not what was written")
+            raise CheckpointError(
+                f"{folder / name} is missing or is not what was written: resume another checkpoint"
+            )
     return state
 
 

@@ -49,7 +49,10 @@ def load_data(dataset_name, columns, seed=0, *, keep=()):
         known = {split: rows.column_names for split, rows in dataset.items()}
         others = [f"split {s} ({len(r)} rows)" for s, r in dataset.items() if s not in SPLITS]
     if "train" not in dataset:
-        refuse(f"--dataset_name {dataset_name} has no train split, only {', '.join(dataset)}")
+        refuse(
+            f"--dataset_name {dataset_name} has no train split, only {', '.join(dataset)}: save "
+            "one as a .csv or .jsonl file and name that"
+        )
     dataset = {split: dataset[split] for split in SPLITS if split in dataset}
     for split, rows in dataset.items():
         rows = name_classes(rows, split, columns)

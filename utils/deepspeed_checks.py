@@ -102,7 +102,7 @@ def check_deepspeed(config, precision, optimizer_in_config):
         refuse(
             "the launch config asks for DeepSpeed, which is not installed: pip install deepspeed"
         )
-    if str(launch_config().get("use_cpu")).lower() == "true":
+    if str(launch_config().get("use_cpu")).lower() == "true" and torch.cuda.is_available():
         refuse(
             "the launch config says use_cpu: true, which accelerate ignores with DeepSpeed: set it "
             "to false"

@@ -75,13 +75,28 @@ def check_sharding(accelerator, model):
         f"bytes of parameters per process: {' | '.join(told)}; of the full model: {all_bytes}"
     )
     padding = 2**16 + total / count / 10  # small models have much of it
-    if most > total / count + padding:
+    if most > largest_share(parameters, count) + padding:
         fail_together(
             accelerator,
             f"a process holds {most:,} of {total:,} bytes of parameters, and "
             f"{strategy(accelerator)} should spread them over {count}: check the wrap policy, and "
             "bnb_4bit_quant_storage of 4-bit weights",
         )
+
+
+def largest_share(parameters, count):
+    """Return the bytes that a process holds at most if all parameters are spread over `count`.
+
+    FSDP2 divides the first dimension. Where it has fewer rows than there are processes, such as the
+    8 experts of a fused weight on 16 processes, some hold a row and others nothing.
+    """
+    share = 0
+    for parameter in parameters:
+        shape = full_shape(parameter)
+        rows = shape[0] if isinstance(parameter, DTensor) and shape else count
+        size = math.prod(shape) * parameter.dtype.itemsize
+        share += size * math.ceil(rows / count) / max(rows, 1)
+    return share
 
 
 def shards(accelerator):

@@ -13,6 +13,7 @@ import sys
 import warnings
 from functools import partial
 
+import accelerate
 import torch
 import transformers
 from accelerate import Accelerator, PartialState
@@ -90,7 +91,10 @@ def start_accelerator(
             turned_off = join_group()
         except DistNetworkError as error:
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            refuse(f"no process group at {address}: {first_line(error)}; launch with another port")
+            refuse(
+                f"no process group at {address}: {first_line(error)}; launch with another port, or "
+                "check the address"
+            )
     accumulation = GradientAccumulationPlugin(
         gradient_accumulation_steps, sync_with_dataloader=False
     )
@@ -106,6 +110,7 @@ def start_accelerator(
     start_heartbeat()
     if accelerator.distributed_type == DistributedType.FSDP:
         keep_float32(accelerator.state.fsdp_plugin)
+        find_tied_weights()
     if plugin := accelerator.deepspeed_plugin:
         # accelerate reads the batch size from the loader; a file's own would contradict it
         batch = dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu"), "auto")
@@ -160,6 +165,20 @@ def keep_float32(plugin):
     kept = {"buffer_dtype": torch.float32} if is_fsdp1 else {"output_dtype": None}
     policy = dataclasses.replace(policy, reduce_dtype=torch.float32, **kept)
     plugin.mixed_precision_policy = policy
+
+
+def find_tied_weights():
+    """Let accelerate look for tied weights under FSDP1 in the model inside of a PeftModel.
+
+    It takes their names from that model, looks in the wrapper, and so fails for Marian.
+    """
+    retied = accelerate.accelerator.ensure_weights_retied
+
+    def ensure_weights_retied(param_init_fn, model, device):
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        return retied(param_init_fn, inner, device)
+
+    accelerate.accelerator.ensure_weights_retied = ensure_weights_retied
 
 
 def offloads_optimizer(accelerator):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch.utils import cpp_extension
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from utils.deepspeed_checks import check_deepspeed
 from utils.environment import deepspeed_settings, launched_precision, launched_strategy, uses_gpu
@@ -100,6 +101,43 @@ def check_fsdp(strategy):
         refuse(
             f"fsdp_auto_wrap_policy {policy} does not gather layer by layer: set it to "
             "TRANSFORMER_BASED_WRAP"
+        )
+
+
+def check_wrap_classes(culprit, skeleton):
+    """Stop if FSDP's wrap policy finds none of its layer classes in the model.
+
+    Where the launch config names none, those that the model names are taken. A model may name
+    classes of a part that it does not have, such as a vision tower; accelerate would stop at
+    these. For a model that names none, the layers that can recompute their activations are taken.
+    """
+    kinds = {type(module) for module in skeleton.modules()}
+    classes = {kind.__name__ for kind in kinds}
+    layers = {kind.__name__ for kind in kinds if issubclass(kind, GradientCheckpointingLayer)}
+    known = sorted(layers or {name for name in classes if name.endswith(("Layer", "Block"))})
+    remedy = f"name one of {', '.join(known)}"
+    if not known:
+        remedy = "train under zero3 or ddp, with a script that runs there"
+    if named := os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP"):
+        missing = sorted(set(named.split(",")) - classes)
+        if missing:
+            refuse(
+                f"{culprit} has no {missing[0]}, which fsdp_transformer_layer_cls_to_wrap names: "
+                f"{remedy}"
+            )
+        return
+    wanted = set(skeleton._no_split_modules or ())
+    if not (found := wanted & classes or layers):
+        refuse(
+            f"{culprit} does not tell which layers FSDP can gather one by one, for "
+            f"fsdp_transformer_layer_cls_to_wrap: {remedy}"
+        )
+    if found != wanted:
+        os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(sorted(found))
+    if not found <= wanted:
+        say(
+            f"{culprit} names no layers for FSDP: {', '.join(sorted(found))} are taken. "
+            "fsdp_transformer_layer_cls_to_wrap can name others."
         )
 
 

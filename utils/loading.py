@@ -73,9 +73,11 @@ def load_lines(folder, output_dir, metrics):
     else:
         lines += [f'model = {name}.from_pretrained("{output_dir}"{options})']
     if library(folder) == "peft" and (folder / "generation_config.json").is_file():
-        # else `generate` stops only at the end tokens of the base model
+        # else `generate` has the end tokens, and all other settings, of the base model; peft reads
+        # the settings of the wrapper for causal models alone
         lines.insert(1, "from transformers import GenerationConfig")
-        lines += [f'model.generation_config = GenerationConfig.from_pretrained("{output_dir}")']
+        settings = f'GenerationConfig.from_pretrained("{output_dir}")'
+        lines += [f"model.get_base_model().generation_config = {settings}"]
     return "\n".join(lines)
 
 

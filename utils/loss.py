@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+from transformers import logging
 
 MB = 2**20
 # How large the float32 logits of a chunk may be. Every chunk reads the head's weight once, so a
@@ -26,6 +27,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 # By what share the loss of a document may change with the tokens of another one. It should not
 # change at all, but mixtures of experts round differently.
 LEAK = {torch.float32: 5e-7, torch.bfloat16: 1e-3, torch.float16: 1e-3}
+ATTENTIONS = ("documents", "sdpa", "eager")  # that are tried where another one is wrong
 
 # where the documents of a row begin and end, as `join` in packing.py returns it
 BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "document_lengths")
@@ -201,8 +203,7 @@ def add_token_loss(model, chunk_bytes=None):
         if labels is None or full_logits:
             return plain(input_ids=input_ids, labels=labels, **kwargs)
         starts = kwargs.get("cu_seq_lens_q")
-        is_ours = causal.config._attn_implementation == "documents"
-        if starts is not None and len(starts) == 2 and not is_ours:
+        if starts is not None and len(starts) == 2:
             # one document needs no borders, and some models need missing kernels for them
             kwargs = {name: kwargs[name] for name in kwargs if name not in BORDERS}
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
@@ -258,7 +259,8 @@ def check_token_loss(accelerator, model, packed, alone):
     Two things are measured. The loss of the documents in one row must be the sum of their own
     losses, as transformers computes them with eager attention and all logits; this finds a head
     that is more than a linear layer. And other tokens in the first document must not change the
-    loss of the others; this finds attention across document borders. Collective: every process
+    loss of the others; this finds attention across document borders. An error that the model
+    raises is a reason, too; its traceback is logged at the level debug. Collective: every process
     calls it on the prepared model.
 
     Args:
@@ -267,30 +269,25 @@ def check_token_loss(accelerator, model, packed, alone):
             All are moved to the device, because a bare model and DeepSpeed's engine move no inputs.
     """
     packed, alone = send_to_device((packed, alone), accelerator.device)
-    causal = accelerator.unwrap_model(model)
-    causal = causal.get_base_model() if hasattr(causal, "peft_config") else causal
+    causal = causal_model(accelerator, model)
     was_training, attention = model.training, causal.config._attn_implementation
+    name = type(causal).__name__
     model.eval()
-    with torch.no_grad():
-        ours = float(model(**packed)["loss"])
-        causal.set_attn_implementation("eager")
-        theirs = 0.0
-        for batch in alone:
-            inputs = {name: batch[name] for name in ("input_ids", "labels")}
-            mean = float(model(**inputs, use_cache=False, full_logits=True).loss)
-            theirs += mean * int(batch["labels"][:, 1:].ne(-100).sum())
+    try:
+        with torch.no_grad():
+            ours, theirs, before, after = losses_of_documents(model, causal, packed, alone)
+    except (torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError):
+        raise  # not the model's
+    except Exception as error:  # whatever the model raises
+        logging.get_logger("transformers").debug("The forward pass fails:", exc_info=True)
+        told = str(error).strip().split("\n")[0].rstrip(". ") or type(error).__name__
+        return f"{name} raises an error ({told})"
+    finally:
         causal.set_attn_implementation(attention)
-        first = int(packed["cu_seq_lens_q"][1])  # tokens of the first document
-        ids, labels = packed["input_ids"].clone(), packed["labels"].clone()
-        ids[:, :first], labels[:, :first] = ids[:, :first].flip(1), -100
-        others = packed | {"labels": labels, "label_positions": None}
-        before = float(model(**others)["loss"])
-        after = float(model(**others | {"input_ids": ids})["loss"])
-    model.train(was_training)
+        model.train(was_training)
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = causal.get_input_embeddings().weight.dtype
     dtype = dtypes.get(accelerator.mixed_precision, dtype)
-    name = type(causal).__name__
     if abs(before - after) > LEAK[dtype] * abs(before):
         return f"{name} mixes documents that are side by side in a row"
     if abs(ours - theirs) <= TOLERANCE[dtype] * abs(theirs):  # false if one is NaN
@@ -299,3 +296,49 @@ def check_token_loss(accelerator, model, packed, alone):
         f"{name} has a loss of {theirs:.4f} on documents one by one, and of {ours:.4f} on the same "
         "documents side by side"
     )
+
+
+def causal_model(accelerator, model):
+    """Return the causal language model inside of a prepared model, without its adapter."""
+    causal = accelerator.unwrap_model(model)
+    return causal.get_base_model() if hasattr(causal, "peft_config") else causal
+
+
+def losses_of_documents(model, causal, packed, alone):
+    """Return four losses for `check_token_loss`. Leaves the model with eager attention.
+
+    That of the packed documents; the sum of their own, computed by transformers; and that of all
+    but the first document, with the tokens of the first in their order and in reverse.
+    """
+    ours = float(model(**packed)["loss"])
+    first = int(packed["cu_seq_lens_q"][1])  # tokens of the first document
+    ids, labels = packed["input_ids"].clone(), packed["labels"].clone()
+    ids[:, :first], labels[:, :first] = ids[:, :first].flip(1), -100
+    others = packed | {"labels": labels, "label_positions": None}
+    before = float(model(**others)["loss"])
+    after = float(model(**others | {"input_ids": ids})["loss"])
+    causal.set_attn_implementation("eager")
+    theirs = 0.0
+    for batch in alone:
+        inputs = {name: batch[name] for name in ("input_ids", "labels")}
+        mean = float(model(**inputs, use_cache=False, full_logits=True).loss)
+        theirs += mean * int(batch["labels"][:, 1:].ne(-100).sum())
+    return ours, theirs, before, after
+
+
+def attention_that_works(accelerator, model, packed, alone):
+    """Return an attn_implementation with which `check_token_loss` finds no fault, None without one.
+
+    Each is tried on the model, which keeps the last one. Arguments are those of `check_token_loss`.
+    Collective.
+    """
+    causal = causal_model(accelerator, model)
+    others = [name for name in ATTENTIONS if name != causal.config._attn_implementation]
+    for name in others if causal._can_set_attn_implementation() else ():
+        try:
+            causal.set_attn_implementation(name)
+        except (ValueError, ImportError):  # the model does not have it
+            continue
+        if check_token_loss(accelerator, model, packed, alone) is None:
+            return name
+    return None

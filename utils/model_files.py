@@ -24,6 +24,7 @@ from utils.activations import check_checkpointing
 from utils.environment import launched_precision, launched_strategy
 from utils.errors import first_line, or_refuse, refuse, say
 from utils.experts import skipping_blocks
+from utils.launch_checks import check_wrap_classes
 from utils.vocabulary import check_end, check_tokens_used
 from utils.lora import (
     LINEAR,
@@ -184,11 +185,6 @@ def check_kind(class_name, model_config, culprit):
             f"{culprit} is an FSMT model, whose decoder does not read the labels, so it cannot be "
             "trained: take another one, such as Marian or M2M100"
         )
-    if model_config.model_type == "pegasus" and launched_strategy() == "zero3":
-        refuse(
-            f"{culprit} is a Pegasus model, which computes its positions from the full weight, and "
-            "zero3 shards that: take seq2seq_lora.py with configs/ddp.yaml"
-        )
     kinds = {"CausalLM": "a causal language model", "Seq2Seq": "a sequence-to-sequence model"}
     for part, kind in kinds.items():
         if part in class_name and model_config.is_encoder_decoder != (part == "Seq2Seq"):
@@ -199,28 +195,33 @@ def check_kind(class_name, model_config, culprit):
 
 def build_skeleton(config, auto_model, model_config, culprit):
     """Return the model on the meta device: shapes alone, no memory, no weights."""
-    attention, remedy = config.attn_implementation, ""
+    attention, kind = config.attn_implementation, type(model_config)
     build = getattr(auto_model, "from_config", None) or auto_model._from_config
     try:
         with torch.device("meta"):
             skeleton = build(model_config, attn_implementation=attention)
         if attention != "documents" or skeleton._can_set_attn_implementation():
             return skeleton
-        reason = f"{type(skeleton).__name__} has an attention of its own"
-    except Exception as error:  # an unknown model, an unknown attention, a setting out of range
-        reason = first_line(error.__cause__ or error)
+        error = None
+    except Exception as raised:  # an unknown model, an unknown attention, a setting out of range
+        error = raised.__cause__ or raised
     for other in ("sdpa", "eager"):
         with contextlib.suppress(Exception), torch.device("meta"):
-            build(model_config, attn_implementation=other)
-            remedy = f": give --attn_implementation {other}"
-    if remedy and attention == "documents":
-        remedy += f", and, if that mixes the documents of a row, {ONE_BY_ONE}"
-    if not remedy and type(model_config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        remedy = ": it also reads images; save its language model alone and give that, or another"
-    refuse(
-        f"{culprit} cannot be made by {auto_model.__name__} with --attn_implementation "
-        f"{attention} ({reason}){remedy}"
-    )
+            name = type(build(model_config, attn_implementation=other)).__name__
+            # a package that is not installed is a reason of its own
+            told = f" ({first_line(error)})" if isinstance(error, ImportError) else ""
+            remedy = f"give --attn_implementation {other}"
+            if attention == "documents":
+                remedy += f", and, if that mixes the documents of a row, {ONE_BY_ONE}"
+            break
+    else:
+        is_image = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        also = ": it also reads images; save its language model alone and give that, or another"
+        refuse(
+            f"{culprit} cannot be made by {auto_model.__name__} ({first_line(error)})"
+            f"{also if is_image else ''}"
+        )
+    refuse(f"{culprit} is a {name}, which has no attention {attention}{told}: {remedy}")
 
 
 def check_weight_names(folder, culprit, skeleton):
@@ -272,33 +273,11 @@ def check_layers(config, culprit, skeleton):
     if strategy == "fsdp1" and skipping_blocks(skeleton):
         refuse(
             f"{culprit} has experts that a process calls only for some rows; fsdp1 would wait for "
-            "the other processes forever: take a script for zero3, or launch with configs/ddp.yaml"
+            "the other processes forever: train under zero3 or ddp, with a script that runs there"
         )
     check_checkpointing(config, culprit, skeleton)
     if {"target_modules", "lora_dropout"} <= set(flags):  # not a script with another method
         check_lora(config, skeleton)
-
-
-def check_wrap_classes(culprit, skeleton):
-    """Stop if FSDP's wrap policy finds none of its layer classes in the model.
-
-    A model may name classes of a part that it does not have, such as a vision tower. accelerate
-    would stop at these, so the others are named for it.
-    """
-    classes = {type(module).__name__ for module in skeleton.modules()}
-    if named := os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP"):
-        missing = sorted(set(named.split(",")) - classes)
-    else:
-        wanted = set(skeleton._no_split_modules or ())
-        missing = [] if wanted & classes else ["known class"]
-        if wanted & classes and wanted - classes:
-            os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(sorted(wanted & classes))
-    if missing:
-        layers = sorted(name for name in classes if name.endswith(("Layer", "Block")))
-        refuse(
-            f"{culprit} has no {missing[0]} for fsdp_transformer_layer_cls_to_wrap: name one of "
-            f"{', '.join(layers)}"
-        )
 
 
 def check_target_modules(target_modules, skeleton):
@@ -388,7 +367,7 @@ def check_quantization(config, culprit, saved, base):
     if saved and saved.get("quant_method") != "bitsandbytes":
         refuse(
             f"{culprit} is quantized by {saved.get('quant_method')}, not bitsandbytes: take the "
-            "original model"
+            "original model, or a copy in bfloat16 where the original is quantized"
         )
     if saved and base == "trained":
         refuse(
@@ -403,12 +382,13 @@ def check_quantization(config, culprit, saved, base):
             "bitsandbytes"
         )
     is_sharded = strategy in ("zero3", "fsdp1", "fsdp2")
+    qlora = f"causal_lm_qlora_{strategy}.py"
     if saved.get("load_in_8bit"):
         if is_sharded:
             refuse(
                 f"{culprit} holds 8-bit weights; bitsandbytes keeps all of them in every process, "
-                f"whatever {strategy} does: train the original with "
-                f"causal_lm_qlora_{strategy}.py, or launch with configs/ddp.yaml"
+                f"whatever {strategy} does: train the original with {qlora}, or launch with "
+                "configs/ddp.yaml"
             )
         if quantizes:
             refuse(
@@ -416,10 +396,9 @@ def check_quantization(config, culprit, saved, base):
             )
         return
     if is_sharded and not quantizes:
-        refuse(
-            f"{culprit} holds 4-bit weights, which this script cannot shard: take "
-            f"causal_lm_qlora_{strategy}.py"
-        )
+        has_flag = "use_4bit_quantization" in vars(config)
+        remedy = "add --use_4bit_quantization" if has_flag else f"take {qlora}"
+        refuse(f"{culprit} holds 4-bit weights, which cannot be sharded so: {remedy}")
     check_storage(config, culprit, saved, strategy)
 
 

@@ -176,7 +176,10 @@ def find_adapter(config):
     adapter = or_refuse(f"{culprit} cannot be read", PeftConfig.from_pretrained, name)
     base = base or named or adapter.base_model_name_or_path
     if adapter.task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM", None):
-        refuse(f"{culprit} is an adapter for {adapter.task_type}, which does not write text")
+        refuse(
+            f"{culprit} is an adapter for {adapter.task_type}, which does not write text: give one "
+            "for CAUSAL_LM or SEQ_2_SEQ_LM"
+        )
     if not base:
         refuse(
             f"{culprit} holds an adapter that does not name its base: give it as "
@@ -197,7 +200,10 @@ def find_adapter(config):
 def check_quantized(config, culprit, saved, adapter):
     """Stop if quantized weights would have to be sharded; say if the training quantized them."""
     if saved and saved.get("quant_method") != "bitsandbytes":
-        refuse(f"{culprit} is quantized by {saved.get('quant_method')}, not by bitsandbytes")
+        refuse(
+            f"{culprit} is quantized by {saved.get('quant_method')}, not by bitsandbytes: take a "
+            "copy that is not quantized"
+        )
     if saved and config.use_4bit_quantization:
         refuse(f"{culprit} is quantized already: drop --use_4bit_quantization")
     if (saved or config.use_4bit_quantization) and shards_parameters():
@@ -268,7 +274,10 @@ def load_adapter(model, source):
     stored = {name for name in load_peft_weights(source.adapter, device="cpu") if "lora_" in name}
     known = get_peft_model_state_dict(model, save_embedding_layers=False) if stored else ()
     if dropped := sorted(stored - {*known}):
-        refuse(f"{culprit}: the model has no {dropped[0]}, nor {len(dropped) - 1} more tensors")
+        refuse(
+            f"{culprit}: the model has no {dropped[0]}, nor {len(dropped) - 1} more tensors: give "
+            "the base that the adapter was trained on as --base_model_name_or_path"
+        )
     return model
 
 

@@ -29,8 +29,13 @@ def is_due(strategy, every, progress):
 
 def tracker_options(config):
     """Return the arguments of the Accelerator for the trackers that --report_to names."""
-    trackers = None if config.report_to == "none" else config.report_to.split(",")
+    trackers = tracker_names(config.report_to)
     return {"log_with": trackers, "project_dir": f"{config.output_dir}/runs"}
+
+
+def tracker_names(report_to):
+    """Return the trackers that --report_to names, comma separated; None for none."""
+    return None if report_to == "none" else [name.strip() for name in report_to.split(",")]
 
 
 class RunLog:

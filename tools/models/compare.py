@@ -11,7 +11,9 @@ from torch.nn import functional
 from tools.models.rows import NEW_TOKENS, NUM_SAMPLES, TOLERANCE
 
 # the lines of Python that scripts and tools/merge_adapter print
-LINES = re.compile(r"^from (?:peft|transformers) import (?:.|\n)*?^model = .*$", re.MULTILINE)
+LINES = re.compile(
+    r"^from (?:peft|transformers) import (?:.|\n)*?^model = .*$(?:\nmodel\..*)?", re.MULTILINE
+)
 CHAT_ANSWER = re.compile(r"^  ['\"].* -> (['\"].*)$", re.MULTILINE)
 ROW_ANSWER = re.compile(r"^  prediction (['\"].*?['\"]) +label '(?:no|yes)'$", re.MULTILINE)
 
@@ -70,7 +72,6 @@ def loaded_facts(model, tokenizer, is_chat):
 def answer(model, tokenizer, prompt, longest):
     """Return the greedy answer to a prompt of token ids, of at most `longest` tokens."""
     ids = torch.tensor([prompt])
-    model.generation_config.forced_eos_token_id = None  # BART's replaces the last token
     options = {"max_new_tokens": longest, "do_sample": False, "num_beams": 1}
     with torch.no_grad():
         tokens = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0]

@@ -18,9 +18,8 @@ from tools.models.rows import RUNS, run_of
 
 TIME_LIMIT = 180  # seconds for a step of a cell
 LONGEST = 600  # characters of a sentence or error on the page
-REMEDY = re.compile(r"attn_implementation[ =]\"?(\w+)")
+REMEDY = re.compile(r": give ((?:--\w+ \w+ ?)+)")  # flags that a sentence names
 ABORT = re.compile(r"terminate called .*\n +what\(\): +(.*)")
-GIVEN = ("documents", "sdpa")  # what the scripts use by default
 
 
 def run_process(step, job):
@@ -92,16 +91,20 @@ class RowFolder:
     def measure_cell(self, column):
         """Return the facts of a cell.
 
-        If the script refuses with a sentence that names another attn_implementation, the cell is
-        measured once more with that.
+        If the script refuses with a sentence that names flags, the cell is measured again with
+        them. The second sentence may name others.
         """
         begin = time.monotonic()
-        facts = self.measure_run(column)
-        named = [name for name in REMEDY.findall(facts.get("reason", "")) if name not in GIVEN]
-        if facts["answer"] == "refused" and named:
-            setting = ("--attn_implementation", named[-1])
-            again = {"setting": " ".join(setting), "without": facts["reason"]}
-            facts = self.measure_run(column, setting) | again
+        facts, flags, refused = self.measure_run(column), (), []
+        while facts["answer"] == "refused":
+            named = named_flags(facts["reason"], column)
+            if not named or " ".join(named) in " ".join(flags):  # a circle
+                break
+            refused.append(facts["reason"])
+            flags += named
+            facts = self.measure_run(column, flags)
+        if refused:
+            facts |= {"setting": " ".join(flags), "without": refused}
         return facts | {"seconds": round(time.monotonic() - begin, 1)}
 
     def measure_merge(self, cells):
@@ -120,6 +123,14 @@ class RowFolder:
                 merged = {"answer": "differs", "reason": reason}
             return merged | {"seconds": round(time.monotonic() - begin, 1)}
         return {"answer": "nothing", "seconds": 0.0}
+
+
+def named_flags(reason, column):
+    """Return the flags that a sentence tells the user to give, as words; () without any."""
+    named = REMEDY.search(reason)
+    words = tuple(named[1].split()) if named else ()
+    # documents one by one are not packed
+    return () if column == "packing" and "--per_device_train_batch_size" in words else words
 
 
 def judge(error, has_started):

@@ -32,8 +32,8 @@ The columns:
 The answers:
 
 - **yes**: all of this worked, with two updates.
-- **with a setting**: the script refused its default and named a setting. The first note has both,
-  and the answer is that of a run with the setting.
+- **with a setting**: the script refused its defaults and named flags. The first note has both, and
+  the answer is that of a run with these flags.
 - **no**: the script refused before training, with the sentence in the note.
 - **fault**: the run ended with a traceback, or after training had started. That is a fault of this
   repository, and the note has the error.
@@ -59,7 +59,8 @@ The answers:
 measures the cells that are missing for the installed versions and writes this page and
 `docs/models.json`. `--rows gpt_oss,falcon` measures these rows again, `--columns packing` a column,
 `--failed` every cell that says anything but yes. `pytest tests/test_models_table.py` measures a
-sample of the cells again and compares it with that file; with `--all` it measures every cell.
+sample of the cells again and compares it with that file. With `--all`, every cell is measured again
+and compared, by `tests/test_models_rows_1.py` and `tests/test_models_rows_2.py`.
 
 The architectures and the settings of their small models are in `tools/models/architectures.py`. The
 dropout and all else that is not about size have the architecture's defaults. Weights, data and
@@ -93,7 +94,8 @@ def cell_words(facts, notes):
     """Return the words of a cell that was measured."""
     words = [WORDS[facts["answer"]]]
     if "setting" in facts:
-        note = f"with `{facts['setting']}`; without it {code(facts['without'])}"
+        sentences = ", then ".join(map(code, facts["without"]))
+        note = f"with `{facts['setting']}`; without it {sentences}"
         words = [f"{words[0]}, with a setting", notes.link(note)]
     return " ".join(words + ([notes.link(reason_of(facts))] if "reason" in facts else []))
 

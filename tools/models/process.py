@@ -5,6 +5,7 @@ of utils/ or examples/ is imported before the fork: a process that reloads has t
 """
 
 import functools
+import gc
 import importlib
 import json
 import os
@@ -31,6 +32,8 @@ for library in LIBRARIES:
     importlib.import_module(library)
 # DeepSpeed calls this slow function several times
 cpuinfo.get_cpu_info = functools.partial(dict, cpuinfo.get_cpu_info())
+gc.collect()
+gc.freeze()  # the scripts collect garbage in every phase; they need not search the libraries
 
 
 def main(step, job):
