@@ -7,6 +7,8 @@ SIGKILL. What a killed run has left, the next run removes.
 
 import atexit
 import contextlib
+import ctypes
+import errno
 import fcntl
 import importlib.util
 import math
@@ -31,6 +33,9 @@ VARIABLE = "NVME_PATH"
 PARTS = ("offload_optimizer", "offload_param")
 EXTENSIONS = ("pin_memory", "async_io")
 BUILD = "build it once with `python -m tools.nvme build`"
+# keys of the block "aio" -> kind of their values; DeepSpeed drops other keys in silence
+AIO = {"block_size": int, "queue_depth": int, "intra_op_parallelism": int}
+AIO |= {"single_submit": bool, "overlap_events": bool, "use_gds": bool}
 LEAST = 2**20  # bytes: DeepSpeed keeps smaller partitions in memory
 STATES = 3  # files of an optimizer state: its float32 weights and AdamW's two means
 LOCKS = {}  # run folder -> descriptor of the lock that this process holds
@@ -60,6 +65,7 @@ def start_nvme(accelerator):
             "stage 3, or the device cpu"
         )
     bases = {part: find_base(part, block) for part, block in parts.items()}
+    check_aio(content.get("aio") or {})
     load_extensions(accelerator)
     token = broadcast_object_list([secrets.token_hex(4)])[0]
     name = f"run-{token}-{socket.gethostname()}-{os.environ.get('GROUP_RANK', 0)}"
@@ -89,6 +95,19 @@ def set_fetching(zero):
                 "buffers. 0 is safe."
             )
         zero[key] = 0 if zero[key] == "auto" else zero[key]
+
+
+def check_aio(block):
+    """Stop if DeepSpeed would not read the settings of the drive as they are written."""
+    for key, value in block.items():
+        if key not in AIO:
+            name = "; its name is now intra_op_parallelism" if "thread" in key else ""
+            refuse(
+                f"DeepSpeed does not read aio.{key} (it reads {', '.join(AIO)}){name}: remove it"
+            )
+        if type(value) is not AIO[key] or (AIO[key] is int and value < 1):
+            kind = "true or false" if AIO[key] is bool else "a whole number from 1 on"
+            refuse(f"aio.{key} of DeepSpeed's config is {value!r}: it must be {kind}")
 
 
 def find_base(part, block):
@@ -147,7 +166,20 @@ def load_extensions(accelerator):
         free_extension_lock(name)
     with accelerator.local_main_process_first():
         culprit = f"DeepSpeed's extension async_io cannot be loaded, {BUILD}"
-        or_refuse(culprit, AsyncIOBuilder().load, verbose=False)
+        module = or_refuse(culprit, AsyncIOBuilder().load, verbose=False)
+    # DeepSpeed does not look at the answer, and aborts at the first read
+    libaio, context = ctypes.CDLL(module.__file__), ctypes.c_ulong(0)
+    if error := -libaio.io_queue_init(1, ctypes.byref(context)):
+        refuse_kernel(error)
+    libaio.io_queue_release(context)
+
+
+def refuse_kernel(error):
+    """Stop because the kernel's io_setup failed with this errno."""
+    remedy = "allow this system call in the container or sandbox"
+    if error == errno.EAGAIN:
+        remedy = "raise fs.aio-max-nr with sysctl"
+    refuse(f"no asynchronous I/O, the kernel refuses io_setup ({os.strerror(error)}): {remedy}")
 
 
 # The folder of a run ------------------------------------------------------------------------------
@@ -283,7 +315,6 @@ class Plan:
         self.zero, aio = content["zero_optimization"], content.get("aio", {})
         self.element = engine_dtype(content).itemsize
         self.least = max(LEAST, aio.get("block_size", LEAST))
-        # older name of the setting: thread_count
         self.aligned = 1024 * aio.get("intra_op_parallelism", 1)
         sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
         self.trained = [(numel, math.ceil(numel / processes)) for numel, grad in sizes if grad]
