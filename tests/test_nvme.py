@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -27,8 +26,10 @@ from tools.compatibility.results import RESULTS, cell_file
 from utils import nvme
 
 SCRIPT = "causal_lm_full_zero3"
-BIG = {"hidden_size": 512, "intermediate_size": 1024}  # slices of 1 MiB: DeepSpeed swaps them
+BIG = {"hidden_size": 512, "intermediate_size": 2048}  # slices of 1 MiB in bf16: it swaps them
 BIG |= {"num_attention_heads": 8, "num_key_value_heads": 8}
+# biases of odd length: behind them, gradients do not lie where direct I/O could read them to
+BIG |= {"attention_bias": True, "mlp_bias": True, "head_dim": 10}
 UPDATES = 4
 LIMIT = 600  # seconds
 LIBAIO = ROOT / "tests/libaio/libaio.c"
@@ -121,6 +122,11 @@ def test_too_little_space_memory_or_buffer(accelerator, monkeypatch, capsys):
         patch.setattr(nvme.os, "geteuid", lambda: 1000)
         patch.setattr(nvme.resource, "getrlimit", lambda kind: (8192, 8192))
         assert "`ulimit -l` allows 8,192" in refusal(capsys, nvme.fit_nvme, accelerator, model)
+    zero = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    zero["stage3_param_persistence_threshold"] = 1024 * 1024
+    error = refusal(capsys, nvme.fit_nvme, accelerator, model)
+    assert "stage3_param_persistence_threshold keeps 1 weights gathered" in error
+    zero["stage3_param_persistence_threshold"] -= 1
     block["buffer_count"] = 10**9
     assert "bytes of memory each" in refusal(capsys, nvme.fit_nvme, accelerator, model)
     block |= {"buffer_count": 5, "buffer_size": 7}

@@ -214,7 +214,7 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     text = "compile DeepSpeed's extensions async_io and pin_memory, once per environment"
     one = commands.add_parser("build", help=text, description=text)
-    one.add_argument("--minutes", type=float, default=60, help="limit after which the build stops")
+    one.add_argument("--minutes", type=float, default=120, help="limit after which the build stops")
     text = "find the settings for a drive with DeepSpeed's own tuner"
     one = commands.add_parser("tune", help=text, description=text)
     one.add_argument("path", metavar="PATH", help="folder on the drive")

@@ -185,7 +185,11 @@ def swap_small_slices(plugin):
         module.MIN_AIO_BYTES = SLICE
     content = plugin.deepspeed_config
     content["aio"]["block_size"] = SLICE
-    content["zero_optimization"]["offload_param"]["buffer_size"] = BUFFER
+    zero = content["zero_optimization"]
+    zero["offload_param"]["buffer_size"] = BUFFER
+    # weights below this number of elements are never sharded again; by default these are smaller
+    # than what is swapped
+    zero["stage3_param_persistence_threshold"] = 0
     plugin.set_deepspeed_weakref()  # zero.Init reads a copy
 
 
