@@ -18,7 +18,8 @@ the method of its row under the strategy of its column, saved the result and loa
 cell ran in two processes over gloo (`single`: in one; `zero3_hpz`: in four, as two nodes with two
 processes), with sequences of different lengths and two micro-batches per update. `zero3_nvme` needs
 DeepSpeed's extension async_io ([how to build it](deepspeed.md#nvme)). DeepSpeed keeps slices below
-1 MiB in memory. This model has no larger ones, so its cells lower that limit to {slice} bytes.
+1 MiB in memory. This model has no larger ones, so its cells lower that limit to {slice} bytes, and
+set `stage3_param_persistence_threshold` to 0.
 {summary}.
 
 {table}
