@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import functools
+import itertools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import psutil
 import pytest
 import torch
 from conftest import ACCELERATE, ROOT
+from deepspeed.runtime.swap_tensor.optimizer_utils import OptimizerSwapper
 from models import make_data, make_model
 from safetensors.torch import load_file
 
@@ -150,6 +152,24 @@ def test_settings_of_the_drive_that_deepspeed_would_not_read(capsys):
     assert "aio.single_submit of DeepSpeed's config is 'false': it must be true or false" in error
     for value in (0, "8M", True, 1.5):
         assert "a whole number" in refusal(capsys, nvme.check_aio, {"block_size": value})
+
+
+def test_gradients_lie_where_direct_io_can_read_them(monkeypatch):
+    name = "_adjust_for_misaligned_lengths"
+    monkeypatch.setattr(OptimizerSwapper, name, getattr(OptimizerSwapper, name))  # restored later
+    nvme.align_gradients()
+
+    def is_swappable(tensor):
+        return len(tensor) >= 512
+
+    swapper = SimpleNamespace(numel_alignment=256, is_swappable_tensor=is_swappable)
+    gradients = [torch.rand(length) for length in (5, 2000, 512, 300)]
+    places = [0, 5, 2005, 2517]
+    parts, offsets = getattr(OptimizerSwapper, name)(swapper, gradients, places)
+    assert offsets == [0, *itertools.accumulate(map(len, parts))][:-1]
+    assert torch.equal(torch.cat(parts), torch.cat(gradients))
+    swapped = [pair for pair in zip(parts, offsets) if is_swappable(pair[0])]
+    assert swapped and all(len(part) % 256 == offset % 256 == 0 for part, offset in swapped)
 
 
 # The folder ---------------------------------------------------------------------------------------
