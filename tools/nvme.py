@@ -29,6 +29,17 @@ PROGRAM = """
 #include <libaio.h>
 int main() { io_context_t context = 0; return -io_queue_init(1, &context); }
 """
+# as its script ds_nvme_tune, but every measurement runs in this environment, and not in that of
+# the file to which a link to the script leads
+TUNE = """
+import shlex, sys
+from deepspeed.nvme import perf_generate_param, perf_run_sweep
+perf_run_sweep.script_path = lambda: ""
+perf_run_sweep.PERF_SCRIPT = shlex.quote(sys.executable) + " -m deepspeed.nvme.test_ds_aio"
+arguments = perf_run_sweep.parse_sweep_arguments()
+perf_run_sweep.sweep_main(arguments)
+perf_generate_param.generate_main(arguments.log_dir)
+"""
 MINUTE = 60
 INTERVAL = 10  # seconds between two lines of progress
 # the values that DeepSpeed's tuner tries of each setting, by default
@@ -167,8 +178,8 @@ def tune(path, size, values):
         folder = Path(name)
         # the tuner splits its commands at spaces and colons: it gets paths without a folder
         (folder / "values.json").write_text(json.dumps(tried))
-        words = [sys.executable, Path(sys.executable).parent / "ds_nvme_tune", "--nvme_dir", "."]
-        words += ["--log_dir", "logs", "--io_size", size, "--sweep_config", "values.json"]
+        words = [sys.executable, "-c", TUNE, "--nvme_dir", ".", "--log_dir", "logs"]
+        words += ["--io_size", size, "--sweep_config", "values.json"]
 
         def logs():
             return sorted(folder.glob("logs/*/*.txt"), key=lambda file: file.stat().st_mtime)
@@ -177,7 +188,7 @@ def tune(path, size, values):
         if code:
             said = "".join([output, *(file.read_text() for file in logs()[-1:])])
             print(said[-2000:], file=sys.stderr)
-            refuse("DeepSpeed's tuner ds_nvme_tune failed: its last output stands above")
+            refuse("DeepSpeed's tuner failed: its last output stands above")
     best = output[output.index("Best performance") :]
     print(best.partition("\n")[0])
     print('Paste this into DeepSpeed\'s config, instead of its block "aio":\n')
