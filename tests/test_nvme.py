@@ -435,6 +435,8 @@ def start(environment, flags, drive, output):
         cwd=ROOT,
         env=environment | {nvme.VARIABLE: str(drive)},
         start_new_session=True,
+        # a job in the background would ignore Ctrl+C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **streams,
     )
     begin = time.monotonic()
