@@ -7,9 +7,9 @@ import json
 import os
 import runpy
 import sys
+from pathlib import Path
 
 import deepspeed
-import numpy
 import torch
 
 from utils import results
@@ -18,40 +18,43 @@ FACTS, *sys.argv = sys.argv[1:]
 end_run = results.end_run
 
 
+def read(file, dtype):
+    """Return the elements of a swap file."""
+    return torch.frombuffer(bytearray(Path(file).read_bytes()), dtype=dtype)
+
+
 def compare(accelerator):
     """Compare, write the facts, and end the run as usual."""
     engine = accelerator.deepspeed_engine_wrapped.engine
     rank, world = accelerator.process_index, accelerator.num_processes
-    weights = [p for p in engine.module.parameters()]
-    on_drive = [p for p in weights if p.ds_tensor.final_location == "nvme"]
     slices, equal = [], []
-    for weight in weights:
+    for weight in engine.module.parameters():
         with deepspeed.zero.GatheredParameters([weight]):
             flat = weight.detach().flatten().clone()
         size = weight.partition_numel()
         flat = torch.nn.functional.pad(flat, (0, size * world - len(flat)))
         slices.append(flat[size * rank : size * (rank + 1)])
-        if any(weight is one for one in on_drive):
+        if weight.ds_tensor.final_location == "nvme":
             file = weight.nvme_swapper.get_path(weight, True)
-            stored = torch.from_numpy(numpy.fromfile(file, numpy.float32)[:size].copy())
-            equal.append(torch.equal(stored, slices[-1]))
+            equal.append(torch.equal(read(file, weight.dtype)[:size], slices[-1]))
+    own = torch.cat(slices)
     swapper = engine.optimizer.optimizer_swapper
-    [info] = swapper.swap_params_info.values()
-    paths = [tensor.swap_path for tensor in info.tensors]
-    masters = torch.from_numpy(numpy.fromfile(paths[0], numpy.float32))
-    state = torch.cat(slices)
-    folder = swapper.swap_folder.partition("/zero_stage_3")[0]
+    groups = [*swapper.swap_params_info.values()] if swapper else []
+    paths = [tensor.swap_path for info in groups for tensor in info.tensors]
+    folder = os.environ["NVME_PATH"]
     files = [os.path.join(place, name) for place, _, names in os.walk(folder) for name in names]
     facts = {
-        "folder": folder,
-        "on_drive": len(on_drive),
+        "folders": [name for name in os.listdir(folder) if name.startswith("run-")],
+        "on_drive": len(equal),
         "equal": all(equal),
         "states": len(paths),
-        "masters_equal": torch.equal(masters[: len(state)], state),
         "state_bytes": [os.path.getsize(path) for path in paths],
-        "own_bytes": 4 * len(state),
+        "own_bytes": 4 * len(own),
         "files_bytes": sum(os.path.getsize(file) for file in files if f"/rank{rank}/" in file),
     }
+    if groups:
+        masters = read(paths[0], torch.float32)[: len(own)]
+        facts["masters_equal"] = torch.equal(masters.to(own.dtype), own)
     if rank == 0:
         with open(FACTS, "w") as file:
             json.dump(facts, file)

@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import ROOT
 
-from tools.compatibility import measure
+from tools.compatibility import command, measure
 from tools.compatibility.judge import judge, status
 from tools.compatibility.measure import plain, run_step
 from tools.compatibility.page import PAGE, render
@@ -54,7 +54,7 @@ def keep(folder, cell, facts, **changed):
 
 
 def test_table_is_large_enough():
-    assert len(ROWS) >= 18 and len(COLUMNS) == 11 and len(set(CELLS)) == len(ROWS) * 11
+    assert len(ROWS) >= 18 and len(COLUMNS) == 12 and len(set(CELLS)) == len(ROWS) * 12
     assert {f"{config}.yaml" for config, _ in COLUMNS.values()} <= {
         path.name for path in ROOT.glob("configs/*.yaml")
     }
@@ -120,6 +120,18 @@ def test_select():
         select(["lora/zero3", "lora/zero4"], {})
 
 
+def test_cells_of_nvme_wait_for_async_io(monkeypatch, capsys):
+    todo = ["lora/zero3", "lora/zero3_nvme"]
+    monkeypatch.setattr(command, "can_swap", lambda: True)
+    assert command.leave_out_nvme(todo, asked=True) == todo
+    monkeypatch.setattr(command, "can_swap", lambda: False)
+    assert command.leave_out_nvme(todo[:1], asked=True) == todo[:1]
+    assert command.leave_out_nvme(todo, asked=False) == todo[:1]
+    assert "1 cell(s) of zero3_nvme not measured" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="async_io is not built"):
+        command.leave_out_nvme(todo, asked=True)
+
+
 def test_resume(tmp_path):
     committed = tmp_path / "compatibility.json"
     assert read_cells(tmp_path, committed) == {}
@@ -157,10 +169,10 @@ def test_render():
     assert first[6] == "yes, with a setting [2](#n2)"
     assert page.count("**does not start** [3](#n3)") == 2  # one reason, listed once
     assert "3. <a id=\"n3\"></a>does not start: `ValueError: no 'a'`" in page
-    assert "2 cells say yes, 3 do not, 204 are not measured" in page
+    assert "2 cells say yes, 3 do not, 223 are not measured" in page
     assert rows["lora"][:3] == ["505", "505", ""]  # the second table of that name: bytes
     assert all(f"`{name}`" in page for name in ROWS)
-    assert "Hardware: a test. Date: 2026-01-02." in page
+    assert "Hardware: a test. Date of the last measurement: 2026-01-02." in page
 
 
 def test_processes_end_with_the_step(tmp_path, monkeypatch):

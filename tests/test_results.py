@@ -180,6 +180,13 @@ def test_the_card_names_a_base_of_the_hub_and_no_path(tmp_path, name, in_card):
     assert json.loads((tmp_path / "metrics.json").read_text())["losses"] == [None, 1.0]
 
 
+def test_the_page_of_results_has_a_row_of_every_lesson():
+    page = (ROOT / "docs" / "results.md").read_text()
+    lessons = [*ROOT.glob("examples/causal_lm*.py"), *ROOT.glob("examples/seq2seq*.py")]
+    assert len(lessons) >= 16
+    assert [script.stem for script in lessons if f"| {script.stem} |" not in page] == []
+
+
 GROUPS = """
 import sys
 import time

@@ -7,9 +7,12 @@ SIGKILL. What a killed run has left, the next run removes.
 
 import atexit
 import contextlib
+import ctypes
+import errno
 import fcntl
 import importlib.util
 import math
+import mmap
 import os
 import resource
 import secrets
@@ -31,7 +34,12 @@ VARIABLE = "NVME_PATH"
 PARTS = ("offload_optimizer", "offload_param")
 EXTENSIONS = ("pin_memory", "async_io")
 BUILD = "build it once with `python -m tools.nvme build`"
+# keys of the block "aio" -> kind of their values; DeepSpeed drops other keys in silence
+AIO = {"block_size": int, "queue_depth": int, "intra_op_parallelism": int}
+AIO |= {"single_submit": bool, "overlap_events": bool, "use_gds": bool}
+ALIGNED = 1024  # bytes: sizes and places of DeepSpeed's reads and writes are multiples of it
 LEAST = 2**20  # bytes: DeepSpeed keeps smaller partitions in memory
+PERSISTENT = 10**5  # elements: DeepSpeed never shards smaller weights again; its default
 STATES = 3  # files of an optimizer state: its float32 weights and AdamW's two means
 LOCKS = {}  # run folder -> descriptor of the lock that this process holds
 
@@ -60,6 +68,7 @@ def start_nvme(accelerator):
             "stage 3, or the device cpu"
         )
     bases = {part: find_base(part, block) for part, block in parts.items()}
+    check_aio(content.get("aio") or {})
     load_extensions(accelerator)
     token = broadcast_object_list([secrets.token_hex(4)])[0]
     name = f"run-{token}-{socket.gethostname()}-{os.environ.get('GROUP_RANK', 0)}"
@@ -73,6 +82,8 @@ def start_nvme(accelerator):
         block["nvme_path"] = str(bases[part] / name)
     if "offload_param" in parts:
         set_fetching(content["zero_optimization"])
+    if "offload_optimizer" in parts:
+        align_gradients()
     accelerator.print(f"Swap files: {', '.join(sorted({str(b / name) for b in bases.values()}))}")
 
 
@@ -89,6 +100,19 @@ def set_fetching(zero):
                 "buffers. 0 is safe."
             )
         zero[key] = 0 if zero[key] == "auto" else zero[key]
+
+
+def check_aio(block):
+    """Stop if DeepSpeed would not read the settings of the drive as they are written."""
+    for key, value in block.items():
+        if key not in AIO:
+            name = "; its name is now intra_op_parallelism" if "thread" in key else ""
+            refuse(
+                f"DeepSpeed does not read aio.{key} (it reads {', '.join(AIO)}){name}: remove it"
+            )
+        if type(value) is not AIO[key] or (AIO[key] is int and value < 1):
+            kind = "true or false" if AIO[key] is bool else "a whole number from 1 on"
+            refuse(f"aio.{key} of DeepSpeed's config is {value!r}: it must be {kind}")
 
 
 def find_base(part, block):
@@ -110,10 +134,50 @@ def find_base(part, block):
     if not base.is_dir():
         refuse(f"{culprit} is not a folder: name one on an NVMe drive")
     with or_refuse(f"{culprit} cannot be written", tempfile.NamedTemporaryFile, dir=base) as file:
-        direct = os.O_RDWR | getattr(os, "O_DIRECT", 0)
         remedy = "DeepSpeed needs direct I/O (O_DIRECT), name a folder on a local drive"
-        os.close(or_refuse(f"{culprit}: {remedy}", os.open, file.name, direct))
+        or_refuse(f"{culprit}: {remedy}", try_direct_io, file.name)
     return base
+
+
+def try_direct_io(file):
+    """Write and read as DeepSpeed does, which does not look at the results of its reads and writes.
+
+    Raises:
+        OSError: the file system or the drive cannot do it.
+    """
+    with contextlib.closing(mmap.mmap(-1, 2 * ALIGNED)) as memory:
+        part = memoryview(memory)[ALIGNED:]
+        descriptor = os.open(file, os.O_RDWR | getattr(os, "O_DIRECT", 0))
+        try:
+            os.pwritev(descriptor, [part], ALIGNED)
+            os.preadv(descriptor, [part], ALIGNED)
+        finally:
+            os.close(descriptor)
+            part.release()
+
+
+def align_gradients():
+    """Keep the start of a gradient in memory if direct I/O could not read it to its place.
+
+    DeepSpeed 0.19.8 reads the swapped gradients of a sub-group to where they belong in one buffer.
+    Behind a slice of odd length, such as that of a bias, this place is not aligned. The read then
+    fails, DeepSpeed does not notice, and the run trains on wrong gradients.
+    """
+    from deepspeed.runtime.swap_tensor.optimizer_utils import OptimizerSwapper
+
+    adjust = OptimizerSwapper._adjust_for_misaligned_lengths
+
+    def split(swapper, tensors, offsets):
+        pairs = []
+        for tensor, offset in zip(tensors, offsets):
+            head = -offset % swapper.numel_alignment
+            if head and swapper.is_swappable_tensor(tensor=tensor):
+                pairs.append((tensor[:head].clone(), offset))
+                tensor, offset = tensor[head:], offset + head
+            pairs.append((tensor, offset))
+        return adjust(swapper, *zip(*pairs))
+
+    OptimizerSwapper._adjust_for_misaligned_lengths = split
 
 
 # The extension ------------------------------------------------------------------------------------
@@ -147,7 +211,20 @@ def load_extensions(accelerator):
         free_extension_lock(name)
     with accelerator.local_main_process_first():
         culprit = f"DeepSpeed's extension async_io cannot be loaded, {BUILD}"
-        or_refuse(culprit, AsyncIOBuilder().load, verbose=False)
+        module = or_refuse(culprit, AsyncIOBuilder().load, verbose=False)
+    # DeepSpeed does not look at the answer, and aborts at the first read
+    libaio, context = ctypes.CDLL(module.__file__), ctypes.c_ulong(0)
+    if error := -libaio.io_queue_init(1, ctypes.byref(context)):
+        refuse_kernel(error)
+    libaio.io_queue_release(context)
+
+
+def refuse_kernel(error):
+    """Stop because the kernel's io_setup failed with this errno."""
+    remedy = "allow this system call in the container or sandbox"
+    if error == errno.EAGAIN:
+        remedy = "raise fs.aio-max-nr with sysctl"
+    refuse(f"no asynchronous I/O, the kernel refuses io_setup ({os.strerror(error)}): {remedy}")
 
 
 # The folder of a run ------------------------------------------------------------------------------
@@ -246,6 +323,11 @@ def fit_nvme(accelerator, model):
                 f"buffer_size {block['buffer_size']} of offload_param is too small for the largest "
                 f"slice of a weight, {plan.largest} elements: remove it, or raise it"
             )
+        if plan.kept:
+            refuse(
+                f"stage3_param_persistence_threshold keeps {plan.kept} weights gathered that are "
+                "on NVMe, with which DeepSpeed cannot train: lower or remove it"
+            )
     pinned, needed = plan.pinned_bytes(parts), plan.file_bytes(parts)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     accelerator.print(
@@ -277,18 +359,22 @@ class Plan:
 
     Attributes:
         largest: elements of the largest slice of a weight that is swapped.
+        kept: number of weights that are swapped, but so small that DeepSpeed keeps them gathered.
     """
 
     def __init__(self, content, model, processes):
         self.zero, aio = content["zero_optimization"], content.get("aio", {})
         self.element = engine_dtype(content).itemsize
         self.least = max(LEAST, aio.get("block_size", LEAST))
-        # older name of the setting: thread_count
-        self.aligned = 1024 * aio.get("intra_op_parallelism", 1)
+        self.aligned = ALIGNED * aio.get("intra_op_parallelism", 1)
         sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
         self.trained = [(numel, math.ceil(numel / processes)) for numel, grad in sizes if grad]
-        slices = [math.ceil(numel / processes) for numel, _ in sizes]
-        self.swapped = [one for one in slices if one * self.element >= self.least]
+        slices = [(numel, math.ceil(numel / processes)) for numel, _ in sizes]
+        pairs = [pair for pair in slices if pair[1] * self.element >= self.least]
+        self.swapped = [one for _, one in pairs]
+        threshold = self.zero.get("stage3_param_persistence_threshold", "auto")
+        threshold = PERSISTENT if threshold == "auto" else threshold
+        self.kept = sum(numel <= threshold for numel, _ in pairs)
         self.largest = max(self.swapped, default=self.aligned)
         self.groups = self.sub_groups()
 

@@ -27,6 +27,7 @@ from accelerate.utils.launch import (
     prepare_multi_gpu_env,
     prepare_simple_launcher_cmd_env,
 )
+from deepspeed.runtime.swap_tensor import optimizer_utils, partitioned_param_swapper
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch._dynamo.utils import counters
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
@@ -34,9 +35,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
+from tools.compatibility.rows import SLICE
 from utils.engine import bytes_held, held_part, stepping_optimizer
 from utils.environment import launched_strategy
 from utils.launch import start_accelerator
+from utils.nvme import VARIABLE, nvme_parts
 from utils.results import WeightFiles
 from utils.saving import plain_name
 
@@ -45,6 +48,7 @@ ROWS_PER_UPDATE = 16  # the full data set, so that the losses of all updates can
 ACCUMULATION = 2
 UPDATES = 5
 MAX_GRAD_NORM = 0.5  # low enough to clip
+BUFFER = 2**16  # elements, more than those of the largest slice
 PROMPTS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING")
 
 
@@ -116,6 +120,7 @@ def set_environment(job):
     else:
         _, environment = prepare_simple_launcher_cmd_env(args)
     os.environ |= environment
+    os.environ[VARIABLE] = job["folder"]  # read where the launch config offloads to NVMe
     if job["world"] > 1:
         rank, world = str(job["rank"]), str(job["world"])
         os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
@@ -174,6 +179,20 @@ def probe_batch():
     return torch.randint(3, 250, (4, 12), generator=torch.Generator().manual_seed(2))
 
 
+def swap_small_slices(plugin):
+    """Let DeepSpeed swap slices from SLICE bytes on: by default it keeps those below 1 MiB."""
+    for module in (partitioned_param_swapper, optimizer_utils):
+        module.MIN_AIO_BYTES = SLICE
+    content = plugin.deepspeed_config
+    content["aio"]["block_size"] = SLICE
+    zero = content["zero_optimization"]
+    zero["offload_param"]["buffer_size"] = BUFFER
+    # weights below this number of elements are never sharded again; by default these are smaller
+    # than what is swapped
+    zero["stage3_param_persistence_threshold"] = 0
+    plugin.set_deepspeed_weakref()  # zero.Init reads a copy
+
+
 def build_optimizer(row, parameters):
     """Return the row's optimizer, with weight decay, in which Adam and AdamW differ."""
     module, _, name = row.optimizer.rpartition(".")
@@ -195,6 +214,8 @@ def update(job, found, enter):
         accelerator.deepspeed_plugin.deepspeed_config.update(
             gradient_accumulation_steps=ACCUMULATION, gradient_clipping=MAX_GRAD_NORM
         )
+        if nvme_parts(accelerator.deepspeed_plugin.deepspeed_config):
+            swap_small_slices(accelerator.deepspeed_plugin)
     set_seed(0)
     model = build_base(row, job["model"])
     peft_config = getattr(peft, row.config)(task_type="CAUSAL_LM", **row.options)

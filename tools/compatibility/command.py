@@ -10,7 +10,30 @@ from tools.compatibility.judge import judge, status
 from tools.compatibility.measure import ROOT, measure, run_step, start_server
 from tools.compatibility.page import PAGE, render, write_results
 from tools.compatibility.results import RESULTS, cell_file, read_cells, select, versions
-from tools.compatibility.rows import CELLS
+from tools.compatibility.rows import CELLS, NVME
+
+
+def can_swap():
+    """Return whether DeepSpeed's extension async_io is built, without which nothing is on NVMe."""
+    from utils.nvme import is_built  # imports torch, which takes seconds
+
+    return is_built()
+
+
+def leave_out_nvme(todo, asked):
+    """Return the cells to measure without those of NVMe, if async_io is not built.
+
+    Args:
+        asked: whether the cells were named on the command line; then it stops instead.
+    """
+    cells = [cell for cell in todo if cell.endswith(f"/{NVME}")]
+    if not cells or can_swap():
+        return todo
+    reason = "DeepSpeed's extension async_io is not built: run `python -m tools.nvme build`"
+    if asked:
+        raise SystemExit(f"error: {len(cells)} cell(s) of {NVME} cannot be measured, {reason}")
+    print(f"{len(cells)} cell(s) of {NVME} not measured, {reason}")
+    return [cell for cell in todo if cell not in cells]
 
 
 def measure_all(todo, folder, cells):
@@ -58,7 +81,7 @@ def main(arguments=None):
     )
     options = parser.parse_args(arguments)
     cells = read_cells(options.folder)
-    todo = select(options.only, cells)
+    todo = leave_out_nvme(select(options.only, cells), asked=bool(options.only))
     if todo:
         measure_all(todo, options.folder, cells)
     if options.write:

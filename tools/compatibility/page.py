@@ -8,7 +8,7 @@ from pathlib import Path
 from tools.compatibility.judge import CHECKS, LOGITS_TOLERANCE, TOLERANCE, judge, status
 from tools.compatibility.measure import ROOT, count_gpus
 from tools.compatibility.results import dump, versions
-from tools.compatibility.rows import CELLS, COLUMNS, ROWS, SETTINGS
+from tools.compatibility.rows import CELLS, COLUMNS, ROWS, SETTINGS, SLICE
 
 PAGE = ROOT / "docs" / "compatibility.md"
 TEMPLATE = """# What works with what
@@ -16,7 +16,10 @@ TEMPLATE = """# What works with what
 Every cell of this table is a measurement. It trained a small random Llama (2 layers, float32) with
 the method of its row under the strategy of its column, saved the result and loaded it again. Each
 cell ran in two processes over gloo (`single`: in one; `zero3_hpz`: in four, as two nodes with two
-processes), with sequences of different lengths and two micro-batches per update.
+processes), with sequences of different lengths and two micro-batches per update. `zero3_nvme` needs
+DeepSpeed's extension async_io ([how to build it](deepspeed.md#nvme)). DeepSpeed keeps slices below
+1 MiB in memory. This model has no larger ones, so its cells lower that limit to {slice} bytes, and
+set `stage3_param_persistence_threshold` to 0.
 {summary}.
 
 {table}
@@ -68,7 +71,8 @@ optimizer states, because these are quantized in blocks, and sharding changes th
 The most that any process holds after `prepare`; empty if the run did not start. 4-bit and 8-bit
 weights are counted as they are stored, including the full 8-bit weights that bitsandbytes keeps
 beside the shards. While it trains, ZeRO-3 also keeps full copies of small parameters
-(`stage3_param_persistence_threshold`); only the shards are counted here.
+(`stage3_param_persistence_threshold`); only the shards are counted here. Under zero3_nvme these are
+the shards that stay in memory.
 
 {bytes}
 
@@ -83,7 +87,7 @@ or more if `torch.compile` calls the C++ compiler), and writes this page and
 `docs/compatibility.json`. `--only 'lora/*'` measures a row again, `--only '*/fsdp2'` a column. A
 test measures a sample of the cells again and compares it with that file.
 
-Versions: {versions}. Hardware: {hardware}. Date: {date}.
+Versions: {versions}. Hardware: {hardware}. Date of the last measurement: {date}.
 """
 
 
@@ -174,6 +178,7 @@ def render(results):
         versions=", ".join(f"{name} {number}" for name, number in results["versions"].items()),
         hardware=results["hardware"],
         date=results["date"],
+        slice=SLICE,
         tolerance=TOLERANCE,
         logits=LOGITS_TOLERANCE,
     )

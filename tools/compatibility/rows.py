@@ -133,11 +133,14 @@ COLUMNS = {
     "zero3": ("zero3", ()),
     "zero3_offload": ("zero3_offload", ()),
     "zero3_hpz": ("zero3_hpz", ()),
+    "zero3_nvme": ("zero3_nvme", ()),
     "fsdp1": ("fsdp1", ()),
     "fsdp2": ("fsdp2", ()),
 }
 CELLS = [f"{row}/{column}" for row in ROWS for column in COLUMNS]
 # columns in which a process holds a shard of every parameter
-SHARDED = ("zero3", "zero3_offload", "zero3_hpz", "fsdp1", "fsdp2")
+SHARDED = ("zero3", "zero3_offload", "zero3_hpz", "zero3_nvme", "fsdp1", "fsdp2")
 # column -> number of processes, where that is not 2
 PROCESSES = {"single": 1, "zero3_hpz": 4}
+NVME = "zero3_nvme"  # the column that needs DeepSpeed's extension async_io
+SLICE = 4096  # bytes from which on a slice is swapped in that column; DeepSpeed's limit is 1 MiB
