@@ -175,7 +175,7 @@ def align_gradients():
                 pairs.append((tensor[:head].clone(), offset))
                 tensor, offset = tensor[head:], offset + head
             pairs.append((tensor, offset))
-        return adjust(swapper, *zip(*pairs))
+        return adjust(swapper, [tensor for tensor, _ in pairs], [offset for _, offset in pairs])
 
     OptimizerSwapper._adjust_for_misaligned_lengths = split
 
