@@ -64,7 +64,7 @@ def guides(launch, tmp_path_factory):
             arguments += ["--num_samples", 1, "--max_new_tokens", 8]
         # the launch of FSDP1 is a real one; test_copy.py has that of ZeRO-3
         return launch(
-            "chat_sft", ROOT / config, *arguments, real=stem == "lora_fsdp"
+            "chat_sft", ROOT / config, *arguments, real=name == "lora_fsdp"
         ).stdout, folder
 
     return run

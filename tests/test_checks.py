@@ -655,7 +655,15 @@ def test_launches_that_fit_are_accepted(run, script, config, flags, words):
 # The real launcher --------------------------------------------------------------------------------
 ZERO3 = (OFFLOAD, "zero3_offload")
 LAUNCHED = [  # (whether the launch is a real one, script, config, flags, expected part of the line)
-    (True, LORA, "ddp", "--learning_rat 0.1", "--learning_rat 0.1 is not a flag"),
+    (False, LORA, "ddp", "--learning_rat 0.1", "--learning_rat 0.1 is not a flag"),
+    pytest.param(
+        True,
+        LORA,
+        "ddp",
+        "--learning_rat 0.1",
+        "--learning_rat 0.1 is not a flag",
+        marks=pytest.mark.slow,
+    ),
     (False, *ZERO3, "--lora_r 0", "--lora_r is 0"),
     (False, *ZERO3, "--dataset_name data/nothing.csv", "data/nothing.csv does not exist"),
     (False, *ZERO3, "--label_column label", "the columns are 'Tweet text', 'Label'"),
@@ -670,7 +678,7 @@ LAUNCHED = [  # (whether the launch is a real one, script, config, flags, expect
     (False, OFFLOAD, "ddp", "", "was launched with ddp"),
     (False, LORA, "ddp", f"{MODEL} data", "data holds no config.json"),
 ]
-LAUNCHED_IDS = ["-".join(map(str, getattr(case, "values", case)[1:])) for case in LAUNCHED]
+LAUNCHED_IDS = ["-".join(map(str, getattr(case, "values", case))) for case in LAUNCHED]
 
 
 @pytest.mark.parametrize("real, script, config, words, fragment", LAUNCHED, ids=LAUNCHED_IDS)

@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import functools
 import importlib.metadata
 import re
 import shlex
@@ -22,8 +23,13 @@ DECOY = "raise RuntimeError('the wrong utils')\n"
 
 def imports(path):
     """Return the imports of a file as text, `module` or `module.name`, those in functions too."""
+    return imports_in(path.read_text())
+
+
+@functools.cache
+def imports_in(text):
     found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -104,7 +110,7 @@ def test_packages_of_the_imports_are_required(copies, name):
     packages = installed_with(required)
     distributions = importlib.metadata.packages_distributions()
     # an import inside a function of utils/ may be of use under other launch configs only
-    needed = imports(folder / f"{name}.py")
+    needed = [*imports(folder / f"{name}.py")]
     for path in folder.glob("utils/*.py"):
         body = ast.parse(path.read_text()).body
         needed += [node.module for node in body if isinstance(node, ast.ImportFrom)]
@@ -157,7 +163,9 @@ def test_copy_starts(copies, forks, decoy, tmp_path, name):
     assert not list(empty.iterdir())
 
 
-@pytest.mark.parametrize("name", LAUNCHED)
+@pytest.mark.parametrize(
+    "name", ["causal_lm_lora", pytest.param("causal_lm_full_zero3", marks=pytest.mark.slow)]
+)
 def test_copy_runs_with_its_own_run_line(forks, environment, tmp_path, name):
     folder = tmp_path / "new" / "place"
     run, _ = copy_out.copy(name, folder)

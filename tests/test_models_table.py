@@ -209,6 +209,7 @@ def test_committed_results_are_complete_and_rendered():
         assert word not in RESULTS.read_text()
 
 
+@pytest.mark.slow
 def test_a_sample_gives_the_committed_answers(environment, tmp_path):
     cells = measured(environment, tmp_path, "--rows", "gpt2", "--columns", "packing,merge")
     assert list(cells) == SAMPLE

@@ -186,7 +186,10 @@ time.sleep(1000)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+ENDS = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGKILL)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, *ENDS])
 def test_the_folder_goes_with_its_run(tmp_path, capsys, number):
     folder = tmp_path / "run-1"
     command = [sys.executable, "-c", HOLDER, folder]

@@ -27,6 +27,7 @@ PARITY = [  # (script, config, script of the run in one process to compare with)
     pytest.param("causal_lm_lora", "zero1", "causal_lm_lora", marks=pytest.mark.slow),
     ("causal_lm_lora", "zero2", "causal_lm_lora"),
     ("causal_lm_lora", "zero2_offload", "causal_lm_lora"),
+    pytest.param("causal_lm_lora_fsdp2", "fsdp2", "causal_lm_lora", marks=pytest.mark.slow),
     ("causal_lm_lora_zero3_offload", "zero3", "causal_lm_lora"),
     ("causal_lm_lora_zero3_offload", "zero3_offload", "causal_lm_lora"),
     ("causal_lm_lora_fsdp1", "fsdp1", "causal_lm_lora"),
@@ -48,7 +49,7 @@ SCORES = [  # as above, and the number of held-out rows
         "causal_lm_lora_zero3_offload", "zero3", "causal_lm_lora", 7, marks=pytest.mark.slow
     ),
     pytest.param("seq2seq_lora_zero3_offload", "zero3", "seq2seq_lora", 2, marks=pytest.mark.slow),
-    ("causal_lm_lora_fsdp1", "fsdp1", "causal_lm_lora", 7),
+    pytest.param("causal_lm_lora_fsdp1", "fsdp1", "causal_lm_lora", 7, marks=pytest.mark.slow),
     ("causal_lm_lora_fsdp2", "fsdp2", "causal_lm_lora", 2),
     pytest.param("seq2seq_lora_fsdp1", "fsdp1", "seq2seq_lora", 2, marks=pytest.mark.slow),
 ]
@@ -145,7 +146,7 @@ def test_reference_run_exercises_warmup_clipping_and_scoring(single, script):
 def test_parity(launch, arguments, single, tmp_path, script, config, reference):
     clip = ("--max_grad_norm", CLIP[reference], "--output_dir", tmp_path / "run")
     # the others have real launches in test_fork_server, test_chat, test_copy and test_runs
-    real = config in ("zero1", "fsdp2_offload")
+    real = config in ("zero1", "fsdp2")
     flags = (*arguments(script), *SETTINGS, *HALF, *clip)
     # an evaluation between two epochs gathers weights; this must not change any loss
     evaluates = config.startswith(("zero3", "fsdp"))

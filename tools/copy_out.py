@@ -9,6 +9,7 @@ model and data, a requirements.txt, and a README.md with the command that runs i
 
 import argparse
 import ast
+import functools
 import re
 import shlex
 import shutil
@@ -50,6 +51,7 @@ def find_script(name):
     raise SystemExit(f"error: there is no script {name} in examples/: give one of {names}")
 
 
+@functools.cache  # scripts share the files of utils/
 def imported(path):
     """Return the dotted names that a file imports, of `from a import b` both a and a.b."""
     names = set()

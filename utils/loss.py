@@ -311,7 +311,7 @@ def losses_of_documents(model, causal, packed, alone):
     but the first document, with the tokens of the first in their order and in reverse.
     """
     ours = float(model(**packed)["loss"])
-    first = int(packed["cu_seq_lens_q"][1])  # tokens of the first document
+    first = alone[0]["input_ids"].shape[1]  # tokens of the first document
     ids, labels = packed["input_ids"].clone(), packed["labels"].clone()
     ids[:, :first], labels[:, :first] = ids[:, :first].flip(1), -100
     others = packed | {"labels": labels, "label_positions": None}
