@@ -13,7 +13,8 @@ from transformers import HfArgumentParser
 
 LAUNCH = ROOT / "configs" / "multi_node"
 RECORD = """#!/bin/bash
-printf '%s\\0' "$0" "$@" | base64 -w0 >> "$RECORD"; echo >> "$RECORD"
+# one write, for two hosts record at the same time
+printf '%s\\n' "$(printf '%s\\0' "$0" "$@" | base64 -w0)" >> "$RECORD"
 """
 
 
