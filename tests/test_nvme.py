@@ -75,6 +75,14 @@ def test_a_path_that_is_no_folder_or_read_only(monkeypatch, capsys, tmp_path):
     assert "NVME_PATH /proc cannot be written" in refusal(capsys, nvme.find_base, "x", {})
 
 
+def test_fast_init_is_refused(monkeypatch, capsys, tmp_path):
+    zero = {"offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path), "fast_init": True}}
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": zero}, zero_stage=3)
+    monkeypatch.delenv(nvme.VARIABLE, raising=False)
+    error = refusal(capsys, nvme.start_nvme, SimpleNamespace(deepspeed_plugin=plugin))
+    assert "with fast_init of offload_optimizer DeepSpeed reads weights" in error
+
+
 # The sizes ----------------------------------------------------------------------------------------
 def plan(processes=2, **zero):
     """Return the plan of a model with one large and one small weight."""
@@ -214,7 +222,7 @@ def test_the_folder_goes_with_its_run(tmp_path, capsys, number):
 def test_the_extension_is_not_built(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     assert not nvme.is_built()
-    error = refusal(capsys, nvme.load_extensions, None)
+    error = refusal(capsys, nvme.load_extensions, None, {})
     assert "is not built: build it once with `python -m tools.nvme build`" in error
     assert "async_io is not built: build it" in refusal(capsys, tool.tune, tmp_path, "1M", None)
 

@@ -27,7 +27,8 @@ from utils.nvme import BUILD, EXTENSIONS, is_built, refuse_kernel
 LOAD = "from deepspeed.ops.op_builder import AsyncIOBuilder; AsyncIOBuilder().load(verbose=True)"
 PROGRAM = """
 #include <libaio.h>
-int main() { io_context_t context = 0; return -io_queue_init(1, &context); }
+#include <cstdio>
+int main() { io_context_t context = 0; std::printf("%d", -io_queue_init(1, &context)); }
 """
 # as its script ds_nvme_tune, but every measurement runs in this environment, and not in that of
 # the file to which a link to the script leads
@@ -67,14 +68,22 @@ def find_missing():
         source.write_text(PROGRAM)
         flags = [*os.environ.get("CFLAGS", "").split(), str(source), "-o", f"{folder}/test"]
         flags += [*os.environ.get("LDFLAGS", "").split(), "-laio"]
-        done = subprocess.run([compiler, *flags], capture_output=True, text=True)
+        texts = {"capture_output": True, "text": True}
+        done = subprocess.run([compiler, *flags], **texts)
         if done.returncode:
             said = next((line for line in done.stderr.splitlines() if "error" in line), "")
             name = "libaio and its header libaio.h (package libaio-dev)"
             missing.append(f"{name} [{said.strip()[:100]}]")
-        elif error := subprocess.run([f"{folder}/test"]).returncode:
-            refuse_kernel(error)
-    if torch.cuda.is_available() and cpp_extension.CUDA_HOME is None:
+        else:
+            done = or_refuse(
+                f"{folder}/test cannot be run", subprocess.run, [f"{folder}/test"], **texts
+            )
+            if done.returncode or not done.stdout.isdigit():
+                missing.append(f"a libaio that can be loaded [{done.stderr.strip()[:100]}]")
+            elif done.stdout != "0":
+                refuse_kernel(int(done.stdout))
+    is_cuda = torch.cuda.is_available() and torch.version.hip is None
+    if is_cuda and cpp_extension.CUDA_HOME is None:
         missing.append("the CUDA toolkit, whose folder CUDA_HOME names")
     return missing
 
@@ -185,14 +194,15 @@ def tune(path, size, values):
             return sorted(folder.glob("logs/*/*.txt"), key=lambda file: file.stat().st_mtime)
 
         code, output = run(words, lambda _: f"{len(logs())} of {count} started", folder=folder)
-        if code:
+        if code or "Best performance" not in output:
             said = "".join([output, *(file.read_text() for file in logs()[-1:])])
             print(said[-2000:], file=sys.stderr)
             refuse("DeepSpeed's tuner failed: its last output stands above")
     best = output[output.index("Best performance") :]
     print(best.partition("\n")[0])
     print('Paste this into DeepSpeed\'s config, instead of its block "aio":\n')
-    block = {"aio": translate(json.loads(best[best.index("{") :])["aio"])}
+    found, _ = json.JSONDecoder().raw_decode(best, best.index("{"))  # warnings may follow
+    block = {"aio": translate(found["aio"])}
     print(json.dumps(block, indent=2)[2:-2])
 
 

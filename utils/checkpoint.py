@@ -267,8 +267,8 @@ def read_state(folder, needed=(), process=0, processes=1):
 
     Args:
         needed: names that the state must hold.
-        process, processes: rank and number of the processes that call this. Each reads the bytes of
-            its share of the files; together they read all.
+        process, processes: rank and number of the processes of this machine. Each reads the bytes
+            of its share of the files; together they read all.
 
     Raises:
         CheckpointError: a file is missing or changed, or is a pickle.

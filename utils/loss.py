@@ -13,7 +13,7 @@ import math
 from functools import partial, wraps
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import gather_object, send_to_device
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import logging
@@ -256,12 +256,21 @@ def loss_of_chunks(head, rows, labels, scale, softcap, chunk):
 def check_token_loss(accelerator, model, packed, alone):
     """Return why the loss of packed documents is wrong for this model, or None where it is right.
 
+    All processes return the same, that of the first which finds it wrong. See `wrong_loss`.
+    Collective: every process calls it on the prepared model.
+    """
+    reasons = gather_object([wrong_loss(accelerator, model, packed, alone)])
+    return next(filter(None, reasons), None)
+
+
+def wrong_loss(accelerator, model, packed, alone):
+    """Return why the loss of packed documents is wrong in this process, or None where it is right.
+
     Two things are measured. The loss of the documents in one row must be the sum of their own
     losses, as transformers computes them with eager attention and all logits; this finds a head
     that is more than a linear layer. And other tokens in the first document must not change the
     loss of the others; this finds attention across document borders. An error that the model
-    raises is a reason, too; its traceback is logged at the level debug. Collective: every process
-    calls it on the prepared model.
+    raises is a reason, too; its traceback is logged at the level debug.
 
     Args:
         packed: a batch of several short documents, of at least two tokens each.
@@ -279,6 +288,8 @@ def check_token_loss(accelerator, model, packed, alone):
     except (torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError):
         raise  # not the model's
     except Exception as error:  # whatever the model raises
+        if "gloo" in str(error) or "Connection closed by peer" in str(error):
+            raise  # another process has ended
         logging.get_logger("transformers").debug("The forward pass fails:", exc_info=True)
         told = str(error).strip().split("\n")[0].rstrip(". ") or type(error).__name__
         return f"{name} raises an error ({told})"

@@ -208,8 +208,9 @@ def build_skeleton(config, auto_model, model_config, culprit):
     for other in ("sdpa", "eager"):
         with contextlib.suppress(Exception), torch.device("meta"):
             name = type(build(model_config, attn_implementation=other)).__name__
-            # a package that is not installed is a reason of its own
-            told = f" ({first_line(error)})" if isinstance(error, ImportError) else ""
+            # a missing package, or a kernel that the Hub does not give, is a reason of its own
+            is_reason = isinstance(error, (ImportError, OSError))
+            told = f" ({first_line(error)})" if is_reason else ""
             remedy = f"give --attn_implementation {other}"
             if attention == "documents":
                 remedy += f", and, if that mixes the documents of a row, {ONE_BY_ONE}"

@@ -69,7 +69,12 @@ def start_nvme(accelerator):
         )
     bases = {part: find_base(part, block) for part, block in parts.items()}
     check_aio(content.get("aio") or {})
-    load_extensions(accelerator)
+    if parts.get("offload_optimizer", {}).get("fast_init"):
+        refuse(
+            "with fast_init of offload_optimizer DeepSpeed reads weights from NVMe to places that "
+            "direct I/O cannot use, and does not notice: remove it from DeepSpeed's config"
+        )
+    load_extensions(accelerator, content.get("aio") or {})
     token = broadcast_object_list([secrets.token_hex(4)])[0]
     name = f"run-{token}-{socket.gethostname()}-{os.environ.get('GROUP_RANK', 0)}"
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
@@ -199,13 +204,19 @@ def is_built():
     return True
 
 
-def load_extensions(accelerator):
-    """Load DeepSpeed's async_io and pin_memory; stop if they were not built. Collective."""
+def load_extensions(accelerator, aio):
+    """Load DeepSpeed's async_io and pin_memory; stop if they were not built. Collective.
+
+    Args:
+        aio: the block "aio" of DeepSpeed's config.
+    """
     if not is_built():
         refuse(
             f"DeepSpeed's extension async_io, which reads and writes NVMe, is not built: {BUILD}"
         )
     from deepspeed.ops.op_builder import AsyncIOBuilder
+    from deepspeed.runtime.swap_tensor.constants import AIO_INTRA_OP_PARALLELISM_DEFAULT
+    from deepspeed.runtime.swap_tensor.constants import AIO_QUEUE_DEPTH_DEFAULT
 
     for name in EXTENSIONS:
         free_extension_lock(name)
@@ -213,10 +224,15 @@ def load_extensions(accelerator):
         culprit = f"DeepSpeed's extension async_io cannot be loaded, {BUILD}"
         module = or_refuse(culprit, AsyncIOBuilder().load, verbose=False)
     # DeepSpeed does not look at the answer, and aborts at the first read
-    libaio, context = ctypes.CDLL(module.__file__), ctypes.c_ulong(0)
-    if error := -libaio.io_queue_init(1, ctypes.byref(context)):
-        refuse_kernel(error)
-    libaio.io_queue_release(context)
+    libaio = ctypes.CDLL(module.__file__)
+    depth, contexts = aio.get("queue_depth", AIO_QUEUE_DEPTH_DEFAULT), []
+    for _ in range(aio.get("intra_op_parallelism", AIO_INTRA_OP_PARALLELISM_DEFAULT)):
+        context = ctypes.c_ulong(0)
+        if error := -libaio.io_queue_init(depth, ctypes.byref(context)):
+            refuse_kernel(error)
+        contexts.append(context)
+    for context in contexts:
+        libaio.io_queue_release(context)
 
 
 def refuse_kernel(error):

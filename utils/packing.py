@@ -263,16 +263,19 @@ def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
     query, key = query.to(value.dtype), key.to(value.dtype)
     window, softcap, sinks = (kwargs.get(name) for name in ("sliding_window", "softcap", "s_aux"))
     options = (window, softcap, sinks, dropout, scaling)
-    starts = kwargs.get("cu_seq_lens_q")
-    if starts is None:  # generation: one document, perhaps with the cached keys before it
+    starts, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
+    fits = fits_varlen(query, value) and not dropout and softcap is None and sinks is None
+    if starts is None and fits and query.shape[2] == key.shape[2]:  # one document
+        longest = query.shape[2]
+        starts = longest * torch.arange(2, dtype=torch.int32, device=query.device)
+    if starts is None:  # one document, in generation perhaps with the cached keys before it
         return one_document(query, key, value, *options).transpose(1, 2), None
-    if fits_varlen(query, value) and not dropout and softcap is None and sinks is None:
+    if fits:
         varlen_attn, grouped = varlen_attention()
         rows = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]
         options = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}
         if query.shape[1] != key.shape[1]:
             options |= grouped
-        longest = kwargs["max_length_q"]
         return varlen_attn(*rows, starts, starts, longest, longest, **options)[None], None
     lengths = kwargs.get("document_lengths") or Lengths(starts.diff().tolist())
     rows = document_by_document(query, key, value, lengths, *options)

@@ -59,8 +59,10 @@ def find_run(config):
         folder = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
         if folder:
             needed = ("updates", "evaluations", "seconds", "identity")
-            rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-            state = read_state(folder, needed, rank, processes)
+            # each machine checks all files: it may have a copy of its own
+            names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
+            rank, local, processes = (int(os.environ.get(n, n != "LOCAL_RANK")) for n in names)
+            state = read_state(folder, needed, rank, local)
             check_split(folder, state["identity"], config, processes)
             # older checkpoints lack it
             state.setdefault("sequences", state["step"] * per_update(config, processes))
