@@ -185,6 +185,15 @@ def test_an_older_checkpoint_resumes_as_it_was(alone, small, forks, tmp_path):
     assert bad == 1 and "per_device_train_batch_size 12 (now 6)" in error
 
 
+def test_pieces_in_an_entry_of_their_own_are_read(tmp_path):
+    """So they were written on 2026-11-28."""
+    pieces = [[["first", 0, 0, 4]]]
+    metadata = {"numbers": json.dumps({"0.step": 3}), "pieces": json.dumps(pieces)}
+    save_file({"0.value": torch.arange(4.0)}, tmp_path / "old.safetensors", metadata)
+    with safe_open(tmp_path / "old.safetensors", framework="pt") as stored:
+        assert read_metadata(stored) == ({"0.step": 3}, pieces)
+
+
 @pytest.mark.parametrize("key, numel", [("exp_avg", 6), ("step", 1), ("absmax1", 2)])
 def test_state_that_belongs_to_blocks_is_not_divided(tmp_path, key, numel):
     file = tmp_path / "process-00000-of-00001.safetensors"

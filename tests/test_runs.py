@@ -66,31 +66,36 @@ def test_readme_gives_that_command():
     assert words[start:] in (wanted, [*wanted[:3], *wanted[5:]])
 
 
-def form(text):
-    """Return the lines of an output, without progress bars and answers, with N for each number."""
-    text = re.sub(" +prediction '.*?' +label '.*?'", "prediction and label", text)
-    lines = [re.sub(r" *-?\d[\d.,e-]*", " N", line.rstrip()) for line in text.splitlines()]
+def form(text, is_part):
+    """Return the lines of an output, without progress bars, with N for each number.
+
+    A run on a part of the data gives other answers, and shorter numbers.
+    """
+    if is_part:
+        text = re.sub("(prediction|label) '.*?'", r"\1 ''", text)
+        text = re.sub(" +", " ", text)
+    lines = [re.sub(r"-?\d[\d.,e-]*", "N", line.rstrip()) for line in text.splitlines()]
     return [line for line in lines if line.strip() and "|" not in line]
 
 
-def assert_readme_shows(output, folder):
+def assert_readme_shows(output, folder, is_part):
     """A run prints all lines of the README's block in that order; only numbers may differ."""
     readme = (ROOT / "README.md").read_text()
     [block] = [part for part in readme.split("```") if "saved in outputs/" in part]
     assert "GPU Memory" not in block and re.search(r"loss=[\d.]+, lr=.*, grad_norm=", block)
-    printed = iter(form(output.replace(str(folder), f"outputs/{MAIN}")))
-    missing = [line for line in form(block) if line not in printed]
+    printed = iter(form(output.replace(str(folder), f"outputs/{MAIN}"), is_part))
+    missing = [line for line in form(block, is_part) if line not in printed]
     assert missing == []
 
 
 def test_readme_shows_the_output_of_that_command(main_job):
-    assert_readme_shows(*main_job[:2])
+    assert_readme_shows(*main_job[:2], is_part=True)
 
 
 @pytest.mark.slow
 def test_readmes_command_learns(launch, tmp_path):
     done = launch(MAIN, "zero3_offload", "--output_dir", tmp_path / "run", processes=2, real=True)
-    assert_readme_shows(done.stdout, tmp_path / "run")
+    assert_readme_shows(done.stdout, tmp_path / "run", is_part=False)
     score = read_metrics(tmp_path / "run")["scores"]["accuracy"]
     assert score["before"] <= 0.65 and score["after"] >= 0.90
 

@@ -274,12 +274,13 @@ def metadata_of(numbers, pieces):
 
 
 def read_metadata(file):
-    """Return the numbers and the pieces of an open file; an older version has None for pieces."""
+    """Return the numbers and the pieces of an open file; None for pieces that it does not hold."""
     metadata = file.metadata()
     if "state" in metadata:
         state = json.loads(metadata["state"])
         return state["numbers"], state["pieces"]
-    return json.loads(metadata["numbers"]), None
+    pieces = json.loads(metadata.get("pieces", "null"))
+    return json.loads(metadata["numbers"]), pieces
 
 
 class Source(NamedTuple):

@@ -65,7 +65,7 @@ def print_saved(folder, class_name):
     for path in sorted(folder.iterdir()):
         print(f"  {path.stat().st_size:>14,} bytes  {path.name}")
     if not (folder / "tokenizer_config.json").is_file():
-        print("The tokenizer is not among them: neither place has one.")
+        print("No tokenizer was written: none was found beside the weights that were read.")
     library = "peft" if class_name.startswith("AutoPeft") else "transformers"
     print(f"from {library} import {class_name}")
     print(f'model = {class_name}.from_pretrained("{folder}")')

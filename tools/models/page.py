@@ -58,9 +58,8 @@ The answers:
 
 measures the cells that are missing for the installed versions and writes this page and
 `docs/models.json`. `--rows gpt_oss,falcon` measures these rows again, `--columns packing` a column,
-`--failed` every cell that says anything but yes. `pytest tests/test_models_table.py` measures a
-sample of the cells again and compares it with that file. With `--all`, every cell is measured again
-and compared, by `tests/test_models_rows_1.py` and `tests/test_models_rows_2.py`.
+`--failed` every cell that says anything but yes. `pytest --all` measures every cell again, and
+compares it with that file, in `tests/test_models_rows_1.py` and `tests/test_models_rows_2.py`.
 
 The architectures and the settings of their small models are in `tools/models/architectures.py`. The
 dropout and all else that is not about size have the architecture's defaults. Weights, data and
