@@ -7,75 +7,68 @@ Needs:   2 CPU processes with 700 MB each for the shipped model; on GPUs not mea
 Expect:  accuracy 0.00 -> 0.99 in 49 s with startup (2 cores of an AMD EPYC, 2026-11-21)
 """
 
-import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import peft
 import torch
-from accelerate.utils import GatheredParameters, set_seed
-from peft import LoraConfig, TaskType, get_peft_model
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, RandomSampler
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
-from transformers.hf_argparser import HfArg
+import transformers
+from accelerate.utils import GatheredParameters
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.optimization import get_scheduler
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds utils/
-from utils.data import check_labels, load_data
-from utils.generation import generating
-from utils.launch import adamw, configure_deepspeed, start_accelerator
-from utils.memory import MemoryTracker
-from utils.results import Progress, WeightFiles, collect_metrics, finish_run
-from utils.settings import read_settings
+from utils import data, launch, memory, results, settings
 
 
 # 1. Settings --------------------------------------------------------------------------------------
 # yours to change
 @dataclass
 class Config:
-    """Model, data and hyperparameters. The launch config sets processes, precision, sharding."""
+    """Model, data and hyperparameters. The launch config sets processes, precision, sharding.
 
-    model_name_or_path: str = HfArg(default="assets/tiny-causal-lm", help="model folder or Hub id")
-    dtype: str = HfArg(default="float32", help="dtype of computations and of all other weights")
-    bnb_4bit_quant_storage: str = HfArg(default="", help="dtype that packs the 4-bit weights")
-    attn_implementation: str = HfArg(default="sdpa", help="attention backend: sdpa, eager, ...")
-    dataset_name: str = HfArg(default="assets/complaints", help="data file, folder or Hub id")
-    text_column: str = HfArg(default="Tweet text", help="column that the model reads")
-    label_column: str = HfArg(default="Label", help="column that the model learns to write")
-    prompt_template: str = HfArg(
-        default="Tweet text : {text} Label :", help="prompt; {text} stands for the text of the row"
-    )
-    max_length: int = HfArg(default=128, help="max tokens of prompt and label; text is truncated")
-    per_device_train_batch_size: int = HfArg(default=8, help="rows per micro-batch and process")
-    per_device_eval_batch_size: int = HfArg(default=32, help="rows per eval batch and process")
-    gradient_accumulation_steps: int = HfArg(default=1, help="micro-batches per update")
-    learning_rate: float = HfArg(default=1e-3, help="peak learning rate, after the warmup")
-    lr_scheduler_type: str = HfArg(default="cosine", help="schedule: cosine, linear, constant, ...")
-    warmup_ratio: float = HfArg(default=0.1, help="fraction of the updates used for warmup")
-    optim: str = HfArg(default="adamw_torch", help="adamw_torch, adamw_8bit or paged_...")
-    weight_decay: float = HfArg(default=0.0, help="weight decay of AdamW")
-    max_grad_norm: float = HfArg(default=1.0, help="clip gradients to this L2 norm; 0: no clipping")
-    num_train_epochs: float = HfArg(default=6.0, help="epochs, rounded up to full updates")
-    max_steps: int = HfArg(default=-1, help="number of updates; -1: train for num_train_epochs")
-    eval_strategy: str = HfArg(default="no", help="epoch: also evaluate after each epoch")
-    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations to save memory")
-    tf32: bool = HfArg(default=False, help="matrix products in TF32 on GPUs: faster, less exact")
-    layerwise_generation: bool = HfArg(
-        default=False, help="generate with one layer gathered at a time: less memory, slow"
-    )
-    lora_r: int = HfArg(default=8, help="rank of the LoRA matrices")
-    lora_alpha: int = HfArg(default=32, help="LoRA is scaled by lora_alpha / lora_r")
-    lora_dropout: float = HfArg(default=0.0, help="dropout probability on the input of LoRA layers")
-    target_modules: list[str] = HfArg(
-        default_factory=lambda: ["all-linear"], help="layers that get LoRA, or all-linear"
-    )
-    modules_to_save: list[str] = HfArg(default_factory=list, help="layers to train in full")
-    seed: int = HfArg(default=42, help="seed of weights, dropout, row order and split")
-    output_dir: str = HfArg(default=f"outputs/{Path(__file__).stem}", help="folder for the results")
-    overwrite_output_dir: bool = HfArg(default=False, help="replace an earlier run in output_dir")
-    hub_model_id: str = HfArg(default="", help="Hub repository to push to; empty: no push")
+    Every field is a flag. `--help` explains all of them, with these texts:
+
+    dtype: dtype of computations and of all other weights
+    text_column: column that the model reads
+    label_column: column that the model learns to write
+    prompt_template: prompt; {text} stands for the text of the row
+    max_length: max tokens of prompt and label; text is truncated
+    """
+
+    model_name_or_path: str = "assets/tiny-causal-lm"
+    dtype: str = "float32"
+    bnb_4bit_quant_storage: str = ""
+    attn_implementation: str = "sdpa"
+    dataset_name: str = "assets/complaints"
+    text_column: str = "Tweet text"
+    label_column: str = "Label"
+    prompt_template: str = "Tweet text : {text} Label :"
+    max_length: int = 128
+    per_device_train_batch_size: int = 8
+    per_device_eval_batch_size: int = 32
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-3
+    lr_scheduler_type: str = "cosine"
+    warmup_ratio: float = 0.1
+    optim: str = "adamw_torch"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    num_train_epochs: float = 6.0
+    max_steps: int = -1
+    eval_strategy: str = "no"
+    gradient_checkpointing: bool = False
+    tf32: bool = False
+    layerwise_generation: bool = False
+    lora_r: int = 8
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    modules_to_save: list[str] = field(default_factory=list)
+    seed: int = 42
+    output_dir: str = f"outputs/{Path(__file__).stem}"
+    overwrite_output_dir: bool = False
+    hub_model_id: str = ""
 
     def __post_init__(self):
         if self.prompt_template.count("{text}") != 1:
@@ -86,65 +79,69 @@ class Config:
 # yours to change
 def build_dataloaders(config, tokenizer, accelerator):
     """Return two loaders: the training batches of all updates, and the held-out rows."""
-    columns = {"text_column": config.text_column, "label_column": config.label_column}
-    train, valid = load_data(config.dataset_name, columns, config.seed)
-    labels = dict.fromkeys(map(str, [*train[config.label_column], *valid[config.label_column]]))
+    text_column, label_column = config.text_column, config.label_column
+    columns = {"text_column": text_column, "label_column": label_column}
+    train, valid = data.load_data(config.dataset_name, columns, config.seed)
     head, tail = config.prompt_template.split("{text}")
     head_ids = tokenizer(head).input_ids
     tail_ids = tokenizer(tail, add_special_tokens=False).input_ids
-    targets = {one: tokenizer(f" {one}", add_special_tokens=False).input_ids for one in labels}
-    known, fixed = train[config.label_column], len(head_ids + tail_ids)
-    answers, room = check_labels(known, targets, tokenizer, config.max_length, fixed)
+    labels = dict.fromkeys(map(str, [*train[label_column], *valid[label_column]]))
+    targets = {
+        label: tokenizer(f" {label}", add_special_tokens=False).input_ids for label in labels
+    }
+    answers, room = data.check_labels(
+        train[label_column],
+        targets,
+        tokenizer,
+        config.max_length,
+        prompt_length=len(head_ids + tail_ids),
+    )
 
     def encode(row):
-        label = str(row[config.label_column])
-        prompt = tokenizer(f"{head}{row[config.text_column] or ''}").input_ids
-        cut = len(prompt) > len(head_ids) + room
-        prompt = prompt[: len(head_ids) + room] + tail_ids  # only the text is truncated
-        target = [*targets[label], tokenizer.eos_token_id]
-        return {"prompt": prompt, "target": target, "label": answers[label], "cut": cut}
+        label = str(row[label_column])
+        prompt = tokenizer(f"{head}{row[text_column] or ''}").input_ids
+        limit = len(head_ids) + room  # only the text is truncated
+        return {
+            "prompt": prompt[:limit] + tail_ids,
+            "target": [*targets[label], tokenizer.eos_token_id],
+            "label": answers[label],
+            "is_truncated": len(prompt) > limit,
+        }
 
-    def pad(sequences, value, side="right"):
-        tensors = [torch.tensor(sequence) for sequence in sequences]
-        return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
-
-    def inputs(sequences, side="right"):
-        mask = pad([[1] * len(sequence) for sequence in sequences], 0, side)
-        return {"input_ids": pad(sequences, tokenizer.pad_token_id, side), "attention_mask": mask}
+    def pad(sequences, side):
+        return tokenizer.pad({"input_ids": sequences}, padding_side=side, return_tensors="pt")
 
     def collate_train(rows):
-        labels = [[-100] * len(row["prompt"]) + row["target"] for row in rows]  # -100: no loss
-        sequences = [row["prompt"] + row["target"] for row in rows]
-        return inputs(sequences) | {"labels": pad(labels, -100)}
+        batch = pad([row["prompt"] + row["target"] for row in rows], "right")
+        labels = pad([[-100] * len(row["prompt"]) + row["target"] for row in rows], "right")
+        # -100: no loss, neither on the prompt nor on padding
+        labels = labels.input_ids.masked_fill(batch.attention_mask == 0, -100)
+        return batch | {"labels": labels}
 
-    def collate_valid(rows):  # padded on the left: the answer starts where the prompt ends
-        return inputs([row["prompt"] for row in rows], "left")
+    def collate_valid(rows):
+        # padded on the left: the answer starts where the prompt ends
+        return pad([row["prompt"] for row in rows], "left")
 
-    train, valid = ([encode(row) for row in rows] for rows in (train, valid))
-    if cut := sum(row["cut"] for row in train + valid):
-        accelerator.print(f"{cut} of {len(train + valid)} texts are truncated: see --max_length.")
-    batch_size = config.per_device_train_batch_size
-    per_update = batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    max_steps = math.ceil(config.num_train_epochs * len(train) / per_update)
-    max_steps = config.max_steps if config.max_steps > 0 else max_steps
-    # all epochs in one loader; the order does not depend on the number of processes
-    generator = torch.Generator().manual_seed(config.seed)
-    sampler = RandomSampler(train, num_samples=max_steps * per_update, generator=generator)
-    train_loader = DataLoader(train, batch_size, sampler=sampler, collate_fn=collate_train)
-    valid_loader = DataLoader(
+    train = [encode(row) for row in train]
+    valid = [encode(row) for row in valid]
+    if count := sum(row["is_truncated"] for row in train + valid):
+        total = len(train + valid)
+        accelerator.print(f"{count} of {total} texts are truncated: see --max_length.")
+    return data.make_loaders(
+        config,
+        accelerator,
+        train,
         valid,
-        config.per_device_eval_batch_size,
-        collate_fn=collate_valid,
-        generator=torch.Generator(),  # else evaluating would advance the RNG that dropout uses
+        collate_train,
+        collate_valid,
     )
-    return train_loader, valid_loader
 
 
 # 3. Model -----------------------------------------------------------------------------------------
 # yours to change
 def build_model(config, tokenizer):
     """Return the pretrained model in 4 bits, frozen, with trainable LoRA layers."""
-    quantization = BitsAndBytesConfig(
+    quantization = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
@@ -153,29 +150,34 @@ def build_model(config, tokenizer):
         bnb_4bit_quant_storage=config.bnb_4bit_quant_storage or config.dtype,
     )
     unset_hf_deepspeed_config()  # under ZeRO-3 transformers accepts no device map
-    model = AutoModelForCausalLM.from_pretrained(
+    model = transformers.AutoModelForCausalLM.from_pretrained(
         config.model_name_or_path,
         dtype=config.dtype,
         attn_implementation=config.attn_implementation,
         use_safetensors=True,
         quantization_config=quantization,
-        device_map={"": "cpu"},  # else transformers puts the full model on every GPU
+        # else transformers puts the full model on every GPU
+        device_map={"": "cpu"},
     )
-    model.get_decoder().layerdrop = 0.0  # else processes skip different layers, and the run hangs
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    model.generation_config = GenerationConfig(**ends)  # greedy, whatever the checkpoint asks for
+    # else processes skip different layers, and the run hangs
+    model.get_decoder().layerdrop = 0.0
+    # greedy, whatever the checkpoint asks for
+    model.generation_config = transformers.GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()  # non-reentrant
-    targets = "all-linear" if config.target_modules == ["all-linear"] else config.target_modules
-    lora = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
+    targets = config.target_modules
+    lora = peft.LoraConfig(
+        task_type=peft.TaskType.CAUSAL_LM,
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=targets,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
         modules_to_save=config.modules_to_save or None,
     )
-    return get_peft_model(model, lora)
+    return peft.get_peft_model(model, lora)
 
 
 def compute_loss(model, batch):
@@ -185,7 +187,8 @@ def compute_loss(model, batch):
 
 def count_targets(batch):
     """Return how many label tokens `compute_loss` averages over, as a tensor."""
-    return batch["labels"][:, 1:].ne(-100).sum()  # nothing predicts the first token
+    # nothing predicts the first token
+    return batch["labels"][:, 1:].ne(-100).sum()
 
 
 # 4. Evaluation ------------------------------------------------------------------------------------
@@ -193,18 +196,21 @@ def count_targets(batch):
 def evaluate(accelerator, model, tokenizer, valid_loader, config):
     """Return the scores on the held-out rows, and the (prediction, label) pairs."""
     model.eval()
-    rows, predictions = valid_loader.dataset, []
+    rows = valid_loader.dataset
     longest = max(len(row["target"]) for row in rows)
+    answers = []
     # Gather the full model once, generate, and shard it again. If it does not fit, all processes
     # gather each layer for every token. synced_gpus makes each go on until the last is done.
-    with generating(accelerator, model, config.layerwise_generation) as generator:
+    with launch.generating(accelerator, model, config.layerwise_generation) as generator:
         for batch in valid_loader:
             tokens = generator.generate(**batch, max_new_tokens=longest, synced_gpus=True)
-            new_tokens = tokens[:, batch["input_ids"].shape[1] :]
-            answers = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+            tokens = tokens[:, batch["input_ids"].shape[1] :]
+            texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
             # drops rows that were repeated to give all processes the same number of batches
-            predictions += accelerator.gather_for_metrics(answers, use_gather_object=True)
-    samples = [(one.strip(), row["label"]) for one, row in zip(predictions, rows, strict=True)]
+            answers += accelerator.gather_for_metrics(texts, use_gather_object=True)
+    predictions = [answer.strip() for answer in answers]
+    labels = [row["label"] for row in rows]
+    samples = list(zip(predictions, labels, strict=True))
     correct = sum(prediction == label for prediction, label in samples)
     return {"accuracy": correct / len(samples)}, samples
 
@@ -212,32 +218,60 @@ def evaluate(accelerator, model, tokenizer, valid_loader, config):
 def main():
     # 5. Setup -------------------------------------------------------------------------------------
     # leave, unless you know why
-    config = read_settings(Config, ("zero3",), AutoModelForCausalLM, base="4bit")
-    accelerator = start_accelerator(config.gradient_accumulation_steps, tf32=config.tf32)
-    set_seed(config.seed)
-    tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # padding is masked
+    config = settings.read_settings(
+        Config,
+        strategies=("zero3",),
+        auto_model=transformers.AutoModelForCausalLM,
+        base="4bit",
+    )
+    accelerator = launch.start_accelerator(
+        config.gradient_accumulation_steps,
+        tf32=config.tf32,
+    )
+    transformers.set_seed(config.seed)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(config.model_name_or_path)
+    # any token will do, for padding is masked
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     train_loader, valid_loader = build_dataloaders(config, tokenizer, accelerator)
-    tracker = MemoryTracker()
+    tracker = memory.MemoryTracker()
     with tracker.phase("load"):
         model = build_model(config, tokenizer)
-        files = WeightFiles(accelerator, config, model, tokenizer)
-        trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-        optimizer = adamw(config.optim)(trainable.values(), **options)
-        configure_deepspeed(accelerator, config, model)  # also shards the 4-bit weights
+        files = results.WeightFiles(accelerator, config, model, tokenizer)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        optimizer = launch.adamw(config.optim)(
+            trainable,
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+        )
+        # also shards the 4-bit weights
+        launch.configure_deepspeed(accelerator, config, model)
         model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
         # not in `prepare`: accelerate would give DeepSpeed the smaller batch size of both loaders
         valid_loader = accelerator.prepare_data_loader(valid_loader)
     max_steps = len(train_loader) // config.gradient_accumulation_steps
-    warmup = int(config.warmup_ratio * max_steps)
-    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, warmup, max_steps)
-    progress = Progress(accelerator, model, config, max_steps, len(train_loader.dataset))
+    scheduler = transformers.get_scheduler(
+        config.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=int(config.warmup_ratio * max_steps),
+        num_training_steps=max_steps,
+    )
+    progress = results.Progress(
+        accelerator,
+        model,
+        config,
+        max_steps,
+        num_rows=len(train_loader.dataset),
+    )
 
     # 6. Training loop -----------------------------------------------------------------------------
     # leave, unless you know why
     before, _ = evaluate(accelerator, model, tokenizer, valid_loader, config)
-    files.try_writing(gather_weights(accelerator, model))  # stops now if saving fails
+    # stops now if saving fails
+    files.try_writing(gather_weights(accelerator, model))
+    # undone in advance: accelerate divides the loss by the accumulation steps; DDP, ZeRO and FSDP
+    # divide the gradient by the number of processes
+    averages = config.gradient_accumulation_steps * accelerator.num_processes
+    max_norm = config.max_grad_norm or torch.inf
     with tracker.phase("train"):
         model.train()
         batches = iter(train_loader)
@@ -245,8 +279,9 @@ def main():
             micro_batches = [next(batches) for _ in range(config.gradient_accumulation_steps)]
             targets = [count_targets(batch) for batch in micro_batches]
             inputs = sum(batch["attention_mask"].sum() for batch in micro_batches)
-            totals = torch.stack([sum(targets, 0 * inputs), inputs])  # a tensor, even of numbers
-            step_targets, step_inputs = accelerator.reduce(totals)  # of this update, all processes
+            # label tokens and input tokens of this update, summed over all processes
+            counts = torch.stack([sum(targets, 0 * inputs), inputs])
+            step_targets, step_inputs = accelerator.reduce(counts)
             step_loss = torch.zeros((), device=accelerator.device)
             for batch, count in zip(micro_batches, targets, strict=True):
                 with accelerator.accumulate(model):
@@ -254,18 +289,18 @@ def main():
                     # update has the same weight
                     loss = compute_loss(model, batch) * count / step_targets
                     step_loss += loss.detach()
-                    # undo two averages in advance: accelerate divides by the accumulation steps;
-                    # DDP, ZeRO and FSDP divide by the number of processes
-                    averages = config.gradient_accumulation_steps * accelerator.num_processes
                     accelerator.backward(loss * averages)
                     if accelerator.sync_gradients:
-                        max_norm = config.max_grad_norm or math.inf
                         grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
                     optimizer.step()
                     optimizer.zero_grad()
-            loss, rate = accelerator.reduce(step_loss), scheduler.get_last_lr()[0]
-            counts = {"target_tokens": step_targets, "input_tokens": step_inputs}
-            progress.log(loss=loss, learning_rate=rate, grad_norm=grad_norm, **counts)
+            progress.log(
+                loss=accelerator.reduce(step_loss),
+                learning_rate=scheduler.get_last_lr()[0],
+                grad_norm=grad_norm,
+                target_tokens=step_targets,
+                input_tokens=step_inputs,
+            )
             scheduler.step()
             if config.eval_strategy == "epoch" and progress.is_between_epochs():
                 scores, _ = evaluate(accelerator, model, tokenizer, valid_loader, config)
@@ -274,14 +309,12 @@ def main():
     with tracker.phase("eval"):
         after, samples = evaluate(accelerator, model, tokenizer, valid_loader, config)
     weights = gather_weights(accelerator, model)
-    scores = {name: (before.get(name, math.nan), after[name]) for name in after}
-    metrics = collect_metrics(accelerator, model, config, tracker, scores, progress.updates)
+    metrics = progress.collect_metrics(tracker, before, after)
     if accelerator.is_main_process:
         # when the block ends, new_folder checks the files and adds metrics, log and plots
         with files.new_folder(metrics, progress) as folder:
             files.write(folder, weights)
-    progress.show_samples(samples)
-    finish_run(accelerator, config, metrics)
+    progress.finish(metrics, samples)
 
 
 # 7. Save ------------------------------------------------------------------------------------------

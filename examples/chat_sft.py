@@ -48,7 +48,7 @@ from utils.lora import expert_targets, gather_blocks, lora_targets, say_experts,
 from utils.loss import add_token_loss, attention_that_works, check_token_loss
 from utils.memory import MemoryTracker
 from utils.packing import build_loader, pack, shuffled_sequences, stream_sequences
-from utils.results import Progress, WeightFiles, collect_metrics, end_run, print_saved
+from utils.results import Progress, WeightFiles, end_run, print_saved
 from utils.results import print_scores
 from utils.resuming import check_resumed, find_run, identify, remove_earlier_run, restore_progress
 from utils.run_log import RunLog, is_due, tracker_options
@@ -634,8 +634,7 @@ def main():
         # only the trainable parameters are gathered, a frozen base stays sharded
         weights = gather_trained(accelerator, model)
         tracker.seconds["train"] = log.seconds  # of all updates, without evaluations and saves
-        scores, updates = log.scores(), progress.updates
-        metrics = collect_metrics(accelerator, model, config, tracker, scores, updates)
+        metrics = progress.collect_metrics(tracker, *log.scores())
         metrics["evaluations"] = progress.evaluations
         if accelerator.is_main_process:
             # when the block ends, new_folder checks the files and adds metrics and memory.png

@@ -7,68 +7,62 @@ Needs:   2 CPU processes with 589 MB each for the shipped model; on GPUs not mea
 Expect:  accuracy 0.00 -> 0.97 in 20 s with startup (2 cores of an AMD EPYC, 2026-11-21)
 """
 
-import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import peft
 import torch
-from accelerate.utils import set_seed
-from peft import LoraConfig, TaskType, get_peft_model
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, RandomSampler
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
-from transformers.hf_argparser import HfArg
-from transformers.optimization import get_scheduler
+import transformers
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds utils/
-from utils.data import check_labels, load_data
-from utils.launch import configure_deepspeed, device_map, start_accelerator
-from utils.memory import MemoryTracker
-from utils.results import Progress, WeightFiles, collect_metrics, finish_run
-from utils.settings import read_settings
+from utils import data, launch, memory, results, settings
 
 
 # 1. Settings --------------------------------------------------------------------------------------
 # yours to change
 @dataclass
 class Config:
-    """Model, data and hyperparameters. The launch config sets processes, precision, sharding."""
+    """Model, data and hyperparameters. The launch config sets processes, precision, sharding.
 
-    model_name_or_path: str = HfArg(default="assets/tiny-seq2seq", help="model folder or Hub id")
-    dtype: str = HfArg(default="float32", help="dtype of the loaded weights")
-    attn_implementation: str = HfArg(default="sdpa", help="attention backend: sdpa, eager, ...")
-    dataset_name: str = HfArg(default="assets/complaints", help="data file, folder or Hub id")
-    text_column: str = HfArg(default="Tweet text", help="column that the model reads")
-    label_column: str = HfArg(default="Label", help="column that the model learns to write")
-    prompt_template: str = HfArg(
-        default="Tweet text : {text} Label :", help="prompt; {text} stands for the text of the row"
-    )
-    max_length: int = HfArg(default=128, help="max tokens of the prompt; text is truncated")
-    per_device_train_batch_size: int = HfArg(default=8, help="rows per micro-batch and process")
-    per_device_eval_batch_size: int = HfArg(default=32, help="rows per eval batch and process")
-    gradient_accumulation_steps: int = HfArg(default=1, help="micro-batches per update")
-    learning_rate: float = HfArg(default=1e-3, help="peak learning rate, after the warmup")
-    lr_scheduler_type: str = HfArg(default="cosine", help="schedule: cosine, linear, constant, ...")
-    warmup_ratio: float = HfArg(default=0.1, help="fraction of the updates used for warmup")
-    weight_decay: float = HfArg(default=0.0, help="weight decay of AdamW")
-    max_grad_norm: float = HfArg(default=1.0, help="clip gradients to this L2 norm; 0: no clipping")
-    num_train_epochs: float = HfArg(default=6.0, help="epochs, rounded up to full updates")
-    max_steps: int = HfArg(default=-1, help="number of updates; -1: train for num_train_epochs")
-    eval_strategy: str = HfArg(default="no", help="epoch: also evaluate after each epoch")
-    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations to save memory")
-    tf32: bool = HfArg(default=False, help="matrix products in TF32 on GPUs: faster, less exact")
-    lora_r: int = HfArg(default=8, help="rank of the LoRA matrices")
-    lora_alpha: int = HfArg(default=32, help="LoRA is scaled by lora_alpha / lora_r")
-    lora_dropout: float = HfArg(default=0.0, help="dropout probability on the input of LoRA layers")
-    target_modules: list[str] = HfArg(
-        default_factory=lambda: ["all-linear"], help="layers that get LoRA, or all-linear"
-    )
-    modules_to_save: list[str] = HfArg(default_factory=list, help="layers to train in full")
-    seed: int = HfArg(default=42, help="seed of weights, dropout, row order and split")
-    output_dir: str = HfArg(default=f"outputs/{Path(__file__).stem}", help="folder for the results")
-    overwrite_output_dir: bool = HfArg(default=False, help="replace an earlier run in output_dir")
-    hub_model_id: str = HfArg(default="", help="Hub repository to push to; empty: no push")
+    Every field is a flag. `--help` explains all of them, with these texts:
+
+    text_column: column that the model reads
+    label_column: column that the model learns to write
+    prompt_template: prompt; {text} stands for the text of the row
+    max_length: max tokens of the prompt; text is truncated
+    """
+
+    model_name_or_path: str = "assets/tiny-seq2seq"
+    dtype: str = "float32"
+    attn_implementation: str = "sdpa"
+    dataset_name: str = "assets/complaints"
+    text_column: str = "Tweet text"
+    label_column: str = "Label"
+    prompt_template: str = "Tweet text : {text} Label :"
+    max_length: int = 128
+    per_device_train_batch_size: int = 8
+    per_device_eval_batch_size: int = 32
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-3
+    lr_scheduler_type: str = "cosine"
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    num_train_epochs: float = 6.0
+    max_steps: int = -1
+    eval_strategy: str = "no"
+    gradient_checkpointing: bool = False
+    tf32: bool = False
+    lora_r: int = 8
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    modules_to_save: list[str] = field(default_factory=list)
+    seed: int = 42
+    output_dir: str = f"outputs/{Path(__file__).stem}"
+    overwrite_output_dir: bool = False
+    hub_model_id: str = ""
 
     def __post_init__(self):
         if self.prompt_template.count("{text}") != 1:
@@ -79,95 +73,112 @@ class Config:
 # yours to change
 def build_dataloaders(config, tokenizer, accelerator):
     """Return two loaders: the training batches of all updates, and the held-out rows."""
-    columns = {"text_column": config.text_column, "label_column": config.label_column}
-    train, valid = load_data(config.dataset_name, columns, config.seed)
-    labels = dict.fromkeys(map(str, [*train[config.label_column], *valid[config.label_column]]))
+    text_column, label_column = config.text_column, config.label_column
+    columns = {"text_column": text_column, "label_column": label_column}
+    train, valid = data.load_data(config.dataset_name, columns, config.seed)
     head, tail = config.prompt_template.split("{text}")
+    labels = dict.fromkeys(map(str, [*train[label_column], *valid[label_column]]))
     targets = {label: tokenizer(text_target=label).input_ids for label in labels}
-    eos = tokenizer.eos_token_id  # some tokenizers do not append it; generation would not stop
+    # some tokenizers do not append the end token; generation would not stop
+    eos = tokenizer.eos_token_id
     targets = {label: ids if eos in ids else [*ids, eos] for label, ids in targets.items()}
-    fixed = len(tokenizer(head + tail).input_ids)
-    known, limit = train[config.label_column], config.max_length
-    answers, _ = check_labels(known, targets, tokenizer, limit, fixed, is_shared=False)
+    answers, _ = data.check_labels(
+        train[label_column],
+        targets,
+        tokenizer,
+        config.max_length,
+        prompt_length=len(tokenizer(head + tail).input_ids),
+        is_shared=False,
+    )
 
     def encode(row):
-        label = str(row[config.label_column])
-        text = str(row[config.text_column] or "")
+        label = str(row[label_column])
+        text = str(row[text_column] or "")
         prompt = tokenizer(head + text + tail).input_ids
-        cut = len(prompt) > config.max_length
+        is_truncated = len(prompt) > config.max_length
         kept = tokenizer(text, add_special_tokens=False).input_ids
-        while len(prompt) > config.max_length:  # only the text is truncated
+        # only the text is truncated
+        while len(prompt) > config.max_length:
             kept = kept[: config.max_length - len(prompt)]
             prompt = tokenizer(head + tokenizer.decode(kept) + tail).input_ids
-        return {"prompt": prompt, "target": targets[label], "label": answers[label], "cut": cut}
+        return {
+            "prompt": prompt,
+            "target": targets[label],
+            "label": answers[label],
+            "is_truncated": is_truncated,
+        }
 
-    def pad(sequences, value):
-        tensors = [torch.tensor(sequence) for sequence in sequences]
-        return pad_sequence(tensors, batch_first=True, padding_value=value)
+    def pad(sequences):
+        # the decoder writes the answer, so either side can be padded
+        return tokenizer.pad({"input_ids": sequences}, padding_side="right", return_tensors="pt")
 
-    def collate_valid(rows):  # the decoder writes the answer, so either side can be padded
-        mask = pad([[1] * len(row["prompt"]) for row in rows], 0)
-        input_ids = pad([row["prompt"] for row in rows], tokenizer.pad_token_id)
-        return {"input_ids": input_ids, "attention_mask": mask}
+    def collate_valid(rows):
+        return pad([row["prompt"] for row in rows])
 
-    def collate_train(rows):  # the model makes the decoder's input from the labels
-        return collate_valid(rows) | {"labels": pad([row["target"] for row in rows], -100)}
+    def collate_train(rows):
+        # the model makes the decoder's input from the labels
+        labels = pad([row["target"] for row in rows])
+        # -100: no loss on padding
+        labels = labels.input_ids.masked_fill(labels.attention_mask == 0, -100)
+        return collate_valid(rows) | {"labels": labels}
 
-    train, valid = ([encode(row) for row in rows] for rows in (train, valid))
-    if cut := sum(row["cut"] for row in train + valid):
-        accelerator.print(f"{cut} of {len(train + valid)} texts are truncated: see --max_length.")
-    batch_size = config.per_device_train_batch_size
-    per_update = batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    max_steps = math.ceil(config.num_train_epochs * len(train) / per_update)
-    max_steps = config.max_steps if config.max_steps > 0 else max_steps
-    # all epochs in one loader; the order does not depend on the number of processes
-    generator = torch.Generator().manual_seed(config.seed)
-    sampler = RandomSampler(train, num_samples=max_steps * per_update, generator=generator)
-    train_loader = DataLoader(train, batch_size, sampler=sampler, collate_fn=collate_train)
-    valid_loader = DataLoader(
+    train = [encode(row) for row in train]
+    valid = [encode(row) for row in valid]
+    if count := sum(row["is_truncated"] for row in train + valid):
+        total = len(train + valid)
+        accelerator.print(f"{count} of {total} texts are truncated: see --max_length.")
+    return data.make_loaders(
+        config,
+        accelerator,
+        train,
         valid,
-        config.per_device_eval_batch_size,
-        collate_fn=collate_valid,
-        generator=torch.Generator(),  # else evaluating would advance the RNG that dropout uses
+        collate_train,
+        collate_valid,
     )
-    return train_loader, valid_loader
 
 
 # 3. Model -----------------------------------------------------------------------------------------
 # yours to change
 def build_model(config, tokenizer):
     """Return the pretrained model, frozen, with trainable LoRA layers."""
-    model = AutoModelForSeq2SeqLM.from_pretrained(
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(
         config.model_name_or_path,
         dtype=config.dtype,
         attn_implementation=config.attn_implementation,
         use_safetensors=True,
-        device_map=device_map(),  # the strategy decides where the weights go
+        # the strategy decides where the weights go
+        device_map=launch.device_map(),
     )
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    model.generation_config = GenerationConfig(**ends)  # greedy, whatever the checkpoint asks for
+    # greedy, whatever the checkpoint asks for
+    model.generation_config = transformers.GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     # the decoder starts as in training: with the config's start token, or mBART's language token
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        ids, eos = tokenizer(text_target="label").input_ids, tokenizer.eos_token_id
-        target = torch.tensor([ids if eos in ids else [*ids, eos]])  # as in section 2
+        # with an end token, as in section 2
+        ids = tokenizer(text_target="label").input_ids
+        eos = tokenizer.eos_token_id
+        target = torch.tensor([ids if eos in ids else [*ids, eos]])
         start = model.prepare_decoder_input_ids_from_labels(target)[0, 0].item()
     else:
         start = model.config.decoder_start_token_id
     model.generation_config.decoder_start_token_id = start
     for part in (model.get_encoder(), model.get_decoder()):
-        part.layerdrop = 0.0  # else processes skip different layers, and the run hangs
+        # else processes skip different layers, and the run hangs
+        part.layerdrop = 0.0
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()  # non-reentrant
-    targets = "all-linear" if config.target_modules == ["all-linear"] else config.target_modules
-    lora = LoraConfig(
-        task_type=TaskType.SEQ_2_SEQ_LM,
+    targets = config.target_modules
+    lora = peft.LoraConfig(
+        task_type=peft.TaskType.SEQ_2_SEQ_LM,
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=targets,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
         modules_to_save=config.modules_to_save or None,
     )
-    return get_peft_model(model, lora)
+    return peft.get_peft_model(model, lora)
 
 
 def compute_loss(model, batch):
@@ -185,15 +196,18 @@ def count_targets(batch):
 def evaluate(accelerator, model, tokenizer, valid_loader, config):
     """Return the scores on the held-out rows, and the (prediction, label) pairs."""
     model.eval()
-    rows, predictions = valid_loader.dataset, []
+    rows = valid_loader.dataset
     longest = max(len(row["target"]) for row in rows)
+    answers = []
     generator = accelerator.unwrap_model(model)
     for batch in valid_loader:
         tokens = generator.generate(**batch, max_new_tokens=longest)
-        answers = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         # drops rows that were repeated to give all processes the same number of batches
-        predictions += accelerator.gather_for_metrics(answers, use_gather_object=True)
-    samples = [(one.strip(), row["label"]) for one, row in zip(predictions, rows, strict=True)]
+        answers += accelerator.gather_for_metrics(texts, use_gather_object=True)
+    predictions = [answer.strip() for answer in answers]
+    labels = [row["label"] for row in rows]
+    samples = list(zip(predictions, labels, strict=True))
     correct = sum(prediction == label for prediction, label in samples)
     return {"accuracy": correct / len(samples)}, samples
 
@@ -201,34 +215,62 @@ def evaluate(accelerator, model, tokenizer, valid_loader, config):
 def main():
     # 5. Setup -------------------------------------------------------------------------------------
     # leave, unless you know why
-    strategies = ("single", "ddp", "zero1", "zero2")
-    config = read_settings(Config, strategies, AutoModelForSeq2SeqLM, base="frozen")
-    accelerator = start_accelerator(config.gradient_accumulation_steps, tf32=config.tf32)
-    set_seed(config.seed)
-    tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # padding is masked
+    config = settings.read_settings(
+        Config,
+        strategies=("single", "ddp", "zero1", "zero2"),
+        auto_model=transformers.AutoModelForSeq2SeqLM,
+        base="frozen",
+    )
+    accelerator = launch.start_accelerator(
+        config.gradient_accumulation_steps,
+        tf32=config.tf32,
+    )
+    transformers.set_seed(config.seed)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(config.model_name_or_path)
+    # any token will do, for padding is masked
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     train_loader, valid_loader = build_dataloaders(config, tokenizer, accelerator)
-    tracker = MemoryTracker()
+    tracker = memory.MemoryTracker()
     with tracker.phase("load"):
         model = build_model(config, tokenizer)
-        files = WeightFiles(accelerator, config, model, tokenizer)
-        trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-        options["fused"] = accelerator.device.type == "cuda"  # one kernel per step
-        optimizer = torch.optim.AdamW(trainable.values(), **options)
-        configure_deepspeed(accelerator, config, model)  # DeepSpeed accumulates and clips by itself
+        files = results.WeightFiles(accelerator, config, model, tokenizer)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trainable,
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            # a few large kernels instead of many small ones
+            fused=accelerator.device.type == "cuda",
+        )
+        # DeepSpeed accumulates and clips by itself
+        launch.configure_deepspeed(accelerator, config, model)
         model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
         # not in `prepare`: accelerate would give DeepSpeed the smaller batch size of both loaders
         valid_loader = accelerator.prepare_data_loader(valid_loader)
     max_steps = len(train_loader) // config.gradient_accumulation_steps
-    warmup = int(config.warmup_ratio * max_steps)
-    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, warmup, max_steps)
-    progress = Progress(accelerator, model, config, max_steps, len(train_loader.dataset))
+    scheduler = transformers.get_scheduler(
+        config.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=int(config.warmup_ratio * max_steps),
+        num_training_steps=max_steps,
+    )
+    progress = results.Progress(
+        accelerator,
+        model,
+        config,
+        max_steps,
+        num_rows=len(train_loader.dataset),
+    )
 
     # 6. Training loop -----------------------------------------------------------------------------
     # leave, unless you know why
     before, _ = evaluate(accelerator, model, tokenizer, valid_loader, config)
-    files.try_writing(gather_weights(accelerator, model))  # stops now if saving fails
+    # stops now if saving fails
+    files.try_writing(gather_weights(accelerator, model))
+    # undone in advance: accelerate divides the loss by the accumulation steps; DDP, ZeRO and FSDP
+    # divide the gradient by the number of processes
+    averages = config.gradient_accumulation_steps * accelerator.num_processes
+    max_norm = config.max_grad_norm or torch.inf
     with tracker.phase("train"):
         model.train()
         batches = iter(train_loader)
@@ -236,8 +278,9 @@ def main():
             micro_batches = [next(batches) for _ in range(config.gradient_accumulation_steps)]
             targets = [count_targets(batch) for batch in micro_batches]
             inputs = sum(batch["attention_mask"].sum() for batch in micro_batches)
-            totals = torch.stack([sum(targets, 0 * inputs), inputs])  # a tensor, even of numbers
-            step_targets, step_inputs = accelerator.reduce(totals)  # of this update, all processes
+            # label tokens and input tokens of this update, summed over all processes
+            counts = torch.stack([sum(targets, 0 * inputs), inputs])
+            step_targets, step_inputs = accelerator.reduce(counts)
             step_loss = torch.zeros((), device=accelerator.device)
             for batch, count in zip(micro_batches, targets, strict=True):
                 with accelerator.accumulate(model):
@@ -245,18 +288,18 @@ def main():
                     # update has the same weight
                     loss = compute_loss(model, batch) * count / step_targets
                     step_loss += loss.detach()
-                    # undo two averages in advance: accelerate divides by the accumulation steps;
-                    # DDP, ZeRO and FSDP divide by the number of processes
-                    averages = config.gradient_accumulation_steps * accelerator.num_processes
                     accelerator.backward(loss * averages)
                     if accelerator.sync_gradients:
-                        max_norm = config.max_grad_norm or math.inf
                         grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
                     optimizer.step()
                     optimizer.zero_grad()
-            loss, rate = accelerator.reduce(step_loss), scheduler.get_last_lr()[0]
-            counts = {"target_tokens": step_targets, "input_tokens": step_inputs}
-            progress.log(loss=loss, learning_rate=rate, grad_norm=grad_norm, **counts)
+            progress.log(
+                loss=accelerator.reduce(step_loss),
+                learning_rate=scheduler.get_last_lr()[0],
+                grad_norm=grad_norm,
+                target_tokens=step_targets,
+                input_tokens=step_inputs,
+            )
             scheduler.step()
             if config.eval_strategy == "epoch" and progress.is_between_epochs():
                 scores, _ = evaluate(accelerator, model, tokenizer, valid_loader, config)
@@ -265,14 +308,12 @@ def main():
     with tracker.phase("eval"):
         after, samples = evaluate(accelerator, model, tokenizer, valid_loader, config)
     weights = gather_weights(accelerator, model)
-    scores = {name: (before.get(name, math.nan), after[name]) for name in after}
-    metrics = collect_metrics(accelerator, model, config, tracker, scores, progress.updates)
+    metrics = progress.collect_metrics(tracker, before, after)
     if accelerator.is_main_process:
         # when the block ends, new_folder checks the files and adds metrics, log and plots
         with files.new_folder(metrics, progress) as folder:
             files.write(folder, weights)
-    progress.show_samples(samples)
-    finish_run(accelerator, config, metrics)
+    progress.finish(metrics, samples)
 
 
 # 7. Save ------------------------------------------------------------------------------------------

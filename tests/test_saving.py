@@ -22,7 +22,7 @@ SHARDED = {  # config -> script
     "fsdp2": "causal_lm_lora_fsdp2",
 }
 SAVE = "    weights = gather_weights(accelerator, model)\n"
-END = "    finish_run(accelerator, config, metrics)\n"
+END = "    progress.finish(metrics, samples)\n"
 STEP = "                    optimizer.step()\n"
 # Planted before optimizer.step(): trainable parameters have gradients, which are sharded under
 # FSDP, and frozen weights have none.

@@ -81,7 +81,7 @@ def find_strategies(tree):
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
     values = {getattr(node.targets[0], "id", None): node.value for node in assigned}
-    for call in (call for call in calls if getattr(call.func, "id", "") in CHECKS):
+    for call in (call for call in calls if ast.unparse(call.func).split(".")[-1] in CHECKS):
         for argument in [*call.args, *(keyword.value for keyword in call.keywords)]:
             argument = values.get(getattr(argument, "id", ""), argument)
             words = [getattr(word, "value", None) for word in getattr(argument, "elts", [])]
@@ -127,7 +127,7 @@ def find_requirements(script, utils, launch):
         needed |= {name for name in imported(path) if name.split(".")[0] not in OPTIONAL}
     if launch.config and "DEEPSPEED" in (ROOT / launch.config).read_text():
         needed.add("deepspeed")
-    if "transformers.BitsAndBytesConfig" in needed:
+    if "BitsAndBytesConfig(" in script.read_text():
         needed.add("bitsandbytes")
     packages = {name.split(".")[0].replace("_", "-") for name in needed}
     lines = (ROOT / "requirements.txt").read_text().splitlines()

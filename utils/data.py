@@ -1,12 +1,16 @@
-"""Read the rows of a file, a folder or a Hub data set; stop if they cannot be used.
+"""Read the rows of a file, a folder or a Hub data set, and batch them; stop if they cannot be used.
 
 The script names its columns; this file does not know what they mean. What is not used is printed.
 """
 
+import math
 from collections import Counter
+from itertools import cycle, islice
 from pathlib import Path
 
+import torch
 from datasets import ClassLabel, Value, load_dataset
+from torch.utils.data import DataLoader, RandomSampler
 
 from utils.errors import or_refuse, refuse, say
 from utils.model_files import check_hub
@@ -258,3 +262,37 @@ def check_labels(train, targets, tokenizer, max_length, prompt_length, is_shared
             f"prompt and {longest} of label: give {prompt_length + longest + 1} or more"
         )
     return answers, room
+
+
+def make_loaders(config, accelerator, train, valid, collate_train, collate_valid, order=None):
+    """Return a loader of the training batches of all updates, and one of the held-out rows.
+
+    One loader holds all epochs, and its length decides the number of updates. The order of the
+    training rows does not depend on the number of processes.
+
+    Args:
+        config: its seed, batch sizes, gradient_accumulation_steps, num_train_epochs and max_steps
+            are read.
+        train, valid: the rows, lists or anything else with a length and indices.
+        collate_train, collate_valid: functions that make a batch of a list of rows.
+        order: the indices of the training rows in the order of an epoch, for all epochs. Without
+            it the seed draws a new order for each epoch.
+    """
+    batch_size = config.per_device_train_batch_size
+    per_update = batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    max_steps = config.max_steps
+    if max_steps < 1:
+        max_steps = math.ceil(config.num_train_epochs * len(train) / per_update)
+    if order is None:
+        generator = torch.Generator().manual_seed(config.seed)
+        order = RandomSampler(train, num_samples=max_steps * per_update, generator=generator)
+    else:
+        order = list(islice(cycle(order), max_steps * per_update))
+    train_loader = DataLoader(train, batch_size, sampler=order, collate_fn=collate_train)
+    valid_loader = DataLoader(
+        valid,
+        config.per_device_eval_batch_size,
+        collate_fn=collate_valid,
+        generator=torch.Generator(),  # else evaluating would advance the RNG that dropout uses
+    )
+    return train_loader, valid_loader

@@ -26,11 +26,13 @@ from utils.deepspeed_checks import check_plugin
 from utils.environment import FIELDS, uses_gpu
 from utils.errors import first_line, refuse
 from utils.experts import allow_skipping
+from utils.generation import generating as generating  # lessons take it from here
 from utils.heartbeat import start_heartbeat
 from utils.nvme import fit_nvme, start_nvme
 from utils.process_group import end_with_launcher, join_group, use_all_cores
 from utils.sharded_loading import load_sharded as load_sharded  # lessons take it from here
 from utils.sharded_loading import shard_from_files
+from utils.traffic import compress_gradients as compress_gradients  # a lesson takes it from here
 
 BUCKET = 500_000_000  # DeepSpeed's default for its two bucket sizes, in elements
 

@@ -31,6 +31,9 @@ from utils.engine import (
 from utils.errors import fail, fail_together, first_line, refuse, say
 from utils.heartbeat import stop_heartbeat
 from utils.loading import base_model, load_lines
+
+# a lesson takes these two from here
+from utils.run_files import find_checkpoint, save_checkpoint  # noqa: F401
 from utils.run_files import write_adapter_config, write_beside
 from utils.saving import AdapterLayout, check_adapter, check_model, free_bytes, holding_signals
 from utils.saving import has_weights, keep_unchecked, move_into_place, plain_name, share
@@ -52,15 +55,17 @@ class Progress:
 
     Args:
         accelerator, model: from `prepare`. Prints how many bytes of parameters each process holds.
-        config: the script's Config, with per_device_train_batch_size and
-            gradient_accumulation_steps.
+            The facts about the strategy are read from them, not from the launch config.
+        config: the script's Config, with per_device_train_batch_size, gradient_accumulation_steps,
+            output_dir and hub_model_id.
         max_steps: number of updates.
         num_rows: number of training rows, which make an epoch; infinity if it is unknown.
     """
 
     def __init__(self, accelerator, model, config, max_steps, num_rows):
         check_sharding(accelerator, model)
-        self.accelerator, self.max_steps = accelerator, max_steps
+        self.accelerator, self.model, self.config = accelerator, model, config
+        self.max_steps = max_steps
         rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
         self.epochs_per_update = rows * accelerator.num_processes / num_rows
         self.updates, self.evaluations, self.bar = [], [], None
@@ -145,7 +150,7 @@ class Progress:
 
     def log_scores(self, scores):
         """Record and print held-out scores, measured since the last update was logged."""
-        # collect_metrics leaves this time out of the seconds of the training
+        # `collect_metrics` leaves this time out of the seconds of the training
         self.updates[-1]["evaluation_seconds"] = time.perf_counter() - self.logged_at
         last = {name: self.updates[-1][name] for name in ("step", "epoch")}
         scores = {name: as_number(score) for name, score in scores.items()}
@@ -154,13 +159,77 @@ class Progress:
             told = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
             tqdm.write(f"held-out after epoch {last['epoch']:.4g}: {told}")
 
-    def show_samples(self, samples):
-        """Print up to ten of the (prediction, label) pairs; nothing if there are none."""
-        if self.accelerator.is_main_process and samples:
-            print(f"{min(10, len(samples))} of {len(samples)} held-out rows:")
-            width = max(len(repr(prediction)) for prediction, _ in samples[:10])
-            for prediction, label in samples[:10]:
-                print(f"  prediction {prediction!r:<{width}}  label {label!r}")
+    def collect_metrics(self, tracker, before, after):
+        """Return the content of metrics.json. Collective: every process must call it.
+
+        "target_tokens" and "input_tokens" of the updates count the tokens of all processes, without
+        padding.
+
+        Args:
+            tracker: a `MemoryTracker` that has measured the phase train.
+            before, after: name -> held-out score, before and after the training. A name that is
+                missing before is recorded as NaN there.
+        """
+        accelerator, updates = self.accelerator, self.updates
+        unwrapped = accelerator.unwrap_model(self.model)
+        parameters = list(unwrapped.parameters())
+        engine = engine_facts(accelerator, parameters)
+        offload = engine["offload_optimizer"]
+        is_gpu, seconds = accelerator.device.type == "cuda", tracker.seconds["train"]
+        seconds -= sum(update.get("evaluation_seconds", 0) for update in updates)
+        tokens = {
+            name: sum(int(update[name]) for update in updates)
+            for name in ("target_tokens", "input_tokens")
+            if updates and name in updates[0]
+        }
+        metrics = {
+            "config": asdict(self.config),
+            "versions": {library: version(library) for library in LIBRARIES if find_spec(library)},
+            "strategy": strategy(accelerator),
+            "offload": engine["offload_param"] if offload == "none" else offload,
+            "device": torch.cuda.get_device_name() if is_gpu else accelerator.device.type,
+            "num_processes": accelerator.num_processes,
+            "mixed_precision": mixed_precision(accelerator),
+            "trained_dtype": str(trained_dtype(accelerator, parameters)).removeprefix("torch."),
+            "quantization": quantization(unwrapped),
+            "base_model": base_model(unwrapped),
+            "engine": engine,
+            "trainable_parameters": count_elements(unwrapped, trainable_only=True),
+            "total_parameters": count_elements(unwrapped),
+            # null for NaN and infinity, which JSON does not have (an update that fp16 overflowed)
+            **{
+                plural: [update[key] if math.isfinite(update[key]) else None for update in updates]
+                for key, plural in CURVES.items()
+                if updates and key in updates[0]
+            },
+            "scores": {
+                name: {"before": as_number(before.get(name, math.nan)), "after": as_number(score)}
+                for name, score in after.items()
+            },
+            **tokens,
+            "train_seconds": seconds,
+        }
+        if "input_tokens" in tokens:
+            metrics["tokens_per_second"] = tokens["input_tokens"] / seconds
+        return metrics | {"memory": tracker.gather()}
+
+    def finish(self, metrics, samples=()):
+        """Print samples and results, end the process group, push to the Hub if asked.
+
+        Every process calls it. The files are pushed if `config.hub_model_id` names a repository.
+
+        Args:
+            metrics: from `collect_metrics`; "saved" was added when the files were written.
+            samples: (prediction, label) pairs of held-out rows. Up to ten are printed.
+        """
+        is_main_process = self.accelerator.is_main_process
+        if is_main_process:
+            print_samples(samples)
+            print_scores(metrics)
+            print_saved(self.config, metrics)
+        end_run(self.accelerator)
+        if is_main_process and self.config.hub_model_id:  # alone: a long upload blocks no other
+            push_to_hub(self.config)
 
 
 def as_number(score):
@@ -188,62 +257,6 @@ def read_numbers(device, *values):
     values = [value.full_tensor() if isinstance(value, DTensor) else value for value in values]
     values = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in values]
     return torch.hstack(values).tolist()
-
-
-# What ran -----------------------------------------------------------------------------------------
-def collect_metrics(accelerator, model, config, tracker, scores, updates):
-    """Return the content of metrics.json. Collective: every process must call it.
-
-    Args:
-        accelerator, model: from `prepare`. The facts about the strategy are read from them, not
-            from the launch config.
-        config: the script's Config.
-        tracker: a `MemoryTracker` that has measured the phase train.
-        scores: name -> (before, after) training, on held-out data.
-        updates: a dict per update with "loss" and whatever else was logged. "target_tokens" and
-            "input_tokens" count the tokens of all processes, without padding.
-    """
-    unwrapped = accelerator.unwrap_model(model)
-    parameters = list(unwrapped.parameters())
-    engine = engine_facts(accelerator, parameters)
-    offload = engine["offload_optimizer"]
-    is_gpu, seconds = accelerator.device.type == "cuda", tracker.seconds["train"]
-    seconds -= sum(update.get("evaluation_seconds", 0) for update in updates)
-    tokens = {
-        name: sum(int(update[name]) for update in updates)
-        for name in ("target_tokens", "input_tokens")
-        if updates and name in updates[0]
-    }
-    metrics = {
-        "config": asdict(config),
-        "versions": {library: version(library) for library in LIBRARIES if find_spec(library)},
-        "strategy": strategy(accelerator),
-        "offload": engine["offload_param"] if offload == "none" else offload,
-        "device": torch.cuda.get_device_name() if is_gpu else accelerator.device.type,
-        "num_processes": accelerator.num_processes,
-        "mixed_precision": mixed_precision(accelerator),
-        "trained_dtype": str(trained_dtype(accelerator, parameters)).removeprefix("torch."),
-        "quantization": quantization(unwrapped),
-        "base_model": base_model(unwrapped),
-        "engine": engine,
-        "trainable_parameters": count_elements(unwrapped, trainable_only=True),
-        "total_parameters": count_elements(unwrapped),
-        # null for NaN and infinity, which JSON does not have (an update that fp16 overflowed)
-        **{
-            plural: [update[key] if math.isfinite(update[key]) else None for update in updates]
-            for key, plural in CURVES.items()
-            if updates and key in updates[0]
-        },
-        "scores": {
-            name: {"before": as_number(before), "after": as_number(after)}
-            for name, (before, after) in scores.items()
-        },
-        **tokens,
-        "train_seconds": seconds,
-    }
-    if "input_tokens" in tokens:
-        metrics["tokens_per_second"] = tokens["input_tokens"] / seconds
-    return metrics | {"memory": tracker.gather()}
 
 
 # What is left behind ------------------------------------------------------------------------------
@@ -349,7 +362,7 @@ def new_folder(config, metrics=None, files=None, progress=None, with_log=True):
 
     Args:
         config: its output_dir and overwrite_output_dir are read.
-        metrics: from `collect_metrics`.
+        metrics: from `Progress.collect_metrics`.
         files: the run's `WeightFiles`, which check what was written.
         progress: the run's `Progress`, for log.jsonl and losses.png.
         with_log: write log.jsonl; a script that writes it while it trains does not need this.
@@ -386,18 +399,13 @@ def new_folder(config, metrics=None, files=None, progress=None, with_log=True):
 
 
 # The end ------------------------------------------------------------------------------------------
-def finish_run(accelerator, config, metrics):
-    """Print the results, end the process group, push to the Hub if asked. Every process calls it.
-
-    The files are pushed if `config.hub_model_id` names a repository.
-    """
-    is_main_process = accelerator.is_main_process
-    if is_main_process:
-        print_scores(metrics)
-        print_saved(config, metrics)
-    end_run(accelerator)
-    if is_main_process and config.hub_model_id:  # alone: no collective waits for a long upload
-        push_to_hub(config)
+def print_samples(samples):
+    """Print up to ten of the (prediction, label) pairs; nothing if there are none."""
+    if samples:
+        print(f"{min(10, len(samples))} of {len(samples)} held-out rows:")
+        width = max(len(repr(prediction)) for prediction, _ in samples[:10])
+        for prediction, label in samples[:10]:
+            print(f"  prediction {prediction!r:<{width}}  label {label!r}")
 
 
 def print_scores(metrics):

@@ -1,11 +1,16 @@
-"""Write what lies beside the weights of a run: log.jsonl, plots, model card and metrics.json."""
+"""Write what lies beside the weights: log, plots, model card, metrics, a checkpoint's state."""
 
 import copy
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
+from zlib import crc32
 
+import torch
+
+from utils.errors import or_refuse, refuse
 from utils.loading import library, load_lines
 from utils.plots import draw_losses, draw_memory, gpu_total
 
@@ -70,3 +75,61 @@ def write_metrics(folder, metrics):
     }
     text = json.dumps(metrics | {"scores": finite}, indent=1)
     (folder / "metrics.json").write_text(text + "\n")
+
+
+# Checkpoints of the lesson about resuming ---------------------------------------------------------
+def find_checkpoint(config, accelerator, rows):
+    """Return the checkpoint folder to resume from, or "" for a new run, and the state in it.
+
+    `state["run"]` holds what must be equal when the run is resumed: all settings, but those of
+    saving, folders, evaluation, data and model, and a checksum of the rows. For a new run the state
+    holds nothing else.
+
+    Stops if checkpoints exist and none is asked for, if the state cannot be read, or if it was made
+    by a run that differs.
+
+    Args:
+        config: its checkpoint_dir and resume_from_checkpoint are read. The latter is a folder, or
+            "True" for the newest one.
+        rows: those that are trained on and held out, anything with a `repr` that shows them.
+    """
+    free = ("save", "checkpoint", "resume", "output", "overwrite", "hub", "eval", "data", "model")
+    run = {name: value for name, value in vars(config).items() if not name.startswith(free)}
+    run |= {name: getattr(accelerator, name) for name in ("num_processes", "mixed_precision")}
+    run |= {"checksum of the rows": crc32(repr(rows).encode())}
+    folders = Path(config.checkpoint_dir).glob("checkpoint-[0-9]*")
+    newest = max(folders, key=lambda folder: (len(folder.name), folder.name), default="")
+    wanted = config.resume_from_checkpoint
+    resumed = {"true": newest, "false": ""}.get(wanted.lower(), wanted)
+    if newest and not resumed:
+        refuse(f"{newest} exists: give --resume_from_checkpoint True, or another --checkpoint_dir")
+    if not resumed:
+        return "", {"run": run}
+    file = Path(resumed, "state.pt")
+    culprit = f"{file} cannot be read, give the folder of another checkpoint, or True"
+    # weights_only: runs no code from the file
+    state = or_refuse(culprit, torch.load, file, weights_only=True, map_location="cpu")
+    then = or_refuse(culprit, lambda: state["run"].get)
+    changed = [f"{k} {then(k)} (now {run[k]})" for k in run if then(k, False) != run[k]]
+    if changed:
+        refuse(f"{resumed} was made with {', '.join(changed)}: give the same, or start a new run")
+    return resumed, state
+
+
+def save_checkpoint(config, step, state):
+    """Write `checkpoint-<step>/state.pt` into config.checkpoint_dir. For one process.
+
+    The folder is written under another name and renamed, so a checkpoint is complete or absent. One
+    of the same step, from before the run resumed at an older checkpoint, is replaced.
+
+    Args:
+        state: what `torch.load` with `weights_only=True` can read: tensors, numbers, texts, lists,
+            dicts.
+    """
+    folder = Path(config.checkpoint_dir, f"checkpoint-{step}")
+    unfinished = folder.with_name(f"unfinished-{step}")
+    unfinished.mkdir(exist_ok=True)
+    file = unfinished / "state.pt"
+    or_refuse(f"{file} cannot be written", torch.save, state, file)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)

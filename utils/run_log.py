@@ -136,10 +136,10 @@ class RunLog:
         self.write(values)
 
     def scores(self):
-        """Return name -> (before, after) of the held-out scores; empty if nothing was evaluated."""
-        evaluations = self.progress.evaluations
-        names = [name for name in (evaluations or [{}])[0] if name != "step"]
-        return {name: (evaluations[0][name], evaluations[-1][name]) for name in names}
+        """Return name -> score of the first and of the last evaluation; empty without one."""
+        evaluations = self.progress.evaluations or [{}]
+        ends = evaluations[0], evaluations[-1]
+        return [{name: end[name] for name in end if name != "step"} for end in ends]
 
     def write(self, values):
         """Write numbers, `step` among them, to the console, log.jsonl and the trackers."""

@@ -7,13 +7,14 @@ launch_checks.py.
 
 import math
 import os
+import re
 import sys
 
 from transformers import HfArgumentParser
 
 from utils.activations import settle_checkpointing
 from utils.environment import settle_environment
-from utils.errors import or_refuse, refuse, say
+from utils.errors import or_refuse, refuse, say  # a lesson calls `settings.refuse`
 from utils.folders import check_output, lock_folder
 from utils.launch import OPTIMIZERS, quiet_libraries
 from utils.launch_checks import check_launch
@@ -53,6 +54,38 @@ CHOICES = {
     "eval_strategy": ("no", "epoch"),
     "optim": tuple(OPTIMIZERS),
 }
+# help texts of the flags that several scripts have in one meaning
+HELP = {
+    "model_name_or_path": "model folder or Hub id",
+    "dtype": "dtype of the loaded weights",
+    "attn_implementation": "attention backend: sdpa, eager, ...",
+    "dataset_name": "data file, folder or Hub id",
+    "per_device_train_batch_size": "rows per micro-batch and process",
+    "per_device_eval_batch_size": "rows per eval batch and process",
+    "gradient_accumulation_steps": "micro-batches per update",
+    "learning_rate": "peak learning rate, after the warmup",
+    "lr_scheduler_type": "schedule: cosine, linear, constant, ...",
+    "warmup_ratio": "fraction of the updates used for warmup",
+    "weight_decay": "weight decay of AdamW",
+    "max_grad_norm": "clip gradients to this L2 norm; 0: no clipping",
+    "num_train_epochs": "epochs, rounded up to full updates",
+    "max_steps": "number of updates; -1: train for num_train_epochs",
+    "eval_strategy": "epoch: also evaluate after each epoch",
+    "gradient_checkpointing": "recompute activations to save memory",
+    "tf32": "matrix products in TF32 on GPUs: faster, less exact",
+    "layerwise_generation": "generate with one layer gathered at a time: less memory, slow",
+    "optim": "adamw_torch, adamw_8bit or paged_...",
+    "bnb_4bit_quant_storage": "dtype that packs the 4-bit weights",
+    "lora_r": "rank of the LoRA matrices",
+    "lora_alpha": "LoRA is scaled by lora_alpha / lora_r",
+    "lora_dropout": "dropout probability on the input of LoRA layers",
+    "target_modules": "layers that get LoRA, or all-linear",
+    "modules_to_save": "layers to train in full",
+    "seed": "seed of weights, dropout, row order and split",
+    "output_dir": "folder for the results",
+    "overwrite_output_dir": "replace an earlier run in output_dir",
+    "hub_model_id": "Hub repository to push to; empty: no push",
+}
 
 
 def read_settings(Config, strategies, auto_model, base, optimizer_in_config=False):
@@ -88,7 +121,7 @@ def parse_arguments(Config):
     """Return an instance of the dataclass with the values of the command line."""
     settle_environment()
     quiet_libraries()
-    parser = HfArgumentParser(Config)
+    parser = make_parser(Config)
     parser.error = lambda message: refuse(f"{message}: --help lists the flags")
     parser.allow_abbrev = False
     if {"-h", "--help"} & set(sys.argv) and int(os.environ.get("RANK", 0)) > 0:
@@ -105,6 +138,20 @@ def parse_arguments(Config):
         if name.endswith(PATHS) and isinstance(value, str):
             setattr(config, name, os.path.expanduser(value))  # the shell leaves --flag=~/x as it is
     return config
+
+
+def make_parser(Config):
+    """Return a parser with a flag for each field of the dataclass, with a help text for each.
+
+    The text is the field's own (`metadata={"help": text}`), or that of a line `name: text` in the
+    docstring of the dataclass, or that of HELP, or else the name of the field.
+    """
+    parser = HfArgumentParser(Config)
+    own = dict(re.findall(r"^ +(\w+): (.+)$", Config.__doc__, re.MULTILINE))
+    for action in parser._actions:
+        name = action.dest
+        action.help = action.help or own.get(name) or HELP.get(name) or name.replace("_", " ")
+    return parser
 
 
 def check_numbers(config):
