@@ -27,7 +27,7 @@ from utils import data, launch, memory, results, settings
 class Config:
     """Model, data and hyperparameters. The launch config sets processes, precision, sharding.
 
-    Every field is a flag. `--help` explains all of them, with these texts:
+    Every field is a flag, and `--help` explains it. Texts for the fields of this script:
 
     text_column: column that the model reads
     label_column: column that the model learns to write
@@ -261,8 +261,8 @@ def main():
     before, _ = evaluate(accelerator, model, tokenizer, valid_loader, config)
     # stops now if saving fails
     files.try_writing(gather_weights(accelerator, model))
-    # undone in advance: accelerate divides the loss by the accumulation steps; DDP, ZeRO and FSDP
-    # divide the gradient by the number of processes
+    # accelerate divides the loss by the accumulation steps; DDP, ZeRO and FSDP average gradients
+    # over the processes; multiplying the loss by this factor undoes both
     averages = config.gradient_accumulation_steps * accelerator.num_processes
     max_norm = config.max_grad_norm or torch.inf
     with tracker.phase("train"):
@@ -272,7 +272,8 @@ def main():
             micro_batches = [next(batches) for _ in range(config.gradient_accumulation_steps)]
             targets = [count_targets(batch) for batch in micro_batches]
             inputs = sum(batch["attention_mask"].sum() for batch in micro_batches)
-            # label tokens and input tokens of this update, summed over all processes
+            # label tokens and input tokens of this update, summed over all processes; `0 * inputs`
+            # makes the first sum a tensor, also if count_targets returns numbers
             counts = torch.stack([sum(targets, 0 * inputs), inputs])
             step_targets, step_inputs = accelerator.reduce(counts)
             step_loss = torch.zeros((), device=accelerator.device)
