@@ -101,7 +101,12 @@ def build_dataloaders(config, tokenizer, accelerator):
         }
 
     def pad(sequences, side):
-        return tokenizer.pad({"input_ids": sequences}, padding_side=side, return_tensors="pt")
+        return tokenizer.pad(
+            {"input_ids": sequences},
+            padding_side=side,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
 
     def collate_train(rows):
         batch = pad([row["prompt"] + row["target"] for row in rows], "right")
@@ -195,10 +200,7 @@ def main():
         auto_model=transformers.AutoModelForCausalLM,
         base="trained",
     )
-    accelerator = launch.start_accelerator(
-        config.gradient_accumulation_steps,
-        tf32=config.tf32,
-    )
+    accelerator = launch.start_accelerator(config.gradient_accumulation_steps, tf32=config.tf32)
     # a hook of DDP; DeepSpeed and FSDP have none
     launch.compress_gradients(accelerator, config)
     transformers.set_seed(config.seed)

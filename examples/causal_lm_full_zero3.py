@@ -102,7 +102,12 @@ def build_dataloaders(config, tokenizer, accelerator):
         }
 
     def pad(sequences, side):
-        return tokenizer.pad({"input_ids": sequences}, padding_side=side, return_tensors="pt")
+        return tokenizer.pad(
+            {"input_ids": sequences},
+            padding_side=side,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
 
     def collate_train(rows):
         batch = pad([row["prompt"] + row["target"] for row in rows], "right")
@@ -201,10 +206,7 @@ def main():
         auto_model=transformers.AutoModelForCausalLM,
         base="trained",
     )
-    accelerator = launch.start_accelerator(
-        config.gradient_accumulation_steps,
-        tf32=config.tf32,
-    )
+    accelerator = launch.start_accelerator(config.gradient_accumulation_steps, tf32=config.tf32)
     # lets get_state_dict gather the weights to save them, whatever the launch config says
     zero = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
     zero["stage3_gather_16bit_weights_on_model_save"] = True

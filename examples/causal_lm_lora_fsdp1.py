@@ -106,7 +106,12 @@ def build_dataloaders(config, tokenizer, accelerator):
         }
 
     def pad(sequences, side):
-        return tokenizer.pad({"input_ids": sequences}, padding_side=side, return_tensors="pt")
+        return tokenizer.pad(
+            {"input_ids": sequences},
+            padding_side=side,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
 
     def collate_train(rows):
         batch = pad([row["prompt"] + row["target"] for row in rows], "right")
@@ -211,10 +216,7 @@ def main():
         auto_model=transformers.AutoModelForCausalLM,
         base="frozen",
     )
-    accelerator = launch.start_accelerator(
-        config.gradient_accumulation_steps,
-        tf32=config.tf32,
-    )
+    accelerator = launch.start_accelerator(config.gradient_accumulation_steps, tf32=config.tf32)
     transformers.set_seed(config.seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.model_name_or_path)
     # any token will do, for padding is masked

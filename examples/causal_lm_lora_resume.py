@@ -113,7 +113,12 @@ def build_dataloaders(config, tokenizer, accelerator):
         }
 
     def pad(sequences, side):
-        return tokenizer.pad({"input_ids": sequences}, padding_side=side, return_tensors="pt")
+        return tokenizer.pad(
+            {"input_ids": sequences},
+            padding_side=side,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
 
     def collate_train(rows):
         batch = pad([row["prompt"] + row["target"] for row in rows], "right")

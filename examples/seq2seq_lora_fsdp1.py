@@ -113,7 +113,12 @@ def build_dataloaders(config, tokenizer, accelerator):
 
     def pad(sequences):
         # the decoder writes the answer, so either side can be padded
-        return tokenizer.pad({"input_ids": sequences}, padding_side="right", return_tensors="pt")
+        return tokenizer.pad(
+            {"input_ids": sequences},
+            padding_side="right",
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
 
     def collate_valid(rows):
         return pad([row["prompt"] for row in rows])
@@ -226,10 +231,7 @@ def main():
         auto_model=transformers.AutoModelForSeq2SeqLM,
         base="frozen",
     )
-    accelerator = launch.start_accelerator(
-        config.gradient_accumulation_steps,
-        tf32=config.tf32,
-    )
+    accelerator = launch.start_accelerator(config.gradient_accumulation_steps, tf32=config.tf32)
     transformers.set_seed(config.seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.model_name_or_path)
     # any token will do, for padding is masked
