@@ -34,7 +34,7 @@ COUNTED = 20  # updates
 BYTES_SENT = 200  # offset of tcpi_bytes_sent in Linux's struct tcp_info
 LOOP = "    # 6. Training loop -"
 UPDATE = "            scheduler.step()\n"
-END = "    finish_run(accelerator, config, metrics)\n"
+END = "    progress.finish(metrics, samples)\n"
 READ = "    import json, time\n    from benchmarks.traffic import bytes_sent\n    read = []\n"
 COUNT = "            read.append((bytes_sent(), time.perf_counter()))\n"
 TELL = "    if accelerator.is_main_process:\n        print('read', json.dumps(read))\n"

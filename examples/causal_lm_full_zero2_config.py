@@ -24,24 +24,20 @@ from utils import data, launch, memory, results, settings
 # yours to change
 @dataclass
 class Config:
-    """Model, data and hyperparameters. The launch config sets processes, precision, sharding.
-
-    Every field is a flag, and `--help` explains it. Texts for the fields of this script:
-
-    text_column: column that the model reads
-    label_column: column that the model learns to write
-    prompt_template: prompt; {text} stands for the text of the row
-    max_length: max tokens of prompt and label; text is truncated
-    """
+    """Model, data and hyperparameters. The launch config sets processes, precision, sharding."""
 
     model_name_or_path: str = "assets/tiny-causal-lm"
     dtype: str = "float32"
     attn_implementation: str = "sdpa"
     dataset_name: str = "assets/complaints"
     text_column: str = "Tweet text"
+    """column that the model reads"""
     label_column: str = "Label"
+    """column that the model learns to write"""
     prompt_template: str = "Tweet text : {text} Label :"
+    """prompt; {text} stands for the text of the row"""
     max_length: int = 128
+    """max tokens of prompt and label; text is truncated"""
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 32
     gradient_accumulation_steps: int = 1

@@ -25,28 +25,20 @@ from utils import data, launch, memory, results, settings
 # yours to change
 @dataclass
 class Config:
-    """Model, data and hyperparameters. The launch config sets processes, precision, sharding.
-
-    Every field is a flag, and `--help` explains it. Texts for the fields of this script:
-
-    text_column: column that the model reads
-    label_column: column that the model learns to write
-    prompt_template: prompt; {text} stands for the text of the row
-    max_length: max tokens of prompt and label; text is truncated
-    deterministic: same bits in every run on GPUs, slower
-    save_steps: updates between two checkpoints
-    checkpoint_dir: folder of the checkpoints
-    resume_from_checkpoint: True: the newest; or a checkpoint folder
-    """
+    """Model, data and hyperparameters. The launch config sets processes, precision, sharding."""
 
     model_name_or_path: str = "assets/tiny-causal-lm"
     dtype: str = "float32"
     attn_implementation: str = "sdpa"
     dataset_name: str = "assets/complaints"
     text_column: str = "Tweet text"
+    """column that the model reads"""
     label_column: str = "Label"
+    """column that the model learns to write"""
     prompt_template: str = "Tweet text : {text} Label :"
+    """prompt; {text} stands for the text of the row"""
     max_length: int = 128
+    """max tokens of prompt and label; text is truncated"""
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 32
     gradient_accumulation_steps: int = 1
@@ -66,9 +58,13 @@ class Config:
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
     modules_to_save: list[str] = field(default_factory=list)
     deterministic: bool = False
+    """same bits in every run on GPUs, slower"""
     save_steps: int = 25
+    """updates between two checkpoints"""
     checkpoint_dir: str = f"outputs/{Path(__file__).stem}-checkpoints"
+    """folder of the checkpoints"""
     resume_from_checkpoint: str = ""
+    """True: the newest; or a checkpoint folder"""
     seed: int = 42
     output_dir: str = f"outputs/{Path(__file__).stem}"
     overwrite_output_dir: bool = False

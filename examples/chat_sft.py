@@ -63,216 +63,153 @@ from utils.vocabulary import check_end, embedding_rows, resize, set_ends
 class Config:
     """Model, data and hyperparameters. --bf16 and --fp16 override the launch config."""
 
-    model_name_or_path: str = HfArg(
-        default="assets/tiny-causal-lm", help="model folder or Hub id, with safetensors"
-    )
-    dtype: str = HfArg(
-        default="auto",
-        help="dtype of the loaded weights; auto: the mixed-precision dtype if the base is frozen, "
-        "else float32",
-    )
-    attn_implementation: str = HfArg(
-        default="documents",
-        help="attention backend: documents (utils/packing.py), sdpa, eager, ...",
-    )
-    use_flash_attn: bool = HfArg(
-        default=False, help="use the kernels of flash-attn where this machine has them"
-    )
-    dataset_name: str = HfArg(
-        default="assets/chat",
-        help="Hub id, folder, or .json, .jsonl, .csv or .parquet file",
-    )
-    dataset_config: str = HfArg(
-        default="", help="configuration of a data set that has several, such as main"
-    )
-    dataset_text_field: str = HfArg(
-        default="", help="column of plain text, for data without conversations; default: text"
-    )
-    splits: str = HfArg(
-        default="",
-        help="training split and held-out split, such as train,test; empty: train, and the first "
-        "of test, validation and eval that exists",
-    )
-    streaming: bool = HfArg(
-        default=False,
-        help="read the data while training, for data larger than memory; needs max_steps",
-    )
-    chat_template_format: str = HfArg(
-        default="none",
-        help="chat template: chatml, zephyr, a .jinja file, or the name of a template of the "
-        "tokenizer; none: the tokenizer's only template, or the one called default",
-    )
-    train_on: str = HfArg(
-        default="assistant",
-        help="tokens with a loss: assistant (assistant turns, completions, answers) or all",
-    )
-    add_special_tokens: bool | None = HfArg(
-        default=None,
-        help="add the special tokens of the tokenizer to a document; unset: yes, except for chats",
-    )
-    append_concat_token: bool | None = HfArg(
-        default=None, help="end a document with the eos token; unset: yes, except for chats"
-    )
-    max_length: int = HfArg(
-        default=256,
-        aliases=["--max_seq_len"],
-        help="maximum tokens of a document or packed sequence",
-    )
-    long_documents: str = HfArg(
-        default="truncate", help="truncate or drop documents longer than max_length"
-    )
-    packing: bool = HfArg(
-        default=False, help="put several documents into one sequence of up to max_length tokens"
-    )
-    shuffle: bool = HfArg(default=True, help="read the documents in a new order in every epoch")
-    dataloader_num_workers: int = HfArg(
-        default=0, help="worker processes that prepare batches in advance"
-    )
-    use_peft_lora: bool = HfArg(default=False, help="train LoRA matrices instead of all weights")
-    lora_r: int = HfArg(default=8, help="rank of the LoRA matrices")
-    lora_alpha: int = HfArg(default=16, help="LoRA is scaled by lora_alpha / lora_r")
-    lora_dropout: float = HfArg(
-        default=0.0, help="dropout probability on the input of the LoRA layers"
-    )
-    lora_target_modules: str = HfArg(
-        default="all-linear",
-        aliases=["--target_modules"],
-        help="layers that get LoRA: names, comma separated, a regular expression, or all-linear",
-    )
-    lora_target_parameters: str = HfArg(
-        default="",
-        help="fused weights of routed experts that get LoRA, comma separated, such as "
-        "experts.down_proj; experts: all of them",
-    )
-    adapter_name_or_path: str = HfArg(
-        default="", help="LoRA adapter to train further, folder or Hub id; empty: a new one"
-    )
-    use_4bit_quantization: bool = HfArg(
-        default=False, help="load the frozen base in 4 bits (QLoRA)"
-    )
-    use_8bit_quantization: bool = HfArg(
-        default=False, help="load the frozen base in 8 bits; not with ZeRO-3 or FSDP"
-    )
-    use_nested_quant: bool = HfArg(
-        default=False, help="quantize the scales of the 4-bit weights, too"
-    )
-    bnb_4bit_quant_type: str = HfArg(
-        default="nf4", help="data type of the 4-bit weights: nf4 or fp4"
-    )
-    bnb_4bit_compute_dtype: str = HfArg(
-        default="", help="dtype of computations with 4-bit weights; empty: the same as dtype"
-    )
-    bnb_4bit_quant_storage_dtype: str = HfArg(
-        default="",
-        aliases=["--bnb_4bit_quant_storage"],
-        help="dtype of the tensors that 4-bit weights are packed into; empty: the same as dtype",
-    )
-    bf16: bool = HfArg(
-        default=False, help="train in mixed precision bf16, whatever the launch config says"
-    )
-    fp16: bool = HfArg(
-        default=False,
-        help="train in mixed precision fp16 on GPUs, whatever the launch config says",
-    )
-    tf32: bool = HfArg(default=False, help="matrix products in TF32 on GPUs: faster, less exact")
-    torch_compile: bool = HfArg(default=False, help="compile each decoder layer with torch.compile")
-    use_liger_kernel: bool | None = HfArg(
-        default=None,
-        help="use Liger's RMSNorm, RoPE and SwiGLU; unset: on GPUs where Liger is installed",
-    )
-    deterministic: bool = HfArg(default=False, help="bit-identical runs on GPUs, slower")
-    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations to save memory")
-    gradient_checkpointing_every_n_layers: int = HfArg(
-        default=1, help="recompute every n-th layer; the other layers keep their activations"
-    )
-    gradient_checkpointing_offload: bool = HfArg(
-        default=False, help="keep the inputs of recomputed layers in CPU memory; needs a GPU"
-    )
-    use_reentrant: bool = HfArg(
-        default=False, help="use PyTorch's reentrant (older) activation checkpointing"
-    )
-    per_device_train_batch_size: int = HfArg(
-        default=8, help="documents, or packed sequences, per micro-batch and process"
-    )
-    per_device_eval_batch_size: int = HfArg(
-        default=8, help="documents, or packed sequences, per process in evaluation"
-    )
-    gradient_accumulation_steps: int = HfArg(default=1, help="micro-batches per update")
-    learning_rate: float = HfArg(
-        default=1e-3, help="peak learning rate, after the warmup; large models need a lower one"
-    )
-    lr_scheduler_type: str = HfArg(
-        default="cosine",
-        help="schedule of the learning rate: cosine, linear, constant or constant_with_warmup",
-    )
-    warmup_ratio: float = HfArg(
-        default=0.0, help="fraction of the updates used for warmup, rounded down"
-    )
+    model_name_or_path: str = "assets/tiny-causal-lm"
+    """model folder or Hub id, with safetensors"""
+    dtype: str = "auto"
+    """dtype of the loaded weights; auto: the mixed-precision dtype if the base is frozen, else
+    float32"""
+    attn_implementation: str = "documents"
+    """attention backend: documents (utils/packing.py), sdpa, eager, ..."""
+    use_flash_attn: bool = False
+    """use the kernels of flash-attn where this machine has them"""
+    dataset_name: str = "assets/chat"
+    """Hub id, folder, or .json, .jsonl, .csv or .parquet file"""
+    dataset_config: str = ""
+    """configuration of a data set that has several, such as main"""
+    dataset_text_field: str = ""
+    """column of plain text, for data without conversations; default: text"""
+    splits: str = ""
+    """training split and held-out split, such as train,test; empty: train, and the first of test,
+    validation and eval that exists"""
+    streaming: bool = False
+    """read the data while training, for data larger than memory; needs max_steps"""
+    chat_template_format: str = "none"
+    """chat template: chatml, zephyr, a .jinja file, or the name of a template of the tokenizer;
+    none: the tokenizer's only template, or the one called default"""
+    train_on: str = "assistant"
+    """tokens with a loss: assistant (assistant turns, completions, answers) or all"""
+    add_special_tokens: bool | None = None
+    """add the special tokens of the tokenizer to a document; unset: yes, except for chats"""
+    append_concat_token: bool | None = None
+    """end a document with the eos token; unset: yes, except for chats"""
+    max_length: int = HfArg(default=256, aliases=["--max_seq_len"])
+    """maximum tokens of a document or packed sequence"""
+    long_documents: str = "truncate"
+    """truncate or drop documents longer than max_length"""
+    packing: bool = False
+    """put several documents into one sequence of up to max_length tokens"""
+    shuffle: bool = True
+    """read the documents in a new order in every epoch"""
+    dataloader_num_workers: int = 0
+    """worker processes that prepare batches in advance"""
+    use_peft_lora: bool = False
+    """train LoRA matrices instead of all weights"""
+    lora_r: int = 8
+    """rank of the LoRA matrices"""
+    lora_alpha: int = 16
+    """LoRA is scaled by lora_alpha / lora_r"""
+    lora_dropout: float = 0.0
+    """dropout probability on the input of the LoRA layers"""
+    lora_target_modules: str = HfArg(default="all-linear", aliases=["--target_modules"])
+    """layers that get LoRA: names, comma separated, a regular expression, or all-linear"""
+    lora_target_parameters: str = ""
+    """fused weights of routed experts that get LoRA, comma separated, such as experts.down_proj;
+    experts: all of them"""
+    adapter_name_or_path: str = ""
+    """LoRA adapter to train further, folder or Hub id; empty: a new one"""
+    use_4bit_quantization: bool = False
+    """load the frozen base in 4 bits (QLoRA)"""
+    use_8bit_quantization: bool = False
+    """load the frozen base in 8 bits; not with ZeRO-3 or FSDP"""
+    use_nested_quant: bool = False
+    """quantize the scales of the 4-bit weights, too"""
+    bnb_4bit_quant_type: str = "nf4"
+    """data type of the 4-bit weights: nf4 or fp4"""
+    bnb_4bit_compute_dtype: str = ""
+    """dtype of computations with 4-bit weights; empty: the same as dtype"""
+    bnb_4bit_quant_storage_dtype: str = HfArg(default="", aliases=["--bnb_4bit_quant_storage"])
+    """dtype of the tensors that 4-bit weights are packed into; empty: the same as dtype"""
+    bf16: bool = False
+    """train in mixed precision bf16, whatever the launch config says"""
+    fp16: bool = False
+    """train in mixed precision fp16 on GPUs, whatever the launch config says"""
+    tf32: bool = False
+    """matrix products in TF32 on GPUs: faster, less exact"""
+    torch_compile: bool = False
+    """compile each decoder layer with torch.compile"""
+    use_liger_kernel: bool | None = None
+    """use Liger's RMSNorm, RoPE and SwiGLU; unset: on GPUs where Liger is installed"""
+    deterministic: bool = False
+    """bit-identical runs on GPUs, slower"""
+    gradient_checkpointing: bool = False
+    """recompute activations to save memory"""
+    gradient_checkpointing_every_n_layers: int = 1
+    """recompute every n-th layer; the other layers keep their activations"""
+    gradient_checkpointing_offload: bool = False
+    """keep the inputs of recomputed layers in CPU memory; needs a GPU"""
+    use_reentrant: bool = False
+    """use PyTorch's reentrant (older) activation checkpointing"""
+    per_device_train_batch_size: int = 8
+    """documents, or packed sequences, per micro-batch and process"""
+    per_device_eval_batch_size: int = 8
+    """documents, or packed sequences, per process in evaluation"""
+    gradient_accumulation_steps: int = 1
+    """micro-batches per update"""
+    learning_rate: float = 1e-3
+    """peak learning rate, after the warmup; large models need a lower one"""
+    lr_scheduler_type: str = "cosine"
+    """schedule of the learning rate: cosine, linear, constant or constant_with_warmup"""
+    warmup_ratio: float = 0.0
+    """fraction of the updates used for warmup, rounded down"""
     optim: str = HfArg(default="adamw_torch", help=f"optimizer: {', '.join(OPTIMIZERS)}")
-    weight_decay: float = HfArg(default=0.0, help="weight decay of AdamW")
-    max_grad_norm: float = HfArg(default=1.0, help="clip gradients to this L2 norm; 0: no clipping")
-    num_train_epochs: float = HfArg(default=3.0, help="epochs, rounded up to full updates")
-    max_steps: int = HfArg(default=-1, help="number of updates; -1: train for num_train_epochs")
-    seed: int = HfArg(default=42, help="seed of new weights, dropout and order of the documents")
-    logging_strategy: str = HfArg(
-        default="steps", help="when to log: steps (see logging_steps), epoch or no"
-    )
-    logging_steps: int = HfArg(
-        default=5, help="updates between two lines of the log, with logging_strategy steps"
-    )
-    log_level: str = HfArg(
-        default="warning",
-        help="log level of transformers: debug, info, warning, error or critical",
-    )
-    report_to: str = HfArg(
-        default="none",
-        help="trackers of accelerate, comma separated: tensorboard, wandb, ...; or none",
-    )
-    eval_strategy: str = HfArg(
-        default="epoch",
-        aliases=["--evaluation_strategy"],
-        help="when to evaluate: epoch, steps (see eval_steps) or no",
-    )
-    eval_steps: int = HfArg(
-        default=100, help="updates between two evaluations, with eval_strategy steps"
-    )
-    num_samples: int = HfArg(
-        default=2, help="held-out prompts that the model answers at each evaluation"
-    )
-    max_new_tokens: int = HfArg(default=64, help="longest answer to a held-out prompt, in tokens")
-    layerwise_generation: bool = HfArg(
-        default=False,
-        help="answer prompts with one layer gathered at a time, even if the full model fits; slow",
-    )
-    save_strategy: str = HfArg(
-        default="epoch", help="when to save a checkpoint: epoch, steps (see save_steps) or no"
-    )
-    save_steps: int = HfArg(
-        default=100, help="updates between two checkpoints, with save_strategy steps"
-    )
-    save_total_limit: int = HfArg(
-        default=0, help="number of newest checkpoints to keep; 0 keeps all"
-    )
-    resume_from_checkpoint: str = HfArg(
-        default="",
-        help="checkpoint to resume from: its folder, or True for the newest one in output_dir",
-    )
-    output_dir: str = HfArg(
-        default=f"outputs/{Path(__file__).stem}", help="folder for the results and checkpoints"
-    )
-    overwrite_output_dir: bool = HfArg(default=False, help="replace an earlier run in output_dir")
-    push_to_hub: bool = HfArg(
-        default=False, help="push what is saved to the Hub, in the background"
-    )
-    hub_model_id: str = HfArg(
-        default="",
-        help="Hub repository to push to; empty: the name of output_dir in your account",
-    )
-    hub_private_repo: bool = HfArg(default=True, help="make a new Hub repository private")
-    hub_strategy: str = HfArg(
-        default="every_save",
-        help="what to push to the Hub: end, every_save, checkpoint or all_checkpoints",
-    )
+    weight_decay: float = 0.0
+    """weight decay of AdamW"""
+    max_grad_norm: float = 1.0
+    """clip gradients to this L2 norm; 0: no clipping"""
+    num_train_epochs: float = 3.0
+    """epochs, rounded up to full updates"""
+    max_steps: int = -1
+    """number of updates; -1: train for num_train_epochs"""
+    seed: int = 42
+    """seed of new weights, dropout and order of the documents"""
+    logging_strategy: str = "steps"
+    """when to log: steps (see logging_steps), epoch or no"""
+    logging_steps: int = 5
+    """updates between two lines of the log, with logging_strategy steps"""
+    log_level: str = "warning"
+    """log level of transformers: debug, info, warning, error or critical"""
+    report_to: str = "none"
+    """trackers of accelerate, comma separated: tensorboard, wandb, ...; or none"""
+    eval_strategy: str = HfArg(default="epoch", aliases=["--evaluation_strategy"])
+    """when to evaluate: epoch, steps (see eval_steps) or no"""
+    eval_steps: int = 100
+    """updates between two evaluations, with eval_strategy steps"""
+    num_samples: int = 2
+    """held-out prompts that the model answers at each evaluation"""
+    max_new_tokens: int = 64
+    """longest answer to a held-out prompt, in tokens"""
+    layerwise_generation: bool = False
+    """answer prompts with one layer gathered at a time, even if the full model fits; slow"""
+    save_strategy: str = "epoch"
+    """when to save a checkpoint: epoch, steps (see save_steps) or no"""
+    save_steps: int = 100
+    """updates between two checkpoints, with save_strategy steps"""
+    save_total_limit: int = 0
+    """number of newest checkpoints to keep; 0 keeps all"""
+    resume_from_checkpoint: str = ""
+    """checkpoint to resume from: its folder, or True for the newest one in output_dir"""
+    output_dir: str = f"outputs/{Path(__file__).stem}"
+    """folder for the results and checkpoints"""
+    overwrite_output_dir: bool = False
+    """replace an earlier run in output_dir"""
+    push_to_hub: bool = False
+    """push what is saved to the Hub, in the background"""
+    hub_model_id: str = ""
+    """Hub repository to push to; empty: the name of output_dir in your account"""
+    hub_private_repo: bool = True
+    """make a new Hub repository private"""
+    hub_strategy: str = "every_save"
+    """what to push to the Hub: end, every_save, checkpoint or all_checkpoints"""
 
 
 # 2. Data ------------------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import BitsAndBytesConfig, LogitsProcessorList
-from transformers.hf_argparser import HfArg
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds utils/
 from utils.chat_templates import pin_date
@@ -50,69 +49,51 @@ COUNTS = ("predicted", "ended_by_length", "scored", "tokens", "bad_lines")
 class Config:
     """Model, data and decoding. The launch config sets processes, precision, sharding."""
 
-    model_name_or_path: str = HfArg(
-        default="", help="folder of an adapter, a full model or a checkpoint of chat_sft; or Hub id"
-    )
-    base_model_name_or_path: str = HfArg(
-        default="", help="full model under an adapter; empty: the one that the adapter names"
-    )
-    input_file: str = HfArg(
-        default="", help=".jsonl file; each line has messages, a prompt or a text"
-    )
-    output_file: str = HfArg(
-        default="", help=".jsonl file to write: each line of the input with further keys"
-    )
-    overwrite_output_file: bool = HfArg(
-        default=False,
-        help="replace an earlier output, and drop an unfinished run with other settings",
-    )
-    skip_bad_lines: bool = HfArg(
-        default=False, help="do not stop at a bad line, but write the reason into the output"
-    )
-    dtype: str = HfArg(
-        default="auto",
-        help="dtype of the weights; auto: the mixed-precision dtype, or else that of the files",
-    )
-    attn_implementation: str = HfArg(default="sdpa", help="attention backend: sdpa, eager, ...")
-    use_4bit_quantization: bool = HfArg(
-        default=False, help="load the full model in 4 bits (nf4); not with ZeRO-3 or FSDP"
-    )
-    tf32: bool = HfArg(default=False, help="matrix products in TF32 on GPUs: faster, less exact")
-    layerwise_generation: bool = HfArg(
-        default=False, help="generate with one layer gathered at a time: less memory, slow"
-    )
-    chat_template_format: str = HfArg(
-        default="none",
-        help="chat template: chatml, zephyr, a .jinja file, or the name of a template of the "
-        "tokenizer; none: the tokenizer's only template, or the one called default",
-    )
-    max_length: int | None = HfArg(
-        default=None,
-        help="maximum tokens of a prompt with its answer, or of a text; longer lines are bad; "
-        "unset: as many as the model has positions",
-    )
-    max_new_tokens: int = HfArg(default=256, help="maximum tokens of an answer")
-    per_device_eval_batch_size: int = HfArg(default=8, help="rows per batch and process")
-    temperature: float = HfArg(
-        default=0.0, help="0: greedy decoding; above 0: sample at this temperature"
-    )
-    top_p: float = HfArg(
-        default=1.0,
-        help="sample among the most probable tokens that together have this probability",
-    )
-    seed: int = HfArg(default=42, help="seed of the random numbers that sampling uses")
-    perplexity: bool = HfArg(
-        default=False, help="score the given answers instead of generating; texts are always scored"
-    )
-    metrics: str = HfArg(
-        default="",
-        help="scores of the predictions, comma separated: exact_match, token_f1, rouge_l, the "
-        "path of a script of the library evaluate, or a Hub name",
-    )
-    reference_key: str = HfArg(
-        default="",
-        help="key of the wanted answer; empty: the chat's last message, completion or label",
-    )
+    model_name_or_path: str = ""
+    """folder of an adapter, a full model or a checkpoint of chat_sft; or Hub id"""
+    base_model_name_or_path: str = ""
+    """full model under an adapter; empty: the one that the adapter names"""
+    input_file: str = ""
+    """.jsonl file; each line has messages, a prompt or a text"""
+    output_file: str = ""
+    """.jsonl file to write: each line of the input with further keys"""
+    overwrite_output_file: bool = False
+    """replace an earlier output, and drop an unfinished run with other settings"""
+    skip_bad_lines: bool = False
+    """do not stop at a bad line, but write the reason into the output"""
+    dtype: str = "auto"
+    """dtype of the weights; auto: the mixed-precision dtype, or else that of the files"""
+    attn_implementation: str = "sdpa"
+    """attention backend: sdpa, eager, ..."""
+    use_4bit_quantization: bool = False
+    """load the full model in 4 bits (nf4); not with ZeRO-3 or FSDP"""
+    tf32: bool = False
+    """matrix products in TF32 on GPUs: faster, less exact"""
+    layerwise_generation: bool = False
+    """generate with one layer gathered at a time: less memory, slow"""
+    chat_template_format: str = "none"
+    """chat template: chatml, zephyr, a .jinja file, or the name of a template of the tokenizer;
+    none: the tokenizer's only template, or the one called default"""
+    max_length: int | None = None
+    """maximum tokens of a prompt with its answer, or of a text; longer lines are bad; unset: as
+    many as the model has positions"""
+    max_new_tokens: int = 256
+    """maximum tokens of an answer"""
+    per_device_eval_batch_size: int = 8
+    """rows per batch and process"""
+    temperature: float = 0.0
+    """0: greedy decoding; above 0: sample at this temperature"""
+    top_p: float = 1.0
+    """sample among the most probable tokens that together have this probability"""
+    seed: int = 42
+    """seed of the random numbers that sampling uses"""
+    perplexity: bool = False
+    """score the given answers instead of generating; texts are always scored"""
+    metrics: str = ""
+    """scores of the predictions, comma separated: exact_match, token_f1, rouge_l, the path of a
+    script of the library evaluate, or a Hub name"""
+    reference_key: str = ""
+    """key of the wanted answer; empty: the chat's last message, completion or label"""
 
 
 # Model --------------------------------------------------------------------------------------------

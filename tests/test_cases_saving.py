@@ -87,7 +87,7 @@ def test_every_method_is_written_and_loads(tmp_path, name):
     assert torch.allclose(loaded(IDS).logits, logits, atol=1e-5)
 
 
-LESSON = "    return get_peft_model(model, lora)\n"
+LESSON = "    return peft.get_peft_model(model, lora)\n"
 SHARDED = {"fsdp2": "causal_lm_lora_fsdp2", "ddp": "causal_lm_lora"}
 SHARDED["zero3"] = "causal_lm_lora_zero3_offload"
 DEFAULT = ("p_tuning-zero3",)
@@ -113,10 +113,8 @@ LESSONS = [
 @pytest.mark.parametrize("name, config", LESSONS)
 def test_a_lesson_saves_every_method(launch, small, tmp_path, name, config):
     row = METHODS[name]
-    method = (
-        f"    import peft\n    other = peft.{row.config}(task_type='CAUSAL_LM', **{row.options})\n"
-    )
-    planted = LESSON, f"{method}    return get_peft_model(model, other)\n"
+    method = f"    other = peft.{row.config}(task_type='CAUSAL_LM', **{row.options})\n"
+    planted = LESSON, f"{method}    return peft.get_peft_model(model, other)\n"
     copy = plant(tmp_path, SHARDED[config], planted)
     flags = (*small, "--max_steps", 2, "--output_dir", tmp_path / "run")
     launch(copy, config, *flags, processes=2)

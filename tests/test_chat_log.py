@@ -104,7 +104,7 @@ def test_a_line_has_the_means_since_the_line_before(make_progress, make_log, acc
     assert first["step"] == 2 and first["loss"] == 2.5 and first["epoch"] == pytest.approx(0.16)
     assert first["tokens_per_second"] == 80 and first["seconds_left"] == 2.0
     assert second["step"] == 3 and second["loss"] == 7.0 and second["seconds_left"] == 6.0
-    assert log.seconds == 3.0 and log.scores() == {"perplexity": (9.0, 3.0)}
+    assert log.seconds == 3.0 and log.scores() == [{"perplexity": 9.0}, {"perplexity": 3.0}]
     assert [step for step, _ in accelerator.logged] == [0, 2, 3, 3]
 
 

@@ -153,7 +153,9 @@ def with_dict(folder, script, content):
     text = (ROOT / "examples" / f"{script}.py").read_text()
     assert ACCELERATOR in text
     text = text.replace(ACCELERATOR, PLUGIN.replace("CONTENT", repr(content)))
-    text = text.replace("import set_seed", "import DeepSpeedPlugin, set_seed")
+    imports = "import transformers\n"
+    assert text.count(imports) == 1
+    text = text.replace(imports, f"{imports}from accelerate import DeepSpeedPlugin\n")
     (folder / f"{script}.py").write_text(text)
     return folder / f"{script}.py"
 

@@ -11,11 +11,17 @@ DOCUMENT = (ROOT / "docs/from_trainer.md").read_text()
 SCRIPT = (ROOT / "examples/chat_sft.py").read_text()
 CONFIG = next(node for node in ast.parse(SCRIPT).body if getattr(node, "name", "") == "Config")
 NAMES = {"Path": Path, "__file__": "chat_sft.py", "OPTIMIZERS": {}}  # used by the fields
+
+
+def evaluated(node):
+    return eval(ast.unparse(node), dict(NAMES))
+
+
 # flag -> default and aliases; parsed, because importing the script takes seconds
 FIELDS = {
-    node.target.id: {
-        word.arg: eval(ast.unparse(word.value), dict(NAMES)) for word in node.value.keywords
-    }
+    node.target.id: {word.arg: evaluated(word.value) for word in node.value.keywords}
+    if isinstance(node.value, ast.Call)
+    else {"default": evaluated(node.value)}
     for node in CONFIG.body
     if isinstance(node, ast.AnnAssign)
 }

@@ -409,7 +409,7 @@ def test_every_script_fuses_its_optimizer_on_a_gpu():
     assert len(TRAINING) > 10
     for file in TRAINING:
         text = file.read_text()
-        is_fused = 'options["fused"] = accelerator.device.type == "cuda"' in text
+        is_fused = 'fused=accelerator.device.type == "cuda"' in text
         of_config = "DummyOptim(" in text  # DeepSpeed's config names the optimizer
         assert is_fused or of_config or "adamw(config.optim)" in text, file
 

@@ -17,16 +17,16 @@ SETTINGS += ("--lora_dropout", 0.1, "--learning_rate", 1e-2)
 WHOLE, HALF = ("--per_device_train_batch_size", 4), ("--per_device_train_batch_size", 2)
 SAME = ("losses", "learning_rates", "grad_norms", "scores", "target_tokens", "input_tokens")
 LOAD = "part.load_state_dict(value)"
-DONE = "len(progress.updates) * steps)"
+DONE = "done * config.gradient_accumulation_steps,"
 GENERATOR = "        train_loader.base_dataloader.generator = torch.Generator()"
 # what a resume must restore -> (a line of the script, a replacement that does not restore it)
 FORGOTTEN = {
-    "weights": ("            parameter.data.copy_(value)", "            pass"),
+    "weights": ("            part.data.copy_(value)", "            pass"),
     "optimizer": (f"            {LOAD}", f"            part is scheduler and {LOAD}"),
     "schedule": (f"            {LOAD}", f"            part is optimizer and {LOAD}"),
-    "order of the rows": (DONE, "0)"),
-    "micro-batches": (DONE, "len(progress.updates))"),
-    "random numbers": ("            one.set_rng_state(random_state)", "            pass"),
+    "order of the rows": (DONE, "0,"),
+    "micro-batches": (DONE, "done,"),
+    "random numbers": ("            part.set_rng_state(value)", "            pass"),
     "draw of the loader": (GENERATOR, "        pass"),
 }
 
@@ -214,9 +214,11 @@ def test_two_processes_killed_in_a_save_resume_bit_for_bit(launch, single, small
 
     run(SCRIPT, "uninterrupted", "--checkpoint_dir", tmp_path / "of_uninterrupted")
     checkpoints = tmp_path / "of_killed"
-    rename = "                    unfinished.rename(folder)"
-    dies = "                    step == 4 and __import__('os')._exit(9)"
-    killed = plant(tmp_path, SCRIPT, (rename, f"{dies}\n{rename}"))
+    killed = plant(tmp_path, SCRIPT)
+    file, rename = tmp_path / "utils/run_files.py", "    unfinished.rename(folder)"
+    text, dies = file.read_text(), "    step == 4 and __import__('os')._exit(9)"
+    assert text.count(rename) == 1
+    file.write_text(text.replace(rename, f"{dies}\n{rename}"))
     # the first time, there is not a checkpoint yet and the run starts from scratch
     resume = ("--checkpoint_dir", checkpoints, "--resume_from_checkpoint", "True")
     assert "Resumed" not in run(killed, "run", *resume, code=None)

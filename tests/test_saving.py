@@ -41,7 +41,8 @@ GRADIENTS = """                    from utils.engine import held_part
 FILL = """    from utils.engine import held_part, full_shape
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.requires_grad and math.prod(full_shape(parameter)) <= 64 * config.lora_r:
+            size = torch.Size(full_shape(parameter)).numel()
+            if parameter.requires_grad and size <= 64 * config.lora_r:
                 held_part(parameter).fill_((accelerator.process_index + 1) / 64)
 """
 # Gather the trainable parameters with other functions than the scripts call. Strategy -> code.

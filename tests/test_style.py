@@ -74,7 +74,7 @@ def test_there_are_scripts():
 LIMITS = {
     "columns of a line of Python": 100,
     "lines of a file in utils/ or tools/": 450,
-    "lines of a lesson": 380,
+    "lines of a lesson": 385,
     "names of ours that a lesson imports": 12,
     "files of ours that a lesson imports": 5,
     "lines of code in those files": 1090,

@@ -5,10 +5,13 @@ name; the names are Hugging Face's. Data columns are checked in data.py, the lau
 launch_checks.py.
 """
 
+import ast
+import inspect
 import math
 import os
-import re
 import sys
+import textwrap
+from itertools import pairwise
 
 from transformers import HfArgumentParser
 
@@ -143,11 +146,17 @@ def parse_arguments(Config):
 def make_parser(Config):
     """Return a parser with a flag for each field of the dataclass, with a help text for each.
 
-    The text is the field's own (`metadata={"help": text}`), or that of a line `name: text` in the
-    docstring of the dataclass, or that of HELP, or else the name of the field.
+    The text is the field's own: `metadata={"help": text}`, or the string on the lines below the
+    field, which PEP 257 calls an attribute docstring. Without one it is the text of HELP, or else
+    the name of the field.
     """
     parser = HfArgumentParser(Config)
-    own = dict(re.findall(r"^ +(\w+): (.+)$", Config.__doc__, re.MULTILINE))
+    [definition] = ast.parse(textwrap.dedent(inspect.getsource(Config))).body
+    own = {
+        field.target.id: " ".join(text.value.value.split())
+        for field, text in pairwise(definition.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
     for action in parser._actions:
         name = action.dest
         action.help = action.help or own.get(name) or HELP.get(name) or name.replace("_", " ")
