@@ -764,3 +764,25 @@ def test_where_no_lock_can_be_held_the_run_goes_on(unlocked, tmp_path, monkeypat
 
 def test_an_empty_name_is_no_folder(unlocked, capsys):
     assert "--output_dir is empty" in refusal(capsys, folders.lock_folder, "output_dir", "")
+
+
+# Help texts ---------------------------------------------------------------------------------------
+@dataclass
+class Explained:
+    """A Config of a user."""
+
+    learning_rate: float = 1e-3
+    seed: int = 42
+    """the user's own text,
+    on two lines"""
+    margin: float = field(default=0.1, metadata={"help": "of the field"})
+    """not this one"""
+    curriculum_order: bool = False
+
+
+def test_a_help_text_is_that_of_the_field_or_the_common_one():
+    texts = {action.dest: action.help for action in settings.make_parser(Explained)._actions}
+    assert texts["learning_rate"] == settings.HELP["learning_rate"]
+    assert texts["seed"] == "the user's own text, on two lines"
+    assert texts["margin"] == "of the field"
+    assert texts["curriculum_order"] == "curriculum order"

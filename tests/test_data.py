@@ -1,6 +1,7 @@
 """utils/data.py and utils/rows.py: rows as they are, and a line or an error for all else."""
 
 import json
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -363,3 +364,29 @@ def test_ordinary_labels_print_nothing(tokenizers, capsys):
     answers = check(tokenizers, "LlamaTokenizer", ["yes", "no"] * 3, ["maybe"])
     assert answers == {one: one for one in ("yes", "no", "maybe")}
     assert capsys.readouterr().out == ""
+
+
+# Loaders ------------------------------------------------------------------------------------------
+def make(order=None, **settings):
+    """Return the training batches of five rows on two processes, a batch per process and update."""
+    values = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "seed": 1}
+    values |= {"gradient_accumulation_steps": 1, "num_train_epochs": 2.0, "max_steps": -1}
+    config, rows = SimpleNamespace(**values | settings), list("abcde")
+    accelerator = SimpleNamespace(num_processes=2)
+    train, valid = data.make_loaders(config, accelerator, rows, rows, "".join, "".join, order)
+    assert list(valid) == ["ab", "cd", "e"]
+    return list(train)
+
+
+def test_a_loader_holds_the_batches_of_all_updates():
+    drawn = make()
+    assert len(drawn) == 6 and all(len(batch) == 2 for batch in drawn)  # 10 rows, 3 updates of 4
+    assert sorted("".join(drawn)[:5]) == sorted("".join(drawn)[5:10]) == list("abcde")
+    assert make() == drawn != make(seed=2)
+    assert len(make(max_steps=7)) == 14
+    assert len(make(gradient_accumulation_steps=3)) == 6  # one update of 12 rows
+
+
+def test_the_order_of_the_rows_may_be_given():
+    assert make(order=range(5)) == ["ab", "cd", "ea", "bc", "de", "ab"]
+    assert make(order=[4, 0], max_steps=1) == ["ea", "ea"]
