@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from conftest import read_metrics
@@ -768,7 +769,7 @@ def test_an_empty_name_is_no_folder(unlocked, capsys):
 
 # Help texts ---------------------------------------------------------------------------------------
 @dataclass
-class Explained:
+class Base:
     """A Config of a user."""
 
     learning_rate: float = 1e-3
@@ -777,12 +778,28 @@ class Explained:
     on two lines"""
     margin: float = field(default=0.1, metadata={"help": "of the field"})
     """not this one"""
+
+
+@dataclass
+class Explained(Base):
+    """A Config that adds fields to another one."""
+
     curriculum_order: bool = False
+    share: float = 0.5
+    """50 % of the rows"""
 
 
 def test_a_help_text_is_that_of_the_field_or_the_common_one():
-    texts = {action.dest: action.help for action in settings.make_parser(Explained)._actions}
+    parser = settings.make_parser(Explained)
+    texts = {action.dest: action.help for action in parser._actions}
     assert texts["learning_rate"] == settings.HELP["learning_rate"]
     assert texts["seed"] == "the user's own text, on two lines"
     assert texts["margin"] == "of the field"
     assert texts["curriculum_order"] == "curriculum order"
+    assert "50 % of the rows" in parser.format_help()
+
+
+def test_flags_work_without_the_source(monkeypatch):
+    monkeypatch.setattr(settings.inspect, "getsource", Mock(side_effect=OSError))
+    texts = {action.dest: action.help for action in settings.make_parser(Base)._actions}
+    assert texts["seed"] == settings.HELP["seed"]

@@ -150,17 +150,34 @@ def make_parser(Config):
     field, which PEP 257 calls an attribute docstring. Without one it is the text of HELP, or else
     the name of the field.
     """
-    parser = HfArgumentParser(Config)
-    [definition] = ast.parse(textwrap.dedent(inspect.getsource(Config))).body
-    own = {
-        field.target.id: " ".join(text.value.value.split())
-        for field, text in pairwise(definition.body)
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
-    }
+    parser, own = HfArgumentParser(Config), {}
+    for part in reversed(Config.__mro__[:-1]):
+        own |= attribute_docstrings(part)
     for action in parser._actions:
         name = action.dest
         action.help = action.help or own.get(name) or HELP.get(name) or name.replace("_", " ")
     return parser
+
+
+def attribute_docstrings(part):
+    """Return name -> the string below the field, for the fields of one class, ready for argparse.
+
+    Empty if the source is not on the disk, as in an interactive session.
+    """
+    try:
+        [definition] = ast.parse(textwrap.dedent(inspect.getsource(part))).body
+    except (OSError, TypeError):
+        return {}
+    pairs = [
+        (field.target, text.value)
+        for field, text in pairwise(definition.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    ]
+    return {
+        field.id: " ".join(text.value.split()).replace("%", "%%")
+        for field, text in pairs
+        if isinstance(getattr(text, "value", None), str)
+    }
 
 
 def check_numbers(config):
