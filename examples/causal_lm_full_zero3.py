@@ -94,7 +94,7 @@ def build_dataloaders(config, tokenizer, accelerator):
             "prompt": prompt[:limit] + tail_ids,
             "target": [*targets[label], tokenizer.eos_token_id],
             "label": answers[label],
-            "is_truncated": len(prompt) > limit,
+            "cut": len(prompt) > limit,
         }
 
     def pad(sequences, side):
@@ -103,13 +103,13 @@ def build_dataloaders(config, tokenizer, accelerator):
             padding_side=side,
             return_attention_mask=True,
             return_tensors="pt",
-        )
+        ).data
 
     def collate_train(rows):
         batch = pad([row["prompt"] + row["target"] for row in rows], "right")
         labels = pad([[-100] * len(row["prompt"]) + row["target"] for row in rows], "right")
         # -100: no loss, neither on the prompt nor on padding
-        labels = labels.input_ids.masked_fill(batch.attention_mask == 0, -100)
+        labels = labels["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         return batch | {"labels": labels}
 
     def collate_valid(rows):
@@ -118,7 +118,7 @@ def build_dataloaders(config, tokenizer, accelerator):
 
     train = [encode(row) for row in train]
     valid = [encode(row) for row in valid]
-    if count := sum(row["is_truncated"] for row in train + valid):
+    if count := sum(row["cut"] for row in train + valid):
         total = len(train + valid)
         accelerator.print(f"{count} of {total} texts are truncated: see --max_length.")
     return data.make_loaders(

@@ -60,11 +60,8 @@ class Config:
     deterministic: bool = False
     """same bits in every run on GPUs, slower"""
     save_steps: int = 25
-    """updates between two checkpoints"""
     checkpoint_dir: str = f"outputs/{Path(__file__).stem}-checkpoints"
-    """folder of the checkpoints"""
     resume_from_checkpoint: str = ""
-    """True: the newest; or a checkpoint folder"""
     seed: int = 42
     output_dir: str = f"outputs/{Path(__file__).stem}"
     overwrite_output_dir: bool = False
@@ -105,7 +102,7 @@ def build_dataloaders(config, tokenizer, accelerator):
             "prompt": prompt[:limit] + tail_ids,
             "target": [*targets[label], tokenizer.eos_token_id],
             "label": answers[label],
-            "is_truncated": len(prompt) > limit,
+            "cut": len(prompt) > limit,
         }
 
     def pad(sequences, side):
@@ -114,13 +111,13 @@ def build_dataloaders(config, tokenizer, accelerator):
             padding_side=side,
             return_attention_mask=True,
             return_tensors="pt",
-        )
+        ).data
 
     def collate_train(rows):
         batch = pad([row["prompt"] + row["target"] for row in rows], "right")
         labels = pad([[-100] * len(row["prompt"]) + row["target"] for row in rows], "right")
         # -100: no loss, neither on the prompt nor on padding
-        labels = labels.input_ids.masked_fill(batch.attention_mask == 0, -100)
+        labels = labels["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         return batch | {"labels": labels}
 
     def collate_valid(rows):
@@ -129,7 +126,7 @@ def build_dataloaders(config, tokenizer, accelerator):
 
     train = [encode(row) for row in train]
     valid = [encode(row) for row in valid]
-    if count := sum(row["is_truncated"] for row in train + valid):
+    if count := sum(row["cut"] for row in train + valid):
         total = len(train + valid)
         accelerator.print(f"{count} of {total} texts are truncated: see --max_length.")
     return data.make_loaders(
@@ -228,7 +225,7 @@ def main():
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     train_loader, valid_loader = build_dataloaders(config, tokenizer, accelerator)
     rows = [train_loader.dataset, valid_loader.dataset]
-    resumed, state = results.find_checkpoint(config, accelerator, rows)
+    resumed, state = results.find_state(config, accelerator, rows)
     tracker = memory.MemoryTracker()
     with tracker.phase("load"):
         model = build_model(config, tokenizer)
@@ -286,6 +283,8 @@ def main():
         # else iter(loader) would draw a seed from the global RNG, which dropout uses
         train_loader.base_dataloader.generator = torch.Generator()
         random = state["random"][accelerator.process_index]
+        if len(random) != len(generators):
+            settings.refuse(f"{resumed} was made on another kind of device: resume it there")
         for part, value in zip(generators, random, strict=True):
             part.set_rng_state(value)
         accelerator.print(f"Resumed from {resumed}, after {done} updates.")
@@ -352,11 +351,11 @@ def main():
                     ),
                 }
                 if accelerator.is_main_process:
-                    results.save_checkpoint(config, step, state)
+                    results.save_state(config, step, state)
     with tracker.phase("eval"):
         after, samples = evaluate(accelerator, model, tokenizer, valid_loader, config)
     weights = gather_weights(accelerator, model)
-    # before the interruption
+    # the seconds before the interruption count, too
     tracker.seconds["train"] += seconds
     metrics = progress.collect_metrics(tracker, before, after)
     if accelerator.is_main_process:

@@ -102,7 +102,7 @@ def build_dataloaders(config, tokenizer, accelerator):
             "prompt": prompt[:limit] + tail_ids,
             "target": [*targets[label], tokenizer.eos_token_id],
             "label": answers[label],
-            "is_truncated": len(prompt) > limit,
+            "cut": len(prompt) > limit,
         }
 
     def pad(sequences, side):
@@ -111,13 +111,13 @@ def build_dataloaders(config, tokenizer, accelerator):
             padding_side=side,
             return_attention_mask=True,
             return_tensors="pt",
-        )
+        ).data
 
     def collate_train(rows):
         batch = pad([row["prompt"] + row["target"] for row in rows], "right")
         labels = pad([[-100] * len(row["prompt"]) + row["target"] for row in rows], "right")
         # -100: no loss, neither on the prompt nor on padding
-        labels = labels.input_ids.masked_fill(batch.attention_mask == 0, -100)
+        labels = labels["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         return batch | {"labels": labels}
 
     def collate_valid(rows):
@@ -126,7 +126,7 @@ def build_dataloaders(config, tokenizer, accelerator):
 
     train = [encode(row) for row in train]
     valid = [encode(row) for row in valid]
-    if count := sum(row["is_truncated"] for row in train + valid):
+    if count := sum(row["cut"] for row in train + valid):
         total = len(train + valid)
         accelerator.print(f"{count} of {total} texts are truncated: see --max_length.")
     return data.make_loaders(
@@ -225,7 +225,7 @@ def main():
         auto_model=transformers.AutoModelForCausalLM,
         base="4bit",
     )
-    # else tied weights are lost when one process reads the files
+    # where one process reads the files for all, tied weights would be lost
     if config.modules_to_save:
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     accelerator = launch.start_accelerator(config.gradient_accumulation_steps, tf32=config.tf32)

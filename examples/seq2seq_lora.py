@@ -101,7 +101,7 @@ def build_dataloaders(config, tokenizer, accelerator):
             "prompt": prompt,
             "target": targets[label],
             "label": answers[label],
-            "is_truncated": is_truncated,
+            "cut": is_truncated,
         }
 
     def pad(sequences):
@@ -111,7 +111,7 @@ def build_dataloaders(config, tokenizer, accelerator):
             padding_side="right",
             return_attention_mask=True,
             return_tensors="pt",
-        )
+        ).data
 
     def collate_valid(rows):
         return pad([row["prompt"] for row in rows])
@@ -120,12 +120,12 @@ def build_dataloaders(config, tokenizer, accelerator):
         # the model makes the decoder's input from the labels
         labels = pad([row["target"] for row in rows])
         # -100: no loss on padding
-        labels = labels.input_ids.masked_fill(labels.attention_mask == 0, -100)
+        labels = labels["input_ids"].masked_fill(labels["attention_mask"] == 0, -100)
         return collate_valid(rows) | {"labels": labels}
 
     train = [encode(row) for row in train]
     valid = [encode(row) for row in valid]
-    if count := sum(row["is_truncated"] for row in train + valid):
+    if count := sum(row["cut"] for row in train + valid):
         total = len(train + valid)
         accelerator.print(f"{count} of {total} texts are truncated: see --max_length.")
     return data.make_loaders(

@@ -365,7 +365,11 @@ CONTRADICTIONS = {  # id -> (content of the file, more variables, words of the e
         {},
         "has removed: remove it; examples/causal",
     ),
-    "curriculum": (ZERO3 | {"curriculum_learning": {}}, {}, "remove it; the sampler in section 2"),
+    "curriculum": (
+        ZERO3 | {"curriculum_learning": {}},
+        {},
+        "remove it; give the rows' `order` to make_loaders",
+    ),
     "activation checkpointing": (
         ZERO3 | {"activation_checkpointing": {"partition_activations": True}},
         {},

@@ -713,7 +713,7 @@ atexit.register(time.sleep, 2 * {seconds})
 @pytest.mark.parametrize("seconds", [3, pytest.param(30, marks=pytest.mark.slow)])
 def test_the_line_is_printed_once_though_a_process_is_late(launch, place, tmp_path, seconds):
     late = LATE.format(seconds=seconds)
-    copy = plant(tmp_path, LORA, ("\nimport math\n", f"\nimport math\n{late}"))
+    copy = plant(tmp_path, LORA, ("\nimport sys\n", f"\nimport sys\n{late}"))
     done = launch(copy, "ddp", *shlex.split(GOOD), "--lora_r", 0, processes=2, code=None, cwd=place)
     assert done.returncode == 1
     line = "error: --lora_r is 0: give a number above 0"

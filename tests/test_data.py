@@ -389,4 +389,24 @@ def test_a_loader_holds_the_batches_of_all_updates():
 
 def test_the_order_of_the_rows_may_be_given():
     assert make(order=range(5)) == ["ab", "cd", "ea", "bc", "de", "ab"]
+
+
+def test_an_order_that_leaves_out_rows_is_printed_and_a_wrong_one_refused(capsys):
     assert make(order=[4, 0], max_steps=1) == ["ea", "ea"]
+    assert "The given order names 2 of 5 training rows." in capsys.readouterr().err
+    for wrong in ([0, 5], [-1], ["a"], [0.5]):
+        with pytest.raises(SystemExit):
+            make(order=wrong)
+        assert (
+            f"holds {wrong[-1]!r}: give indices of the 5 training rows" in capsys.readouterr().err
+        )
+
+
+def test_a_kept_column_that_is_missing_is_named(tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"t": "a", "tags": []}\n{"t": "b", "tags": ["x"]}\n')
+    train, _ = data.load_data(str(file), {"text_column": "t"}, keep=["tags"])
+    assert set(train.column_names) == {"t", "tags"}
+    with pytest.raises(SystemExit):
+        data.load_data(str(file), {"text_column": "t"}, keep=["tagz"])
+    assert "column 'tagz' is not in train: the columns are 't', 'tags'" in capsys.readouterr().err

@@ -2,13 +2,16 @@
 
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import read_metrics
+from conftest import ROOT, read_metrics
 from models import make_data, make_model
 from processes import plant
 from single import run_single
+from test_models import load
+from transformers import AutoTokenizer
 
 SCRIPT, BASE = "causal_lm_lora_resume", "causal_lm_lora"
 SETTINGS = ("--max_steps", 6, "--gradient_accumulation_steps", 2)
@@ -16,6 +19,7 @@ SETTINGS += ("--lora_dropout", 0.1, "--learning_rate", 1e-2)
 # the batch size of one process, and of each of two
 WHOLE, HALF = ("--per_device_train_batch_size", 4), ("--per_device_train_batch_size", 2)
 SAME = ("losses", "learning_rates", "grad_norms", "scores", "target_tokens", "input_tokens")
+CHECKSUM = 419057417  # of the rows of assets/complaints, since 2026-11-21
 LOAD = "part.load_state_dict(value)"
 DONE = "done * config.gradient_accumulation_steps,"
 GENERATOR = "        train_loader.base_dataloader.generator = torch.Generator()"
@@ -166,6 +170,19 @@ def test_a_state_that_is_not_restored_changes_the_outcome(checkpoints, folder, n
 
 
 @pytest.mark.cases
+def test_checkpoints_of_earlier_versions_fit_the_rows(tmp_path):
+    """A checkpoint names the checksum of the encoded rows, so their form must not change."""
+    module = load(SCRIPT)
+    config = module.Config(checkpoint_dir=str(tmp_path))
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / config.model_name_or_path)
+    config.dataset_name = str(ROOT / config.dataset_name)
+    accelerator = SimpleNamespace(num_processes=1, mixed_precision="no", print=print)
+    loaders = module.build_dataloaders(config, tokenizer, accelerator)
+    rows = [loader.dataset for loader in loaders]
+    _, state = module.results.find_state(config, accelerator, rows)
+    assert state["run"]["checksum of the rows"] == CHECKSUM
+
+
 def test_refusals(single, small, checkpoints, folder):
     """Runs with other settings, existing checkpoints or damaged ones neither train nor write."""
     changed = shutil.copytree(small[3], folder / "changed_data") / "train.csv"

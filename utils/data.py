@@ -6,6 +6,7 @@ The script names its columns; this file does not know what they mean. What is no
 import math
 from collections import Counter
 from itertools import cycle, islice
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -59,6 +60,9 @@ def load_data(dataset_name, columns, seed=0, *, keep=()):
         )
     dataset = {split: dataset[split] for split in SPLITS if split in dataset}
     for split, rows in dataset.items():
+        if absent := [name for name in keep if name not in rows.column_names]:
+            told = ", ".join(map(repr, known[split]))
+            refuse(f"column {absent[0]!r} is not in {split}: the columns are {told}")
         rows = name_classes(rows, split, columns)
         check_columns(rows, split, columns, known[split])
         rows = as_text(rows, names[0])
@@ -267,16 +271,16 @@ def check_labels(train, targets, tokenizer, max_length, prompt_length, is_shared
 def make_loaders(config, accelerator, train, valid, collate_train, collate_valid, order=None):
     """Return a loader of the training batches of all updates, and one of the held-out rows.
 
-    One loader holds all epochs, and its length decides the number of updates. The order of the
-    training rows does not depend on the number of processes.
+    The training loader holds all epochs, and its length decides the number of updates. The order of
+    the training rows does not depend on the number of processes.
 
     Args:
         config: its seed, batch sizes, gradient_accumulation_steps, num_train_epochs and max_steps
             are read.
         train, valid: the rows, lists or anything else with a length and indices.
         collate_train, collate_valid: functions that make a batch of a list of rows.
-        order: the indices of the training rows in the order of an epoch, for all epochs. Without
-            it the seed draws a new order for each epoch.
+        order: the indices of the training rows in the order of an epoch; every epoch repeats it.
+            Without it the seed draws a new order for each epoch.
     """
     batch_size = config.per_device_train_batch_size
     per_update = batch_size * config.gradient_accumulation_steps * accelerator.num_processes
@@ -287,6 +291,15 @@ def make_loaders(config, accelerator, train, valid, collate_train, collate_valid
         generator = torch.Generator().manual_seed(config.seed)
         order = RandomSampler(train, num_samples=max_steps * per_update, generator=generator)
     else:
+        order = list(order)
+        for index in order:
+            if not isinstance(index, Integral) or not 0 <= index < len(train):
+                refuse(
+                    f"the given order holds {index!r}: give indices of the {len(train)} training "
+                    "rows, from 0 on"
+                )
+        if len({*order}) < len(train):
+            say(f"The given order names {len({*order})} of {len(train)} training rows.")
         order = list(islice(cycle(order), max_steps * per_update))
     train_loader = DataLoader(train, batch_size, sampler=order, collate_fn=collate_train)
     valid_loader = DataLoader(

@@ -37,7 +37,7 @@ QUANTIZED_MODEL = "; examples/causal_lm_qlora.py trains a quantized model"
 REMOVED = {  # key of a DeepSpeed config that DeepSpeed has removed -> what does the job today
     "elasticity": "; --num_processes of accelerate sets the number of processes",
     "compression_training": QUANTIZED_MODEL,
-    "curriculum_learning": "; the sampler in section 2 of a lesson decides the order of the rows",
+    "curriculum_learning": "; give the rows' `order` to make_loaders in section 2 of a lesson",
     "amp": "; `accelerate launch --mixed_precision bf16` trains in bf16",
     "sparse_gradients": "",
     "sparse_attention": "",

@@ -32,8 +32,8 @@ from utils.errors import fail, fail_together, first_line, refuse, say
 from utils.heartbeat import stop_heartbeat
 from utils.loading import base_model, load_lines
 
-# a lesson takes these two from here
-from utils.run_files import find_checkpoint, save_checkpoint  # noqa: F401
+from utils.run_files import find_state as find_state  # a lesson takes these two from here
+from utils.run_files import save_state as save_state
 from utils.run_files import write_adapter_config, write_beside
 from utils.saving import AdapterLayout, check_adapter, check_model, free_bytes, holding_signals
 from utils.saving import has_weights, keep_unchecked, move_into_place, plain_name, share

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from zlib import crc32
 
@@ -78,12 +79,12 @@ def write_metrics(folder, metrics):
 
 
 # Checkpoints of the lesson about resuming ---------------------------------------------------------
-def find_checkpoint(config, accelerator, rows):
+def find_state(config, accelerator, rows):
     """Return the checkpoint folder to resume from, or "" for a new run, and the state in it.
 
-    `state["run"]` holds what must be equal when the run is resumed: all settings, but those of
-    saving, folders, evaluation, data and model, and a checksum of the rows. For a new run the state
-    holds nothing else.
+    `state["run"]` holds what must be equal when the run is resumed: the number of processes, the
+    precision, a checksum of the rows, and all settings but those whose names begin with a word of
+    `free`. For a new run the state holds nothing else.
 
     Stops if checkpoints exist and none is asked for, if the state cannot be read, or if it was made
     by a run that differs.
@@ -94,7 +95,7 @@ def find_checkpoint(config, accelerator, rows):
         rows: those that are trained on and held out, anything with a `repr` that shows them.
     """
     free = ("save", "checkpoint", "resume", "output", "overwrite", "hub", "eval", "data", "model")
-    run = {name: value for name, value in vars(config).items() if not name.startswith(free)}
+    run = {name: value for name, value in asdict(config).items() if not name.startswith(free)}
     run |= {name: getattr(accelerator, name) for name in ("num_processes", "mixed_precision")}
     run |= {"checksum of the rows": crc32(repr(rows).encode())}
     folders = Path(config.checkpoint_dir).glob("checkpoint-[0-9]*")
@@ -116,7 +117,7 @@ def find_checkpoint(config, accelerator, rows):
     return resumed, state
 
 
-def save_checkpoint(config, step, state):
+def save_state(config, step, state):
     """Write `checkpoint-<step>/state.pt` into config.checkpoint_dir. For one process.
 
     The folder is written under another name and renamed, so a checkpoint is complete or absent. One

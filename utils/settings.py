@@ -84,6 +84,9 @@ HELP = {
     "lora_dropout": "dropout probability on the input of LoRA layers",
     "target_modules": "layers that get LoRA, or all-linear",
     "modules_to_save": "layers to train in full",
+    "save_steps": "updates between two checkpoints",
+    "checkpoint_dir": "folder of the checkpoints",
+    "resume_from_checkpoint": "True: the newest; or a checkpoint folder",
     "seed": "seed of weights, dropout, row order and split",
     "output_dir": "folder for the results",
     "overwrite_output_dir": "replace an earlier run in output_dir",
@@ -155,6 +158,8 @@ def make_parser(Config):
         own |= attribute_docstrings(part)
     for action in parser._actions:
         name = action.dest
+        if f"--no_{name}" in action.option_strings:  # made for a field that is True by default
+            action.help = f"the same as --{name} False"
         action.help = action.help or own.get(name) or HELP.get(name) or name.replace("_", " ")
     return parser
 
@@ -162,14 +167,16 @@ def make_parser(Config):
 def attribute_docstrings(part):
     """Return name -> the string below the field, for the fields of one class, ready for argparse.
 
-    Empty if the source is not on the disk, as in an interactive session.
+    Empty if the source cannot be found, as in an interactive session or under a profiler.
     """
     try:
-        [definition] = ast.parse(textwrap.dedent(inspect.getsource(part))).body
-    except (OSError, TypeError):
+        tree = ast.parse(textwrap.dedent(inspect.getsource(part)))
+    except (OSError, TypeError, SyntaxError):
         return {}
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
     pairs = [
         (field.target, text.value)
+        for definition in classes
         for field, text in pairwise(definition.body)
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
     ]
