@@ -41,7 +41,8 @@ def fields(name):
 
 def flags(name):
     """The flags of a script -> type and help text."""
-    actions = {action.dest: action for action in make_parser(load(name).Config)._actions}
+    parser = make_parser(load(name).Config)
+    actions = {one.dest: one for one in parser._actions if f"--{one.dest}" in one.option_strings}
     return {flag: (field.type, actions[flag].help) for flag, field in fields(name).items()}
 
 
