@@ -27,9 +27,13 @@ ON = ("--resume_from_checkpoint", True)
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2")
 # two processes -> one without a launcher; these are run in one interpreter
 ALONE = [("zero2", "lora"), ("fsdp1", "full"), ("fsdp2", "lora")]
-TWO = [("zero3", "full", 1), ("zero3", "full", 3)]
+# two processes -> one or three, under the same strategy
+TWO = [("ddp", "lora", 1), ("zero1", "full", 1), ("zero2", "lora", 1), ("zero3", "full", 1)]
+TWO += [("zero3", "full", 3)]
 REST = [(strategy, method, to) for strategy in STRATEGIES for method in METHODS for to in (1, 3)]
 REST = [case for case in REST if case not in TWO]
+# the default suite resumes on one process with every strategy
+assert {case[0] for case in ALONE} | {case[0] for case in TWO if case[2] == 1} == set(STRATEGIES)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +119,10 @@ def test_two_processes_resume_on_one(train, alone, strategy, method):
     "strategy, method, to", [*TWO, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)]
 )
 def test_two_processes_resume_elsewhere(train, strategy, method, to):
-    check(train(strategy, method, 2)[0], *train(strategy, method, to, 2), 2, to)
+    resumed, output = train(strategy, method, to, 2)
+    check(train(strategy, method, 2)[0], resumed, output, 2, to)
+    is_alone = to == 1 and strategy.startswith("fsdp")
+    assert read_metrics(resumed)["strategy"] == ("single" if is_alone else strategy)
 
 
 @pytest.mark.slow
