@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 from models import make_model
 from peft import AutoPeftModelForCausalLM
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from single import run_single
 from transformers import AutoModelForCausalLM
 
@@ -28,7 +28,8 @@ CASES = {  # name -> config, architecture (qwen2 has tied weights), method, flag
     "zero2 full bf16": ("zero2", "qwen2", "full", BF16),
     "zero3 untied": ("zero3", "llama", "full", ()),
     "fsdp1 full": ("fsdp1", "qwen2", "full", SHARDED),
-    # not FSDP1's one file: accelerate cannot write it without a GPU
+    "fsdp1 one file": ("fsdp1", "qwen2", "full", FULL),
+    "fsdp1 lora one file": ("fsdp1", "qwen2", "lora", FULL),
     "fsdp2 one file": ("fsdp2", "qwen2", "full", FULL),
     "fsdp2 full": ("fsdp2", "qwen2", "full", ()),
     "zero1 lora": ("zero1", "qwen2", "lora", ()),
@@ -37,9 +38,12 @@ CASES = {  # name -> config, architecture (qwen2 has tied weights), method, flag
     "zero3 frozen": ("zero3", "llama", "frozen", ()),
     "zero3 lora bf16": ("zero3", "qwen2", "lora", BF16),
     "fsdp1 lora": ("fsdp1", "qwen2", "lora", SHARDED),
+    "ddp full": ("ddp", "qwen2", "full", ()),
+    "ddp lora": ("ddp", "llama", "lora", ()),
 }
 DEFAULT = ("zero3 full", "fsdp2 lora")
-NAMES = [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
+FAST = (*DEFAULT, "fsdp1 one file")
+NAMES = [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +142,30 @@ def test_a_checkpoint_of_chat_sft(forks, models, tmp_path):
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
         auto = AutoModelForCausalLM if name == "full" else AutoPeftModelForCausalLM
         auto.from_pretrained(out)
+
+
+@pytest.mark.parametrize("file", ["pytorch_model_fsdp.bin", "model.safetensors", "any name.pt"])
+@pytest.mark.parametrize("given", ["folder", "file"])
+def test_one_file_of_weights(models, tmp_path, capsys, file, given):
+    """It has the names of DDP and of torch.compile, and the tied weight twice if it can."""
+    prefix = "module._orig_mod." if given == "file" else "_orig_mod.module."
+    weights = AutoModelForCausalLM.from_pretrained(models["qwen2"]).state_dict()
+    tied = weights.pop("lm_head.weight")
+    saved = {f"{prefix}{name}": one for name, one in weights.items()}
+    path, out = tmp_path / "state" / file, tmp_path / "out"
+    path.parent.mkdir()
+    if path.suffix == ".safetensors":
+        save_file(saved, path)
+    else:
+        torch.save(saved | {f"{prefix}lm_head.weight": tied}, path)
+    words = (path if given == "file" else path.parent, out, "--model_name_or_path", models["qwen2"])
+    if (given, file) == ("folder", "any name.pt"):
+        assert "is no sharded checkpoint" in error_of(capsys, *words)
+        return
+    collate(*words)
+    written = load_file(out / "model.safetensors")
+    assert written.keys() == weights.keys()
+    assert all(torch.equal(written[name], one) for name, one in weights.items())
 
 
 # Memory -------------------------------------------------------------------------------------------
@@ -257,6 +285,54 @@ def test_no_code_of_a_pickle_runs(saved, models, tmp_path, capsys, name):
     assert not (tmp_path / "harm").exists()
 
 
+def save(content, path, **options):
+    path.parent.mkdir(exist_ok=True)
+    torch.save(content, path, **options)
+
+
+OLD = {"_use_new_zipfile_serialization": False}
+ONE = {"model.norm.weight": torch.ones(32)}
+
+
+@pytest.mark.parametrize(
+    "files, given, told",
+    [
+        ({"pytorch_model_fsdp.bin": ({},)}, "", "holds no weights, as transformers' Trainer"),
+        (
+            {f"pytorch_model_fsdp_rank{rank}.bin": (ONE,) for rank in (0, 1)},
+            "",
+            "pytorch_model_fsdp_rank0.bin, a process's own pieces of the weights",
+        ),
+        (
+            {f"pytorch_model_fsdp{number}.bin": (ONE,) for number in ("", "_1")},
+            "",
+            "holds pytorch_model_fsdp.bin, pytorch_model_fsdp_1.bin: give one of them",
+        ),
+        (
+            {"pytorch_model.bin": (ONE,), "pytorch_model_1.bin": (ONE,)},
+            "",
+            "holds pytorch_model.bin, pytorch_model_1.bin: give one of them",
+        ),
+        ({"a.pt": (ONE, OLD)}, "a.pt", "is damaged, or in torch.save's format of before PyTorch"),
+        ({"a.pt": ({"model": ONE, "step": 3},)}, "a.pt", "holds model, which is no tensor"),
+        ({"a.pt": (ONE["model.norm.weight"],)}, "a.pt", "holds no state_dict of a model"),
+    ],
+)
+def test_files_that_are_no_model(models, tmp_path, capsys, files, given, told):
+    for name, (content, *options) in files.items():
+        save(content, tmp_path / "state" / name, **(options[0] if options else {}))
+    model = ("--model_name_or_path", models["qwen2"])
+    assert told in error_of(capsys, tmp_path / "state" / given, tmp_path / "out", *model)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_empty_checkpoint_of_fsdp1_and_peft(saved, models, tmp_path, capsys):
+    model = ("--model_name_or_path", models["qwen2"])
+    line = error_of(capsys, saved("fsdp1 lora") / "trainer", tmp_path / "out", *model)
+    assert "holds no weights, as transformers' Trainer leaves it for a PEFT model" in line
+
+
 def test_what_is_needed_is_said(saved, models, tmp_path, capsys):
     full, lora = saved("zero3 full") / "state", saved("fsdp2 lora")
     out, model = tmp_path / "out", ("--model_name_or_path", models["qwen2"])
@@ -278,7 +354,10 @@ def test_what_is_needed_is_said(saved, models, tmp_path, capsys):
     line = error_of(capsys, lora / "state", out, *other, "--adapter_config", file)
     assert "lora_A" in line and "give the --adapter_config that was trained" in line
     assert "is no sharded checkpoint" in error_of(capsys, tmp_path / "adapter", out, *model)
-    assert "is no folder" in error_of(capsys, tmp_path / "nothing", out, *model)
+    assert "does not exist" in error_of(capsys, tmp_path / "nothing", out, *model)
+    assert "needs no collating: transformers loads it as it is" in error_of(
+        capsys, models["qwen2"], out
+    )
     assert not out.exists()
     out.mkdir()
     assert "exists" in error_of(capsys, full, out, *model) and not list(out.iterdir())

@@ -12,38 +12,62 @@ from tools import collate
 from tools.collate import model
 from tools.collate.deepspeed import find_deepspeed, read_deepspeed
 from tools.collate.fsdp import find_fsdp, read_fsdp
+from tools.collate.plain import find_plain, read_plain
 from tools.merge_adapter.console import add_output_flags, print_saved, run_quietly
 from tools.merge_adapter.read import read_weights
 from tools.merge_adapter.write import copy_tokenizer, write_model
 from utils.checkpoint import digest
 from utils.errors import fail
 from utils.results import new_folder
+from utils.saving import plain_name
 
 LOADERS = {"CAUSAL_LM": "AutoPeftModelForCausalLM", "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM"}
 LOADERS["SEQ_CLS"] = "AutoPeftModelForSequenceClassification"
 LOADERS["TOKEN_CLS"] = "AutoPeftModelForTokenClassification"
-KINDS = "DeepSpeed's, FSDP's and chat_sft's checkpoints are known"
+KINDS = "those of DeepSpeed, FSDP, accelerate and chat_sft are known"
+PREFIX = "module."  # DDP's, before every name
 
 
-def read_checkpoint(folder):
+def read_checkpoint(path):
     """Return name -> Lazy of a checkpoint, the names of the trained weights, and its kind.
 
     The names are None where the checkpoint does not say what was trained.
     """
-    if (folder / "state.json").is_file():
-        check_own(folder)
-        stem = "adapter_model" if (folder / "adapter_config.json").is_file() else "model"
-        return read_weights(folder, stem, "checkpoint"), None, "chat_sft"
-    if found := find_deepspeed(folder):
+    weights, trained, kind = read_any(path)
+    if not weights:
+        fail(
+            f"{path} holds no weights, as transformers' Trainer leaves it for a PEFT model under "
+            "FSDP1: train under FSDP2, or save with accelerator.save_state"
+        )
+    is_prefixed = all(plain_name(name).startswith(PREFIX) for name in weights)
+
+    def name_of(name):
+        return plain_name(name).removeprefix(PREFIX if is_prefixed else "")
+
+    trained = trained and {name_of(name) for name in trained}
+    return {name_of(name): weight for name, weight in weights.items()}, trained, kind
+
+
+def read_any(path):
+    """Return what `read_checkpoint` returns, under the names in the files."""
+    if path.is_file():
+        return read_plain(path), None, "one file"
+    if (path / "state.json").is_file():
+        check_own(path)
+        stem = "adapter_model" if (path / "adapter_config.json").is_file() else "model"
+        return read_weights(path, stem, "checkpoint"), None, "chat_sft"
+    if found := find_deepspeed(path):
         try:
             return *read_deepspeed(found), "DeepSpeed"
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             fail(f"{found} is not of DeepSpeed's form, or of another version of it: {error!r}")
-    if found := find_fsdp(folder):
+    if found := find_fsdp(path):
         return read_fsdp(found), None, "FSDP"
-    inside = sorted(path.name for path in folder.glob("checkpoint*") if path.is_dir())
-    hint = f", such as {folder / inside[-1]}" if inside else ""
-    fail(f"{folder} is no sharded checkpoint ({KINDS}): give the folder of one{hint}")
+    if found := find_plain(path):
+        return read_plain(found), None, "one file"
+    inside = sorted(one.name for one in path.glob("checkpoint*") if one.is_dir())
+    hint = f", such as {path / inside[-1]}" if inside else ""
+    fail(f"{path} is no sharded checkpoint ({KINDS}): give the folder of one{hint}")
 
 
 def check_own(folder):
@@ -109,9 +133,11 @@ def run(arguments):
     """Do what the command line asks for; an error is one line `error: ...` and exit code 1."""
     if arguments.output_dir.exists():
         fail(f"{arguments.output_dir} exists: give a folder that does not")
-    if not arguments.checkpoint.is_dir():
-        fail(f"{arguments.checkpoint} is no folder: give that of a checkpoint")
+    if not arguments.checkpoint.exists():
+        fail(f"{arguments.checkpoint} does not exist: give the folder of a checkpoint")
     weights, trained, kind = read_checkpoint(arguments.checkpoint)
+    if arguments.checkpoint.is_file():
+        arguments.checkpoint = arguments.checkpoint.parent  # may hold its configuration
     for flag in ("model_name_or_path", "adapter_config") if kind == "chat_sft" else ():
         if getattr(arguments, flag):
             print(f"--{flag} is unused: a checkpoint of chat_sft holds what is needed.")
@@ -129,7 +155,7 @@ def parse(arguments):
     parser = argparse.ArgumentParser(
         prog="python -m tools.collate", description=collate.__doc__.splitlines()[0]
     )
-    parser.add_argument("checkpoint", type=Path, help="folder of the checkpoint")
+    parser.add_argument("checkpoint", type=Path, help="folder of the checkpoint, or its only file")
     parser.add_argument(
         "output_dir", metavar="out", type=Path, help="folder to create; it must not exist"
     )

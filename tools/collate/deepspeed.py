@@ -12,6 +12,7 @@ from tools.merge_adapter.lazy import Lazy
 from utils.errors import fail, first_line
 
 OPTIMIZER, MODEL = "_optim_states.pt", "_model_states.pt"
+ARCHIVE = b"PK\x03\x04"  # begins what torch.save writes
 
 
 class Stub:
@@ -60,6 +61,12 @@ def join(parts, shape, dtype, rows=None):
 
 def load(path):
     """Return the content of a file, with its tensors mapped; stop if it holds unknown classes."""
+    with path.open("rb") as file:
+        if file.read(len(ARCHIVE)) != ARCHIVE:
+            fail(
+                f"{path} is damaged, or in torch.save's format of before PyTorch 1.6, which cannot "
+                "be mapped: copy it again, or load it with torch and save it"
+            )
     try:
         unknown = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
         if unknown := sorted(unknown - {name for _, name in CLASSES}):

@@ -7,12 +7,12 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from tools.collate.deepspeed import cut, joined, load
+from tools.collate.plain import only_one, read_plain
 from tools.merge_adapter.lazy import Lazy
 from tools.merge_adapter.read import read_tensor
 from utils.errors import fail, first_line
 
-FOLDER, FULL = "pytorch_model_fsdp_0", "pytorch_model_fsdp.bin"  # as accelerate names them
+NAME = "pytorch_model_fsdp"  # begins what accelerate saves: a folder _0, or a file .bin
 PREFIX = "model."  # accelerate saves {"model": state_dict}
 # what the index of a checkpoint is made of; nothing else is unpickled
 CLASSES = {
@@ -45,11 +45,24 @@ class Index(pickle.Unpickler):
 
 
 def find_fsdp(folder):
-    """Return the folder or file of FSDP's model in a checkpoint; None if there is none."""
-    for path in (folder, folder / FOLDER):
-        if (path / ".metadata").is_file() or list(path.glob("*.distcp")):
-            return path
-    return folder / FULL if (folder / FULL).is_file() else None
+    """Return the folder or file of FSDP's model in a checkpoint; None if there is none.
+
+    Stops if there are several, or only what each process holds.
+    """
+    if (folder / ".metadata").is_file() or list(folder.glob("*.distcp")):
+        return folder
+    found = sorted(
+        path for path in folder.glob(f"{NAME}*") if path.is_dir() or path.suffix == ".bin"
+    )
+    pieces = [path for path in found if "_rank" in path.name]
+    models = [path for path in found if path not in pieces]
+    if pieces and not models:
+        fail(
+            f"{folder} holds {pieces[0].name}, a process's own pieces of the weights, which are "
+            "not joined here: save with SHARDED_STATE_DICT or FULL_STATE_DICT, not with "
+            "LOCAL_STATE_DICT or use_dcp=False"
+        )
+    return only_one(folder, models)
 
 
 def read_fsdp(path):
@@ -59,10 +72,7 @@ def read_fsdp(path):
         path: from `find_fsdp`.
     """
     if path.is_file():
-        return {
-            name: joined(cut([tensor.reshape(-1)], 0, tensor.numel()), tensor.shape)
-            for name, tensor in load(path).items()
-        }
+        return read_plain(path)
     index = read_index(path)
     entries = {
         key: entry for key, entry in index.state_dict_metadata.items() if hasattr(entry, "chunks")

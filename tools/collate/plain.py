@@ -1,0 +1,49 @@
+"""Read the weights of one file: safetensors, or a state dict that `torch.save` wrote."""
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from tools.collate.deepspeed import cut, joined, load
+from tools.merge_adapter.read import read_weights
+from utils.errors import fail
+
+# as accelerate names the models of a run that shards nothing; a second one ends with _1
+NAMES = ("model.safetensors", "model_[0-9]*.safetensors", "pytorch_model.bin")
+NAMES += ("pytorch_model_[0-9]*.bin",)
+READY = {"config.json": ("model", "transformers"), "adapter_config.json": ("adapter_model", "peft")}
+
+
+def find_plain(folder):
+    """Return the file of the weights that accelerate wrote without shards; None without one.
+
+    Stops if transformers or peft loads the folder as it is.
+    """
+    for config, (stem, library) in READY.items():
+        if (folder / config).is_file() and list(folder.glob(f"{stem}*.safetensors")):
+            fail(f"{folder} needs no collating: {library} loads it as it is")
+    return only_one(folder, sorted(path for name in NAMES for path in folder.glob(name)))
+
+
+def only_one(folder, paths):
+    """Return the only path, or None without one; stop if there are several."""
+    if len(paths) > 1:
+        fail(f"{folder} holds {', '.join(path.name for path in paths)}: give one of them")
+    return next(iter(paths), None)
+
+
+def read_plain(path):
+    """Return the weights of a file: name -> Lazy. A tied weight may stand under two names."""
+    if path.suffix == ".safetensors":
+        return read_weights(path.parent, path.stem, "checkpoint")
+    content, remedy = load(path), "give a checkpoint's folder, or a file with a state_dict alone"
+    if not isinstance(content, dict):
+        fail(f"{path} holds no state_dict of a model: {remedy}")
+    for name, value in content.items():
+        if not isinstance(value, torch.Tensor):
+            fail(f"{path} holds {name}, which is no tensor: {remedy}")
+        if isinstance(value, DTensor):
+            fail(f"{path} holds one process's piece of {name}: give a file with all of it")
+    return {
+        name: joined(cut([tensor.reshape(-1)], 0, tensor.numel()), tensor.shape)
+        for name, tensor in content.items()
+    }
