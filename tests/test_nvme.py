@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import ACCELERATE, ROOT
 from deepspeed.runtime.swap_tensor.optimizer_utils import OptimizerSwapper
+from deepspeed.runtime.zero import parameter_offload
 from models import make_data, make_model
 from safetensors.torch import load_file
 
@@ -106,6 +107,34 @@ def test_sizes_of_buffers_and_files():
     assert [len(group) for group in plan(sub_group_size=half).groups] == [1, 2]
 
 
+@pytest.mark.parametrize(
+    "own, total, kept",
+    [
+        ("auto", "auto", [3]),
+        (2000, "auto", [0, 1, 3]),
+        (2000, 2000, [0, 1]),
+        (2000, 1999, [0, 3]),  # the second does not fit, the fourth does
+        (10**9, 0, []),
+        (4000, 10**9, [0, 1, 2, 3]),
+    ],
+)
+def test_weights_that_stay_gathered(monkeypatch, own, total, kept):
+    """As DeepSpeed's own function says."""
+    monkeypatch.setattr(nvme, "PERSISTENT", 500)
+    model = torch.nn.ParameterList(torch.zeros(size) for size in (1000, 1000, 3000, 500))
+    zero = {"stage3_param_persistence_threshold": own, "stage3_model_persistence_threshold": total}
+    one = nvme.Plan({"zero_optimization": zero}, model, 2)
+    marked = one.gathered(len(weight) for weight in model)
+    assert [number for number, is_kept in enumerate(marked) if is_kept] == kept
+    limits = (500 if own == "auto" else own, sys.maxsize if total == "auto" else total)
+    for weight in model:
+        weight.ds_numel = len(weight)
+    monkeypatch.setattr(parameter_offload, "print_rank_0", lambda *_, **__: None)
+    mark = parameter_offload.DeepSpeedZeRoOffload.mark_persistent_parameters
+    mark(SimpleNamespace(module=model), *limits)
+    assert [number for number, one in enumerate(model) if hasattr(one, "ds_persist")] == kept
+
+
 @pytest.fixture
 def accelerator(tmp_path):
     """What fit_nvme reads of an Accelerator."""
@@ -136,7 +165,10 @@ def test_too_little_space_memory_or_buffer(accelerator, monkeypatch, capsys):
     zero["stage3_param_persistence_threshold"] = 1024 * 1024
     error = refusal(capsys, nvme.fit_nvme, accelerator, model)
     assert "stage3_param_persistence_threshold keeps 1 weights gathered" in error
+    zero["stage3_model_persistence_threshold"] = 1024 * 1024 - 1
+    nvme.fit_nvme(accelerator, model)
     zero["stage3_param_persistence_threshold"] -= 1
+    del zero["stage3_model_persistence_threshold"]
     block["buffer_count"] = 10**9
     assert "bytes of memory each" in refusal(capsys, nvme.fit_nvme, accelerator, model)
     block |= {"buffer_count": 5, "buffer_size": 7}
@@ -374,12 +406,14 @@ def reference(launch, flags, tmp_path_factory):
 
 
 CPU, NONE = {"device": "cpu"}, {"device": "none"}
+FEW = {"stage3_param_persistence_threshold": 10**9, "stage3_model_persistence_threshold": 10**5}
 VARIANTS = {  # name -> precision, changes of zero_optimization
     "as shipped": ("no", {}),
     "bf16": ("bf16", {}),
     "optimizer alone": ("no", {"offload_param": NONE}),
     "optimizer alone, weights on the CPU": ("no", {"offload_param": CPU}),
     "weights alone, optimizer on the CPU": ("no", {"offload_optimizer": CPU}),
+    "few weights stay gathered": ("no", FEW),
 }
 
 

@@ -20,6 +20,7 @@ import shutil
 import signal
 import socket
 import tempfile
+from operator import and_
 from pathlib import Path
 
 import psutil
@@ -342,7 +343,8 @@ def fit_nvme(accelerator, model):
         if plan.kept:
             refuse(
                 f"stage3_param_persistence_threshold keeps {plan.kept} weights gathered that are "
-                "on NVMe, with which DeepSpeed cannot train: lower or remove it"
+                "on NVMe, with which DeepSpeed cannot train: lower or remove it, or limit their "
+                "sum with stage3_model_persistence_threshold"
             )
     pinned, needed = plan.pinned_bytes(parts), plan.file_bytes(parts)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -385,14 +387,27 @@ class Plan:
         self.aligned = ALIGNED * aio.get("intra_op_parallelism", 1)
         sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
         self.trained = [(numel, math.ceil(numel / processes)) for numel, grad in sizes if grad]
-        slices = [(numel, math.ceil(numel / processes)) for numel, _ in sizes]
-        pairs = [pair for pair in slices if pair[1] * self.element >= self.least]
-        self.swapped = [one for _, one in pairs]
-        threshold = self.zero.get("stage3_param_persistence_threshold", "auto")
-        threshold = PERSISTENT if threshold == "auto" else threshold
-        self.kept = sum(numel <= threshold for numel, _ in pairs)
+        slices = [math.ceil(numel / processes) for numel, _ in sizes]
+        swaps = [own * self.element >= self.least for own in slices]
+        self.swapped = [own for own, is_swapped in zip(slices, swaps) if is_swapped]
+        self.kept = sum(map(and_, swaps, self.gathered(numel for numel, _ in sizes)))
         self.largest = max(self.swapped, default=self.aligned)
         self.groups = self.sub_groups()
+
+    def gathered(self, sizes):
+        """Return of each weight whether DeepSpeed keeps it gathered.
+
+        Its `mark_persistent_parameters` takes, in the order of the model, weights of at most the
+        first threshold that do not bring their sum above the second.
+        """
+        names = ("stage3_param_persistence_threshold", "stage3_model_persistence_threshold")
+        limits = (self.zero.get(name, "auto") for name in names)
+        own, total = (d if one == "auto" else one for one, d in zip(limits, (PERSISTENT, math.inf)))
+        found, taken = [], 0
+        for size in sizes:
+            found.append(size <= own and taken + size <= total)
+            taken += size * found[-1]
+        return found
 
     def sub_groups(self):
         """Return the trained weights as DeepSpeed groups them, as (elements, of a slice) pairs."""
