@@ -110,29 +110,27 @@ def test_sizes_of_buffers_and_files():
 @pytest.mark.parametrize(
     "own, total, kept",
     [
-        ("auto", "auto", [3]),
-        (2000, "auto", [0, 1, 3]),
-        (2000, 2000, [0, 1]),
-        (2000, 1999, [0, 3]),  # the second does not fit, the fourth does
+        ("auto", sys.maxsize, [500]),
+        (2000, sys.maxsize, [1000, 1100, 500]),
+        (2000, 2100, [1000, 1100]),
+        (2000, 2099, [1000, 500]),  # the second does not fit, the fourth does
         (10**9, 0, []),
-        (4000, 10**9, [0, 1, 2, 3]),
+        (4000, 10**9, [1000, 1100, 3000, 500]),
     ],
 )
 def test_weights_that_stay_gathered(monkeypatch, own, total, kept):
     """As DeepSpeed's own function says."""
     monkeypatch.setattr(nvme, "PERSISTENT", 500)
-    model = torch.nn.ParameterList(torch.zeros(size) for size in (1000, 1000, 3000, 500))
+    model = torch.nn.ParameterList(torch.zeros(size) for size in (1000, 1100, 3000, 500))
     zero = {"stage3_param_persistence_threshold": own, "stage3_model_persistence_threshold": total}
     one = nvme.Plan({"zero_optimization": zero}, model, 2)
-    marked = one.gathered(len(weight) for weight in model)
-    assert [number for number, is_kept in enumerate(marked) if is_kept] == kept
-    limits = (500 if own == "auto" else own, sys.maxsize if total == "auto" else total)
+    assert one.gathered([len(weight) for weight in model]) == kept
     for weight in model:
         weight.ds_numel = len(weight)
     monkeypatch.setattr(parameter_offload, "print_rank_0", lambda *_, **__: None)
     mark = parameter_offload.DeepSpeedZeRoOffload.mark_persistent_parameters
-    mark(SimpleNamespace(module=model), *limits)
-    assert [number for number, one in enumerate(model) if hasattr(one, "ds_persist")] == kept
+    mark(SimpleNamespace(module=model), 500 if own == "auto" else own, total)
+    assert [len(weight) for weight in model if hasattr(weight, "ds_persist")] == kept
 
 
 @pytest.fixture
@@ -190,8 +188,10 @@ def test_settings_of_the_drive_that_deepspeed_would_not_read(capsys):
     assert "does not read aio.num_threads" in error and "now intra_op_parallelism" in error
     error = refusal(capsys, nvme.check_aio, {"single_submit": "false"})
     assert "aio.single_submit of DeepSpeed's config is 'false': it must be true or false" in error
-    for value in (0, "8M", True, 1.5):
+    for value in (0, "8M", True, 1.5, 2**31):
         assert "a whole number" in refusal(capsys, nvme.check_aio, {"block_size": value})
+    error = refusal(capsys, nvme.check_aio, {"block_size": 1000})
+    assert "aio.block_size of DeepSpeed's config is 1000: it must be a multiple of 512" in error
 
 
 def test_gradients_lie_where_direct_io_can_read_them(monkeypatch):
@@ -299,8 +299,42 @@ def test_the_values_that_the_tuner_tries(tmp_path, capsys):
     for content in ('{"threads": [1]}', '{"queue_depth": 8}', '{"queue_depth": []}', "[1]"):
         file.write_text(content)
         assert "must hold a list of values" in refusal(capsys, tool.read_values, file)
+    text = '{"block_size": ["8M", "512K", 4096, "4096"], "single_submit": [true]}'
+    file.write_text(text)
+    assert tool.read_values(file) == tool.VALUES | json.loads(text)
+    faults = {
+        "block_size": {
+            "8G": "a whole number",
+            "8MB": '"8M"',
+            100: "a multiple of 512",
+            None: '"8M"',
+        },
+        "queue_depth": {0: "a whole number", "32": "a whole number", True: "a whole number"},
+        "io_parallel": {1.5: "a whole number", -1: "a whole number"},
+        "single_submit": {"false": "true or false", 0: "true or false"},
+        "sequential_requests": {"yes": "true or false"},
+    }
+    for key, values in faults.items():
+        for value, told in values.items():
+            file.write_text(json.dumps({key: [*tool.VALUES[key], value]}))
+            error = refusal(capsys, tool.read_values, file)
+            assert f"{key} {json.dumps(value)} in {file} must be" in error and told in error
     file.write_text("{")
     assert "values.json cannot be read" in refusal(capsys, tool.read_values, file)
+
+
+@pytest.mark.parametrize(
+    "size, parallel, told",
+    [
+        ("1G0", 1, "is no number of bytes"),
+        ("1000", 1, "must be a multiple of 1024 bytes, for io_parallel 1"),
+        ("400M", 3, "must be a multiple of 3072 bytes, for io_parallel 3"),
+    ],
+)
+def test_the_size_that_the_tuner_reads(tmp_path, capsys, size, parallel, told):
+    file = tmp_path / "values.json"
+    file.write_text(json.dumps({"io_parallel": [1, parallel]}))
+    assert f"--size {size} {told}" in refusal(capsys, tool.tune, tmp_path, size, file)
 
 
 def test_a_launch_without_a_path(launch, tmp_path):

@@ -22,7 +22,7 @@ from torch.utils import cpp_extension
 
 from utils.errors import or_refuse, refuse
 from utils.launch_checks import free_extension_lock
-from utils.nvme import BUILD, EXTENSIONS, is_built, refuse_kernel
+from utils.nvme import BUILD, EXTENSIONS, is_built, refuse_kernel, wanted_kind
 
 LOAD = "from deepspeed.ops.op_builder import AsyncIOBuilder; AsyncIOBuilder().load(verbose=True)"
 PROGRAM = """
@@ -41,7 +41,7 @@ arguments = perf_run_sweep.parse_sweep_arguments()
 perf_run_sweep.sweep_main(arguments)
 perf_generate_param.generate_main(arguments.log_dir)
 """
-MINUTE = 60
+MINUTE, KIB = 60, 1024
 INTERVAL = 10  # seconds between two lines of progress
 # the values that DeepSpeed's tuner tries of each setting, by default
 VALUES = {
@@ -51,6 +51,8 @@ VALUES = {
     "single_submit": [False, True],
     "io_parallel": [1, 2, 4, 8],
 }
+# the tuner's names of settings -> the engine's, with the same kind of values
+NAMES = {"sequential_requests": "overlap_events", "io_parallel": "intra_op_parallelism"}
 
 
 # What is needed -----------------------------------------------------------------------------------
@@ -174,9 +176,15 @@ def tune(path, size, values):
     """
     if not Path(path).is_dir():
         refuse(f"{path} is not a folder: name one on an NVMe drive")
-    if not re.fullmatch(r"[1-9]\d*[KMG]?", size):
+    if not isinstance(number := bytes_of(size), int):
         refuse(f"--size {size} is no number of bytes: give one such as 400M (K, M or G)")
     tried = read_values(values) if values else VALUES
+    for parallel in tried["io_parallel"]:
+        if number % (KIB * parallel):
+            refuse(
+                f"--size {size} must be a multiple of {KIB * parallel} bytes, for io_parallel "
+                f"{parallel}: each thread reads and writes the same number of KiB"
+            )
     if not is_built():
         refuse(f"DeepSpeed's extension async_io is not built: {BUILD}")
     count = 2 * math.prod(len(one) for one in tried.values())
@@ -213,7 +221,19 @@ def read_values(file):
     unknown = unknown or [key for key in told if key not in VALUES]
     if unknown or not all(isinstance(one, list) and one for one in told.values()):
         refuse(f"{file} must hold a list of values for some of {', '.join(VALUES)}")
+    for key, values in told.items():
+        for value in values:
+            number = bytes_of(value, "KM") if key == "block_size" else value
+            if kind := wanted_kind(NAMES.get(key, key), number):
+                also = ', or a text such as "8M" (K or M)' if key == "block_size" else ""
+                refuse(f"{key} {json.dumps(value)} in {file} must be {kind}{also}")
     return VALUES | told
+
+
+def bytes_of(value, units="KMG"):
+    """Return the number of bytes of a text such as "8M"; another value as it is."""
+    found = isinstance(value, str) and re.fullmatch(rf"([1-9]\d*)([{units}]?)", value)
+    return int(found[1]) * KIB ** " KMG".index(found[2] or " ") if found else value
 
 
 def translate(found):

@@ -20,7 +20,6 @@ import shutil
 import signal
 import socket
 import tempfile
-from operator import and_
 from pathlib import Path
 
 import psutil
@@ -116,9 +115,15 @@ def check_aio(block):
             refuse(
                 f"DeepSpeed does not read aio.{key} (it reads {', '.join(AIO)}){name}: remove it"
             )
-        if type(value) is not AIO[key] or (AIO[key] is int and value < 1):
-            kind = "true or false" if AIO[key] is bool else "a whole number from 1 on"
+        if kind := wanted_kind(key, value):
             refuse(f"aio.{key} of DeepSpeed's config is {value!r}: it must be {kind}")
+
+
+def wanted_kind(key, value):
+    """Return what a value of "aio" must be instead, or "". Direct I/O needs 512 bytes."""
+    if type(value) is not AIO[key] or (AIO[key] is int and not 1 <= value < 2**31):  # a C int
+        return "true or false" if AIO[key] is bool else "a whole number from 1 on, below 2**31"
+    return "a multiple of 512 bytes" if key == "block_size" and value % 512 else ""
 
 
 def find_base(part, block):
@@ -216,8 +221,7 @@ def load_extensions(accelerator, aio):
             f"DeepSpeed's extension async_io, which reads and writes NVMe, is not built: {BUILD}"
         )
     from deepspeed.ops.op_builder import AsyncIOBuilder
-    from deepspeed.runtime.swap_tensor.constants import AIO_INTRA_OP_PARALLELISM_DEFAULT
-    from deepspeed.runtime.swap_tensor.constants import AIO_QUEUE_DEPTH_DEFAULT
+    from deepspeed.runtime.swap_tensor import constants as defaults
 
     for name in EXTENSIONS:
         free_extension_lock(name)
@@ -226,8 +230,8 @@ def load_extensions(accelerator, aio):
         module = or_refuse(culprit, AsyncIOBuilder().load, verbose=False)
     # DeepSpeed does not look at the answer, and aborts at the first read
     libaio = ctypes.CDLL(module.__file__)
-    depth, contexts = aio.get("queue_depth", AIO_QUEUE_DEPTH_DEFAULT), []
-    for _ in range(aio.get("intra_op_parallelism", AIO_INTRA_OP_PARALLELISM_DEFAULT)):
+    depth, contexts = aio.get("queue_depth", defaults.AIO_QUEUE_DEPTH_DEFAULT), []
+    for _ in range(aio.get("intra_op_parallelism", defaults.AIO_INTRA_OP_PARALLELISM_DEFAULT)):
         context = ctypes.c_ulong(0)
         if error := -libaio.io_queue_init(depth, ctypes.byref(context)):
             refuse_kernel(error)
@@ -343,8 +347,7 @@ def fit_nvme(accelerator, model):
         if plan.kept:
             refuse(
                 f"stage3_param_persistence_threshold keeps {plan.kept} weights gathered that are "
-                "on NVMe, with which DeepSpeed cannot train: lower or remove it, or limit their "
-                "sum with stage3_model_persistence_threshold"
+                "on NVMe, and cannot be trained so: lower it or stage3_model_persistence_threshold"
             )
     pinned, needed = plan.pinned_bytes(parts), plan.file_bytes(parts)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -388,25 +391,24 @@ class Plan:
         sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
         self.trained = [(numel, math.ceil(numel / processes)) for numel, grad in sizes if grad]
         slices = [math.ceil(numel / processes) for numel, _ in sizes]
-        swaps = [own * self.element >= self.least for own in slices]
-        self.swapped = [own for own, is_swapped in zip(slices, swaps) if is_swapped]
-        self.kept = sum(map(and_, swaps, self.gathered(numel for numel, _ in sizes)))
+        self.swapped = [own for own in slices if own * self.element >= self.least]
+        gathered = self.gathered([numel for numel, _ in sizes])
+        self.kept = sum(math.ceil(n / processes) * self.element >= self.least for n in gathered)
         self.largest = max(self.swapped, default=self.aligned)
         self.groups = self.sub_groups()
 
     def gathered(self, sizes):
-        """Return of each weight whether DeepSpeed keeps it gathered.
+        """Return the sizes of the weights that DeepSpeed keeps gathered, out of those of all.
 
         Its `mark_persistent_parameters` takes, in the order of the model, weights of at most the
         first threshold that do not bring their sum above the second.
         """
-        names = ("stage3_param_persistence_threshold", "stage3_model_persistence_threshold")
-        limits = (self.zero.get(name, "auto") for name in names)
-        own, total = (d if one == "auto" else one for one, d in zip(limits, (PERSISTENT, math.inf)))
-        found, taken = [], 0
+        names = (f"stage3_{part}_persistence_threshold" for part in ("param", "model"))
+        own, total = (self.zero.get(name, "auto") for name in names)
+        own, total = PERSISTENT if own == "auto" else own, math.inf if total == "auto" else total
+        found = []
         for size in sizes:
-            found.append(size <= own and taken + size <= total)
-            taken += size * found[-1]
+            found += [size] if size <= own and sum(found) + size <= total else []
         return found
 
     def sub_groups(self):
@@ -444,6 +446,5 @@ class Plan:
             groups = [sum(own for _, own in group) for group in self.groups]
             written += sum(STATES * self.pad(one, 4) for one in groups if one * 4 >= self.least)
             # gradients wait for the optimizer there
-            slices = [own for _, own in self.trained if own * 4 >= self.least]
-            written += sum(self.pad(own, 4) for own in slices)
+            written += sum(self.pad(own, 4) for _, own in self.trained if own * 4 >= self.least)
         return written
