@@ -48,6 +48,26 @@ class Machine:
         """Set the network card "up" or "down"."""
         ip("-n", self.namespace, "link", "set", self.card, state)
 
+    @contextlib.contextmanager
+    def closed(self, *ports):
+        """Drop what arrives for these ports (such as "1-99"), as a firewall does: nobody answers.
+
+        It drops every packet, also the answers to connections from these ports.
+        """
+        rule = ("-n", self.namespace, "rule")
+        # of the local addresses: it has priority 0, which nothing precedes
+        ip(*rule, "add", "pref", len(ports) + 1, "lookup", "local")
+        ip(*rule, "delete", "pref", 0)
+        for number, port in enumerate(ports, 1):
+            arriving = ("iif", self.card, "ipproto", "tcp", "dport", port)
+            ip(*rule, "add", "pref", number, *arriving, "blackhole")
+        try:
+            yield
+        finally:
+            ip(*rule, "add", "pref", 0, "lookup", "local")
+            for number in range(1, len(ports) + 2):
+                ip(*rule, "delete", "pref", number)
+
 
 def enter(namespace, host):
     libc = ctypes.CDLL(None, use_errno=True)

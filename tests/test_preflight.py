@@ -1,7 +1,9 @@
 """tools/preflight: machines that cannot run together learn why, in a sentence and in seconds."""
 
 import copy
+import importlib.metadata
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import time
 
 import pytest
 from conftest import ROOT
-from machines import Forked, machines_or_skip
+from machines import Forked, Real, machines_or_skip
 
 from tools.preflight import command, facts, report
 from tools.preflight.meeting import Machine, MeetingError, find_missing, meet
@@ -289,6 +291,56 @@ def test_two_machines(check):
     assert re.search(r"machine 1 \(host1\): 1 x CPU; gloo connected from t\d+-1 \(10\.77", first)
     assert re.search(r"all-reduce of \d+ MiB over 2 processes: \S+ s, bus bandwidth", first)
     assert "differs" not in first and "error" not in first + second
+
+
+@pytest.mark.slow
+def test_machines_of_different_versions(machines, environment, tmp_path):
+    """The second machine has a copy of the repository with another file, and another peft."""
+    copied, packages = tmp_path / "repository", tmp_path / "packages"
+    for part in facts.PARTS:
+        shutil.copytree(ROOT / part, copied / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "requirements.txt", copied)
+    with (copied / "utils" / "loss.py").open("a") as file:
+        file.write("# changed\n")
+    (packages / "peft-0.0.1.dist-info").mkdir(parents=True)
+    metadata = "Metadata-Version: 2.1\nName: peft\nVersion: 0.0.1\n"
+    (packages / "peft-0.0.1.dist-info" / "METADATA").write_text(metadata)
+    preflight = (sys.executable, "-m", "tools.preflight", "--config_file", CONFIG)
+    commands = [(*preflight, "--num_processes", 2, *words_of(rank)) for rank in (0, 1)]
+    commands[1] = ("env", "-C", copied, f"PYTHONPATH={packages}", *commands[1])
+    for one in machines:
+        one.connect("up")
+    run = Real(environment, tmp_path, machines, commands, ROOT)
+    assert run.wait(300) == [1, 1], run.told()
+    first, second = run.texts()
+    here, there = r"on machine 0 \(host0\)", r"on machine 1 \(host1\)"
+    files, version = facts.hash_of_repository(), importlib.metadata.version("peft")
+    told = re.findall("^differs: .*", first, re.MULTILINE)
+    assert len(told) == 2, first
+    assert re.fullmatch(rf"differs: peft: {re.escape(version)} {here}, 0\.0\.1 {there}", told[0])
+    wanted = rf"differs: files of this repository: {files} {here}, (?!{files})\w+ {there}"
+    assert re.fullmatch(wanted, told[1])
+    for text in (first, second):
+        assert text.count("error: ") == text.count("error: the machines differ: see the lines") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "ports, told",
+    [
+        (
+            [29500],
+            ["machine 1 did not come to 10.77.0.1:29500 within 6 s", "does not answer (timed"],
+        ),
+        (["1-29499", "29501-65534"], ["do not reach those of other machines"] * 2),
+    ],
+)
+def test_ports_that_a_firewall_closes(check, machines, ports, told):
+    with machines[0].closed(*ports):
+        codes, *texts = check(words_of(0), words_of(1), PREFLIGHT_SECONDS="6")
+    assert codes == [1, 1]
+    for text, sentence in zip(texts, told, strict=True):
+        assert text.count(sentence) == 1, text
 
 
 @pytest.mark.slow
