@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from single import run_single
 from test_models import load
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.integrations import hub_kernels
 
 from utils import (
     chat_settings,
@@ -426,6 +427,25 @@ def test_an_attention_is_named_with_one_that_the_model_has(capsys, name, attenti
     assert line.endswith(f"which has no attention {attention}: give --attn_implementation {remedy}")
     config.attn_implementation = remedy
     assert model_files.build_skeleton(*arguments) is not None
+
+
+@pytest.mark.parametrize("is_installed", [False, True])
+def test_a_kernel_of_the_hub_that_cannot_be_used_says_why(monkeypatch, capsys, is_installed):
+    """Not installed, transformers asks for the package; installed, the package for trust."""
+    untrusted = ValueError("Kernel 'someone/attention' is not from a trusted publisher\nmore")
+
+    def load(*_, trust_remote_code, **__):
+        assert not trust_remote_code
+        raise untrusted
+
+    monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda: is_installed)
+    monkeypatch.setattr(hub_kernels, "get_kernel_hub", load, raising=False)
+    config = SimpleNamespace(attn_implementation="someone/attention")
+    arguments = (config, AutoModelForCausalLM, make_config("llama"), "--model_name_or_path x")
+    line = error_of(capsys, model_files.build_skeleton, *arguments)
+    told = "not from a trusted publisher" if is_installed else "pip install"
+    assert line.startswith("error: --model_name_or_path x cannot use someone/attention (")
+    assert told in line and line.endswith("): give --attn_implementation sdpa")
 
 
 def test_a_config_that_no_attention_can_be_made_of_keeps_its_reason(capsys):

@@ -19,6 +19,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, GenerationCo
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.core_model_loading import WeightConverter, rename_source_key
+from transformers.integrations.hub_kernels import is_kernel
 
 from utils.activations import check_checkpointing
 from utils.environment import launched_precision, launched_strategy
@@ -208,9 +209,10 @@ def build_skeleton(config, auto_model, model_config, culprit):
     for other in ("sdpa", "eager"):
         with contextlib.suppress(Exception), torch.device("meta"):
             name = type(build(model_config, attn_implementation=other)).__name__
-            # a missing package, or a kernel that the Hub does not give, is a reason of its own
-            is_reason = isinstance(error, (ImportError, OSError))
-            told = f" ({first_line(error)})" if is_reason else ""
+            # a missing package, or a kernel of the Hub that is not trusted or not there
+            is_reason = isinstance(error, (ImportError, OSError)) or is_kernel(attention)
+            told = f"is a {name}, which has no attention {attention}"
+            told = f"cannot use {attention} ({first_line(error)})" if is_reason else told
             remedy = f"give --attn_implementation {other}"
             if attention == "documents":
                 remedy += f", and, if that mixes the documents of a row, {ONE_BY_ONE}"
@@ -222,7 +224,7 @@ def build_skeleton(config, auto_model, model_config, culprit):
             f"{culprit} cannot be made by {auto_model.__name__} ({first_line(error)})"
             f"{also if is_image else ''}"
         )
-    refuse(f"{culprit} is a {name}, which has no attention {attention}{told}: {remedy}")
+    refuse(f"{culprit} {told}: {remedy}")
 
 
 def check_weight_names(folder, culprit, skeleton):
