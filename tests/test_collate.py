@@ -144,6 +144,16 @@ def test_a_checkpoint_of_chat_sft(forks, models, tmp_path):
         auto.from_pretrained(out)
 
 
+@pytest.mark.slow
+def test_deepspeeds_own_tool_aborts_on_tied_weights(saved, tmp_path):
+    """docs/checkpoints.md says so."""
+    words = (saved("zero3 full") / "engine", tmp_path / "out", "--safe_serialization")
+    command = [sys.executable, "-m", "deepspeed.utils.zero_to_fp32", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode and "Some tensors share memory" in done.stderr
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
 @pytest.mark.parametrize("file", ["pytorch_model_fsdp.bin", "model.safetensors", "any name.pt"])
 @pytest.mark.parametrize("given", ["folder", "file"])
 def test_one_file_of_weights(models, tmp_path, capsys, file, given):
