@@ -4,7 +4,7 @@ Run `accelerate launch --config_file CONFIG tests/checkpoint_driver.py MODEL OUT
 METHOD is full, lora, or frozen (in full but for the embedding). It writes into the folder OUTPUT:
 
     state                   what `accelerator.save_state` writes (FSDP1's one file: the model)
-    trainer                 what transformers' Trainer writes of a model under FSDP1
+    trainer                 what transformers' Trainer writes of a model that FSDP shards
     engine, engine_trained  DeepSpeed's `save_checkpoint`, the second without frozen parameters
     gathered.safetensors    the trained parameters, gathered, in float32
     adapter                 adapter_config.json (lora)
@@ -89,7 +89,7 @@ def main(folder, output, method):
         save_fsdp1(accelerator, model, output / "state")
     else:
         accelerator.save_state(output / "state")
-    if is_fsdp1 and plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT:
+    if plugin is not None and plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT:
         save_fsdp_model(plugin, accelerator, model, output / "trainer", adapter_only=True)
     if is_deepspeed:
         model.save_checkpoint(output / "engine")

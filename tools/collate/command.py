@@ -37,7 +37,8 @@ def read_checkpoint(path):
     if not weights:
         fail(
             f"{path} holds no weights, as transformers' Trainer leaves it for a PEFT model under "
-            "FSDP1: train under FSDP2, or save with accelerator.save_state"
+            "FSDP1: load adapter_model.safetensors beside it with peft if there is one, or train "
+            "under FSDP2"
         )
     is_prefixed = all(plain_name(name).startswith(PREFIX) for name in weights)
 
