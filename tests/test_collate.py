@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import ROOT
 from models import make_model
 from peft import AutoPeftModelForCausalLM
@@ -294,6 +295,24 @@ def test_no_code_of_a_pickle_runs(saved, models, tmp_path, capsys, name):
     line = error_of(capsys, tmp_path / "state", tmp_path / "out", *flags)
     assert "could run any code" in line and file.name in line
     assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("is_safe", [True, False])
+def test_several_files_with_an_index(models, tmp_path, capsys, is_safe):
+    """As `accelerator.save_model` writes them."""
+    model, state = AutoModelForCausalLM.from_pretrained(models["qwen2"]), tmp_path / "state"
+    Accelerator(cpu=True).save_model(model, state, "40KB", safe_serialization=is_safe)
+    parts = sorted(path.name for path in state.iterdir() if path.suffix != ".json")
+    assert len(parts) > 2
+    words = (state, tmp_path / "out", "--model_name_or_path", models["qwen2"])
+    collate(*words)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    expected = load_file(models["qwen2"] / "model.safetensors")
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], one) for name, one in expected.items())
+    (state / parts[1]).unlink()
+    line = error_of(capsys, state, tmp_path / "again", *words[2:])
+    assert f"{state} lacks {parts[1]}" in line
 
 
 def save(content, path, **options):

@@ -1,4 +1,6 @@
-"""Read the weights of one file: safetensors, or a state dict that `torch.save` wrote."""
+"""Read the weights of one file, safetensors or a state dict of `torch.save`, or of its parts."""
+
+import json
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -7,9 +9,10 @@ from tools.collate.deepspeed import cut, joined, load
 from tools.merge_adapter.read import read_weights
 from utils.errors import fail
 
+INDEX = ".index.json"  # ends the name of the file that lists the parts of a model
 # as accelerate names the models of a run that shards nothing; a second one ends with _1
-NAMES = ("model.safetensors", "model_[0-9]*.safetensors", "pytorch_model.bin")
-NAMES += ("pytorch_model_[0-9]*.bin",)
+NAMES = ("model.safetensors", "model_[0-9]*.safetensors", f"model.safetensors{INDEX}")
+NAMES += ("pytorch_model.bin", "pytorch_model_[0-9]*.bin", f"pytorch_model.bin{INDEX}")
 READY = {"config.json": ("model", "transformers"), "adapter_config.json": ("adapter_model", "peft")}
 
 
@@ -32,9 +35,16 @@ def only_one(folder, paths):
 
 
 def read_plain(path):
-    """Return the weights of a file: name -> Lazy. A tied weight may stand under two names."""
-    if path.suffix == ".safetensors":
-        return read_weights(path.parent, path.stem, "checkpoint")
+    """Return the weights of a file: name -> Lazy. A tied weight may stand under two names.
+
+    Args:
+        path: of the file, or of an index of several.
+    """
+    stem, is_safetensors, _ = path.name.partition(".safetensors")
+    if is_safetensors:
+        return read_weights(path.parent, stem, "checkpoint")
+    if path.name.endswith(INDEX):
+        return read_parts(path)
     content, remedy = load(path), "give a checkpoint's folder, or a file with a state_dict alone"
     if not isinstance(content, dict):
         fail(f"{path} holds no state_dict of a model: {remedy}")
@@ -46,4 +56,17 @@ def read_plain(path):
     return {
         name: joined(cut([tensor.reshape(-1)], 0, tensor.numel()), tensor.shape)
         for name, tensor in content.items()
+    }
+
+
+def read_parts(index):
+    """Return the weights of the files that an index names; stop if one is missing."""
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        fail(f"{index} is not a valid index of weight files: copy or save it again")
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        fail(f"{index.parent} lacks {', '.join(missing)}, which {index.name} names: copy all files")
+    return {
+        name: weight for file in names for name, weight in read_plain(index.parent / file).items()
     }
