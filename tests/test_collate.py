@@ -310,6 +310,12 @@ def test_several_files_with_an_index(models, tmp_path, capsys, is_safe):
     expected = load_file(models["qwen2"] / "model.safetensors")
     assert written.keys() == expected.keys()
     assert all(torch.equal(written[name], one) for name, one in expected.items())
+    if is_safe:
+        shutil.copy(models["qwen2"] / "model.safetensors", state)
+        alone = (state / "model.safetensors", tmp_path / "again", *words[2:])
+        assert "stands beside model.safetensors" in error_of(capsys, *alone)
+        assert ": give one of them" in error_of(capsys, state, *alone[1:])
+        alone[0].unlink()
     (state / parts[1]).unlink()
     line = error_of(capsys, state, tmp_path / "again", *words[2:])
     assert f"{state} lacks {parts[1]}" in line
@@ -343,6 +349,12 @@ ONE = {"model.norm.weight": torch.ones(32)}
             "",
             "holds pytorch_model.bin, pytorch_model_1.bin: give one of them",
         ),
+        (
+            {"pytorch_model_fsdp.bin": (ONE,), "pytorch_model_fsdp_rank0.bin": (ONE,)},
+            "",
+            "pytorch_model_fsdp.bin, pytorch_model_fsdp_rank0.bin: give one of them",
+        ),
+        ({"a.safetensors.bak": (ONE, OLD)}, "a.safetensors.bak", "is damaged, or in"),
         ({"a.pt": (ONE, OLD)}, "a.pt", "is damaged, or in torch.save's format of before PyTorch"),
         ({"a.pt": ({"model": ONE, "step": 3},)}, "a.pt", "holds model, which is no tensor"),
         ({"a.pt": (ONE["model.norm.weight"],)}, "a.pt", "holds no state_dict of a model"),

@@ -120,10 +120,10 @@ def check_aio(block):
 
 
 def wanted_kind(key, value):
-    """Return what a value of "aio" must be instead, or "". Direct I/O needs 512 bytes."""
+    """Return what a value of the block "aio" must be; "" if it is that."""
     if type(value) is not AIO[key] or (AIO[key] is int and not 1 <= value < 2**31):  # a C int
         return "true or false" if AIO[key] is bool else "a whole number from 1 on, below 2**31"
-    return "a multiple of 512 bytes" if key == "block_size" and value % 512 else ""
+    return "a multiple of 512 bytes" if key == "block_size" and value % 512 else ""  # direct I/O
 
 
 def find_base(part, block):

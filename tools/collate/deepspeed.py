@@ -61,13 +61,14 @@ def join(parts, shape, dtype, rows=None):
 
 def load(path):
     """Return the content of a file, with its tensors mapped; stop if it holds unknown classes."""
-    with path.open("rb") as file:
-        if file.read(len(ARCHIVE)) != ARCHIVE:
+    try:
+        with path.open("rb") as file:
+            begin = file.read(len(ARCHIVE))
+        if begin != ARCHIVE:
             fail(
                 f"{path} is damaged, or in torch.save's format of before PyTorch 1.6, which cannot "
                 "be mapped: copy it again, or load it with torch and save it"
             )
-    try:
         unknown = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
         if unknown := sorted(unknown - {name for _, name in CLASSES}):
             fail(f"{path} holds {unknown[0]}, which is not loaded: it could run any code")

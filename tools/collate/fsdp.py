@@ -55,14 +55,13 @@ def find_fsdp(folder):
         path for path in folder.glob(f"{NAME}*") if path.is_dir() or path.suffix == ".bin"
     )
     pieces = [path for path in found if "_rank" in path.name]
-    models = [path for path in found if path not in pieces]
-    if pieces and not models:
+    if pieces and pieces == found:
         fail(
             f"{folder} holds {pieces[0].name}, a process's own pieces of the weights, which are "
             "not joined here: save with SHARDED_STATE_DICT or FULL_STATE_DICT, not with "
             "LOCAL_STATE_DICT or use_dcp=False"
         )
-    return only_one(folder, models)
+    return only_one(folder, found)
 
 
 def read_fsdp(path):

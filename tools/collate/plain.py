@@ -40,8 +40,10 @@ def read_plain(path):
     Args:
         path: of the file, or of an index of several.
     """
-    stem, is_safetensors, _ = path.name.partition(".safetensors")
-    if is_safetensors:
+    if path.suffix == ".safetensors" and (index := path.with_name(f"{path.name}{INDEX}")).is_file():
+        fail(f"{index} stands beside {path.name} and names other files: give a folder with one")
+    if path.name.endswith((".safetensors", f".safetensors{INDEX}")):
+        stem = path.name.removesuffix(INDEX).removesuffix(".safetensors")
         return read_weights(path.parent, stem, "checkpoint")
     if path.name.endswith(INDEX):
         return read_parts(path)
