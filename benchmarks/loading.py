@@ -27,7 +27,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from benchmarks.first_run import ACCELERATE, cpu
@@ -67,8 +67,18 @@ def private():
 
 
 def load_stock(auto_class, name, **options):
-    """Load a model by transformers alone."""
-    return auto_class.from_pretrained(name, **options)
+    """Load a model, or make one from a config, by transformers alone."""
+    if isinstance(name, str):
+        return auto_class.from_pretrained(name, **options)
+    names = ("dtype", "attn_implementation")
+    return auto_class.from_config(name, **{key: options[key] for key in names})
+
+
+def from_config(load):
+    """Return a loader that makes a new model from the config in a model's folder."""
+    return lambda auto_class, name, **options: load(
+        auto_class, AutoConfig.from_pretrained(name), **options
+    )
 
 
 def build(options):
@@ -98,6 +108,8 @@ def build(options):
     set_seed(0)
     load = load_stock if options.stock else chat_sft.load_sharded
     growth = Growth()
+    if options.new:
+        load = from_config(load)
     with patch.object(chat_sft, "load_sharded", load):
         model = chat_sft.build_model(config, tokenizer, options.added)
     facts = {"held": private() - growth.begin, "built": growth.peak}
@@ -179,6 +191,7 @@ def main():
         parser.add_argument("--dtype", default="float32", help="dtype of the loaded weights")
         parser.add_argument("--full", action="store_true", help="train all weights, not LoRA")
         parser.add_argument("--added", type=int, default=0, help="number of new tokens")
+        parser.add_argument("--new", action="store_true", help="draw the weights by the config")
         parser.add_argument("--stock", action="store_true", help="load by from_pretrained")
         parser.add_argument("--weights", action="store_true", help="write the trained weights")
         build(parser.parse_args())

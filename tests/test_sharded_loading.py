@@ -266,7 +266,11 @@ def check_launch(launch, strategy, model, facts, *flags):
     folder, size = model
     facts.mkdir()
     launch(BENCHMARK, strategy, "build", folder, facts, *flags, processes=2)
-    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if "--new" in flags:
+        torch.manual_seed(0)  # as benchmarks/loading.py
+        stock = AutoModelForCausalLM.from_config(stock.config, dtype=torch.float32)
+    stock.eval()
     bytes_of = {name: 4 * weight.numel() for name, weight in stock.named_parameters()}
     layer = sum(size for name, size in bytes_of.items() if ".layers.0." in name)
     embedding = bytes_of["lm_head.weight"]
@@ -290,12 +294,16 @@ def check_launch(launch, strategy, model, facts, *flags):
 
 
 FULL, ADDED = ("--full", "--weights"), ("--added", 8)
+NEW = (*FULL, "--new")
 SMALL = [
     ("zero3", FULL),
     pytest.param("zero3", (), marks=slow),
     pytest.param("fsdp1", FULL, marks=slow),
     pytest.param("fsdp1", (), marks=slow),
     pytest.param("fsdp2", FULL, marks=slow),
+    ("zero3", NEW),
+    pytest.param("fsdp1", NEW, marks=slow),
+    pytest.param("fsdp2", NEW, marks=slow),
     pytest.param("fsdp2", (), marks=slow),
 ]
 LARGE = [
@@ -307,6 +315,7 @@ LARGE = [
     ("fsdp2", "bfloat16", FULL),
     ("fsdp2", "bfloat16", ADDED),
     ("fsdp2", "float32", ()),
+    *((strategy, "float32", NEW) for strategy in ("zero3", "fsdp1", "fsdp2")),
 ]
 
 

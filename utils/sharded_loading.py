@@ -1,145 +1,32 @@
-"""Load a model for ZeRO-3 or FSDP: the weights stay in their files until they are sharded.
+"""Load a model for ZeRO-3 or FSDP: the weights are read, or drawn, when they are sharded.
 
 transformers maps the files of a checkpoint into memory, and the system reads a page when it is
 used. That ends as soon as a weight is cast to another dtype, or gathered by ZeRO-3: every process
 then holds a copy of the full model. `load_sharded` builds the model by transformers' own code, but
-no weight is read or cast until the strategy takes the slice of the process.
+no weight is read or cast until the strategy takes the slice of the process. A new model that is
+made from a config takes no more memory: each weight is drawn when it is sharded, from the random
+numbers that it would have got in one process.
 """
 
 import contextlib
-import functools
+import hashlib
 import math
 import os
 
 import torch
 from accelerate.state import AcceleratorState
-from torch.utils._pytree import tree_leaves, tree_map_only
-from transformers import AutoConfig, modeling_utils
+from accelerate.utils import gather_object
+from transformers import AutoConfig, PreTrainedConfig, modeling_utils
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.integrations.deepspeed import deepspeed_config, unset_hf_deepspeed_config
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from utils.errors import say
-
-aten = torch.ops.aten
-VIEWS = {  # operations whose result is a part of the tensor, or has another shape or order
-    *(aten.detach.default, aten.alias.default, aten.view.default, aten._unsafe_view.default),
-    *(aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default),
-    *(aten.unbind.int, aten.t.default, aten.transpose.int, aten.permute.default),
-    *(aten.as_strided.default, aten.expand.default),
-    *(aten.squeeze.default, aten.squeeze.dim, aten.unsqueeze.default),
-}
-CREATES = {  # operations that read only shape, dtype and device
-    *(aten.new_empty.default, aten.new_zeros.default, aten.new_ones.default),
-    *(aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default),
-}
+from utils.errors import first_line, refuse, say
+from utils.lazy_weights import DrawnTensor, FileTensor, LazyTensor, drawing
 
 
-# The weights --------------------------------------------------------------------------------------
-class FileTensor(torch.Tensor):
-    """A weight in a file, as a tensor of another dtype that holds no memory of its own.
-
-    A part or a view of it is one, too. Every other operation reads the values and casts them, and
-    its result is an ordinary tensor. Writing in place raises RuntimeError. `.data = value` turns
-    the weight into an ordinary tensor.
-
-    Args:
-        stored: the tensor that the file holds, mapped into memory.
-        dtype: the dtype that the weight has.
-    """
-
-    @staticmethod
-    def __new__(cls, stored, dtype):
-        like = {"strides": stored.stride(), "device": stored.device, "dtype": dtype}
-        return torch.Tensor._make_wrapper_subclass(cls, stored.shape, **like)
-
-    def __init__(self, stored, dtype):
-        self.stored = stored
-
-    def read(self):
-        """Return the values as an ordinary tensor, which may share the memory of the file."""
-        return self.stored.to(self.dtype)
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        kwargs, first = kwargs or {}, args[0] if args else None
-        if isinstance(first, cls):
-            if func in VIEWS:
-                views = func(first.stored, *args[1:], **kwargs)
-                return tree_map_only(torch.Tensor, lambda view: cls(view, first.dtype), views)
-            if func in CREATES:
-                return func(first.stored, *args[1:], **{"dtype": first.dtype, **kwargs})
-            if func is aten._to_copy.default and first.stored.dtype == first.dtype:
-                return cast(first.stored, **kwargs)
-        if any(isinstance(one, cls) for one in tree_leaves(written(func, args, kwargs))):
-            raise RuntimeError(
-                f"{func} writes to a weight that is still in its file: load the model with "
-                "from_pretrained, or write after accelerator.prepare"
-            )
-        if func is aten.cat.default and len(args) == 1 and not kwargs:
-            return join(first)  # FSDP1 flattens a unit so
-        if func is aten.copy_.default and args[1].dtype in (first.dtype, args[1].stored.dtype):
-            return first.copy_(args[1].stored)  # reads and casts without a temporary tensor
-        return func(*tree_map_only(cls, cls.read, args), **tree_map_only(cls, cls.read, kwargs))
-
-    # libraries replace the values of a parameter by `.data =`, which must keep its identity
-    @property
-    def data(self):
-        return self.detach()
-
-    @data.setter
-    def data(self, value):
-        torch.utils.swap_tensors(self, torch.nn.Parameter(value, self.requires_grad))
-
-    def data_ptr(self):
-        # accelerate tells the parameters of FSDP2 apart by it; no address, for none has this dtype
-        return -self.stored.data_ptr()
-
-    def __deepcopy__(self, memo):
-        copy = torch.nn.Parameter(self.detach().clone(), self.requires_grad)
-        return memo.setdefault(id(self), copy)
-
-    def __repr__(self):
-        return f"FileTensor({tuple(self.shape)}, {self.stored.dtype} -> {self.dtype})"
-
-    # FSDP2 swaps parameters of such classes when it moves them to a GPU
-    def __tensor_flatten__(self):
-        return ["stored"], self.dtype
-
-    @classmethod
-    def __tensor_unflatten__(cls, tensors, dtype, size, stride):
-        return cls(tensors["stored"], dtype)
-
-
-def written(func, args, kwargs):
-    """Return the arguments that an operation writes to; a collective may write to all."""
-    if func.namespace == "c10d":
-        return args, kwargs
-    names = enumerate(func._schema.arguments)
-    pairs = [
-        (place, one.name) for place, one in names if one.alias_info and one.alias_info.is_write
-    ]
-    return [args[place] if place < len(args) else kwargs.get(name) for place, name in pairs]
-
-
-def cast(stored, dtype=None, device=None, **options):
-    """Return a stored tensor in another dtype, still in its file, or on another device."""
-    if torch.device(device or "cpu").type == "cpu":
-        return FileTensor(stored, dtype or stored.dtype)
-    return stored.to(device=device, dtype=dtype)
-
-
-def join(parts):
-    """Return `torch.cat(parts)`, without a cast copy of each part."""
-    size = (sum(map(len, parts)), *parts[0].shape[1:])
-    dtypes = [part.dtype for part in parts]
-    joined = torch.empty(size, dtype=functools.reduce(torch.promote_types, dtypes))
-    for place, part in zip(joined.split([len(part) for part in parts]), parts, strict=True):
-        place.copy_(part)
-    return joined
-
-
+# Files that stay open -----------------------------------------------------------------------------
 class SafetensorsFile:
     """An open safetensors file with the methods that transformers calls to load a model."""
 
@@ -182,6 +69,8 @@ def leaving_in_files():
 def load_sharded(auto_class, name, **options):
     """Return `auto_class.from_pretrained(name, **options)`, with the weights still in their files.
 
+    With a config instead of a name the model is new: see `draw_sharded`.
+
     The weights are those of from_pretrained, bit for bit. Under FSDP, `accelerator.prepare` reads
     the slices of the process. Under ZeRO-3, `configure_deepspeed` does, by `shard_from_files`.
     Missing and unexpected weights are treated and named by transformers. Weights that it makes or
@@ -192,11 +81,13 @@ def load_sharded(auto_class, name, **options):
 
     Args:
         auto_class: AutoModelForCausalLM or another one, or a class of models.
-        name: folder or Hub id of the model, with safetensors.
+        name: folder or Hub id of the model, with safetensors; or a config of transformers.
         options: options of from_pretrained.
     """
+    if isinstance(name, PreTrainedConfig):
+        return draw_sharded(auto_class, name, **options)
     is_zero3 = is_deepspeed_zero3_enabled()
-    if not is_zero3 and os.environ.get("ACCELERATE_USE_FSDP") != "true":
+    if not is_zero3 and not is_fsdp():
         return auto_class.from_pretrained(name, **options)
     config = AutoConfig.from_pretrained(name)
     if "quantization_config" in options or hasattr(config, "quantization_config"):
@@ -212,7 +103,7 @@ def load_sharded(auto_class, name, **options):
         options["dtype"] = engine_dtype(deepspeed_config())
         unset_hf_deepspeed_config()  # else transformers builds the model under zero.Init
     else:
-        read_in_every_process()
+        use_every_process("reads")
     with leaving_in_files():
         model = auto_class.from_pretrained(name, **options)
     say_copies(model)
@@ -232,13 +123,18 @@ def is_converted(config):
     return any(isinstance(rule, WeightConverter) for rule in rules)
 
 
-def read_in_every_process():
-    """Let every process read the weights itself, instead of getting them from the first one."""
+def is_fsdp():
+    """Return whether FSDP, 1 or 2, was launched."""
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
+def use_every_process(verb):
+    """Let every process read or draw the weights itself, and get none from the first one."""
     plugin = AcceleratorState().fsdp_plugin
     if plugin.cpu_ram_efficient_loading:
         say(
-            "fsdp_cpu_ram_efficient_loading is turned off: every process reads the weights itself, "
-            "unit by unit."
+            f"fsdp_cpu_ram_efficient_loading is turned off: every process {verb} the weights "
+            "itself, unit by unit."
         )
     plugin.cpu_ram_efficient_loading = False
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # transformers reads it
@@ -279,45 +175,132 @@ def leave_file(model, keep):
     """
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            if isinstance(buffer, FileTensor):
+            if isinstance(buffer, LazyTensor):
                 module._buffers[name] = buffer.read()
     for weight in model.parameters():
         if isinstance(weight, FileTensor) and weight.stored.dtype == weight.dtype and not keep:
             weight.data = weight.stored
 
 
+# A new model --------------------------------------------------------------------------------------
+def draw_sharded(auto_class, config, **options):
+    """Return `auto_class.from_config(config, **options)`, with the weights still to be drawn.
+
+    The weights are those that from_config draws in one process with the same random state, bit for
+    bit. Under ZeRO-3 they are then cast to the engine's dtype. The state of torch's generator is
+    afterwards that which from_config leaves. A model whose code does with new weights what a
+    DrawnTensor cannot do is made in full by every process, and this is printed.
+
+    Args:
+        auto_class: AutoModelForCausalLM or another one, or a class of models.
+        config: the config of the model.
+        options: options of from_config. Two of from_pretrained may stay: use_safetensors, which has
+            no effect because no file is read, and a device_map that is None or names one device.
+    """
+    options.pop("use_safetensors", None)
+    place = options.pop("device_map", None)
+    if options.get("dtype") == "auto":
+        del options["dtype"]  # from_config takes the config's
+    make = getattr(auto_class, "from_config", None) or auto_class._from_config
+    is_zero3 = is_deepspeed_zero3_enabled()
+    if not is_zero3 and not is_fsdp():
+        model = make(config, **options)
+        return model.to(place[""]) if place else model
+    check_random_state()
+    if is_zero3:
+        dtype = engine_dtype(deepspeed_config())
+        unset_hf_deepspeed_config()  # else transformers draws in another order
+    else:
+        use_every_process("draws")
+    model = draw(make, config, options)
+    say_drawn(model)
+    leave_file(model, keep=True)
+    for weight in model.parameters():
+        if is_zero3 and weight.is_floating_point() and weight.dtype != dtype:
+            weight.data = weight.data.to(dtype)
+    return model
+
+
+def check_random_state():
+    """Stop if the processes would draw different models, of which each would keep its slices."""
+    state = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
+    if torch.distributed.is_initialized() and len(set(gather_object([state]))) > 1:
+        refuse(
+            "a new model is drawn from torch's generator, whose state differs between the "
+            "processes: call set_seed with the same seed in all of them before load_sharded"
+        )
+
+
+def draw(make, config, options):
+    """Return a new model, with lazy weights where its code allows it."""
+    state = torch.get_rng_state()
+    try:
+        with drawing():
+            return make(config, **options)
+    except Exception as error:  # an invalid config, or an operation that lazy weights do not have
+        torch.set_rng_state(state)
+        model = make(config, **options)
+        say(
+            f"{type(model).__name__} cannot be drawn weight by weight ({first_line(error)}): every "
+            "process holds the full model until it is sharded."
+        )
+        return model
+
+
+def say_drawn(model):
+    """Print how much of a new model every process holds in full, and which weights start at 0."""
+    total, held, empty = 0, 0, []
+    for name, weight in model.named_parameters():
+        total += weight.numel() * weight.element_size()
+        if isinstance(weight, DrawnTensor):
+            held += weight.recipe.num_bytes()
+            empty += [] if weight.recipe.steps else [name]
+        else:
+            held += weight.nbytes
+    if total > held > total / 100:  # vectors of ones and zeros are less
+        say(
+            f"{held:,} of the model's {total:,} bytes are computed and not drawn: every process "
+            "holds them in full until they are sharded."
+        )
+    if empty:
+        say(
+            f"{len(empty)} weights get no value from the model's code, and start at 0. The first "
+            f"is {empty[0]}."
+        )
+
+
 # ZeRO-3 -------------------------------------------------------------------------------------------
 def shard_from_files(accelerator, model):
-    """Shard the weights that are still in their files with ZeRO-3's `zero.Init`.
+    """Shard the weights that are still in their files, or to be drawn, with ZeRO-3's `zero.Init`.
 
-    Every process reads its own slice of each weight. DeepSpeed's engine shards the other
+    Every process takes its own slice of each weight. DeepSpeed's engine shards the other
     parameters, such as LoRA matrices, when it is made.
     """
-    in_files = [weight for weight in model.parameters() if isinstance(weight, FileTensor)]
-    if not in_files:
+    # undoes unset_hf_deepspeed_config: transformers must know that ZeRO-3 is on
+    accelerator.deepspeed_plugin.set_deepspeed_weakref()
+    lazy = [weight for weight in model.parameters() if isinstance(weight, LazyTensor)]
+    if not lazy:
         return
     import deepspeed  # a large import
 
-    # undoes unset_hf_deepspeed_config: transformers must know that ZeRO-3 is on
-    accelerator.deepspeed_plugin.set_deepspeed_weakref()
     init = deepspeed.zero.Init(module=torch.nn.Module(), config_dict_or_path=deepspeed_config())
-    for weight in in_files:
-        shard_from_file(init, weight)
+    for weight in lazy:
+        shard_lazy(init, weight)
     for module in model.modules():  # zero.Init would have made the buffers there
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(accelerator.device)
 
 
-def shard_from_file(init, weight):
-    """Read this process's slice of a weight into it, and partition it among the processes."""
-    stored = weight.stored
-    dtype = init.dtype if stored.is_floating_point() else stored.dtype
+def shard_lazy(init, weight):
+    """Write this process's slice of a weight into it, and partition it among the processes."""
+    values = weight.detach()
+    dtype = init.dtype if values.is_floating_point() else values.dtype
     # only the slice is written, and a page that is not written takes no memory on a CPU
-    weight.data = torch.empty(stored.shape, dtype=dtype, device=init.local_device)
+    weight.data = torch.empty(values.shape, dtype=dtype, device=init.local_device)
     init._convert_to_deepspeed_param(weight)
     size = math.ceil(weight.ds_numel / weight.ds_zero_partition_world_size)
     own = slice(size * weight.ds_zero_partition_rank, size * (weight.ds_zero_partition_rank + 1))
     if weight.ds_zero_param_process_group is not None:
         own = slice(None)  # hpZ keeps a second slice
-    weight.data.view(-1)[own] = stored.reshape(-1)[own]
+    weight.data.view(-1)[own] = values.reshape(-1)[own]
     weight.partition()
