@@ -36,7 +36,12 @@ ROOT = Path(__file__).resolve().parents[1]
 STRATEGIES = ("zero3", "fsdp1", "fsdp2")
 FILES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # the dtype of a model's file
 LAYERS, ROWS, HIDDEN = 9, 16_000, 1024  # the size of the model: 594 MB in float32
-CASES = {"lora": (), "full": ("--full",), "tokens": ("--added", 8)}  # tokens: LoRA, 8 new tokens
+CASES = {  # tokens: LoRA, 8 new tokens; new: all weights of a model that is made from its config
+    "lora": (),
+    "full": ("--full",),
+    "tokens": ("--added", 8),
+    "new": ("--full", "--new"),
+}
 
 
 # One process of a launch --------------------------------------------------------------------------
@@ -174,12 +179,15 @@ def compare(options):
         for strategy in options.strategies:
             for name in FILES:
                 for case in options.cases:
+                    if case == "new" and name != "float32":
+                        continue  # no file is read
                     flags = CASES[case]
                     stock = measure(strategy, Path(folder, name), *flags, "--stock")
                     ours = measure(strategy, Path(folder, name), *flags)
                     both = [one[key] for key in ("built", "prepared") for one in (stock, ours)]
                     cells = " ".join(f"{value:8.0f}" for value in both)
-                    print(f"{strategy:9} {name:9} {case:7} {cells}", flush=True)
+                    file = "none" if case == "new" else name
+                    print(f"{strategy:9} {file:9} {case:7} {cells}", flush=True)
 
 
 def main():
@@ -202,7 +210,7 @@ def main():
         some = {"nargs": "+", "choices": STRATEGIES, "default": STRATEGIES}
         parser.add_argument("--strategies", **some, help="strategies to measure")
         some = {"nargs": "+", "choices": CASES, "default": list(CASES)}
-        parser.add_argument("--cases", **some, help="what is trained; tokens: LoRA, 8 new tokens")
+        parser.add_argument("--cases", **some, help="what is loaded and trained: see CASES")
         compare(parser.parse_args())
 
 

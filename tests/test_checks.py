@@ -69,6 +69,7 @@ def place(tmp_path_factory):
     (place / "no_config/config.json").unlink()
     (place / "broken_config/config.json").write_text("{")
     (place / "no_weights/model.safetensors").rename(place / "no_weights/pytorch_model.bin")
+    shutil.copytree(place / "llama", place / "config_only", ignore=lambda *_: ["model.safetensors"])
     whole = (place / "llama/model.safetensors").read_bytes()
     (place / "truncated/model.safetensors").write_bytes(whole[:-100])
     for name in ("no_tokenizer", "no_eos"):
@@ -321,6 +322,12 @@ ARGUMENTS = [  # (flags, expected parts of the line: the culprit, then the remed
     (f"{MODEL} broken_config", "broken_config: config.json is not valid JSON", "save the model"),
     (f"{MODEL} no_config", "no_config holds no config.json", "give the folder of a model"),
     (f"{MODEL} no_weights", "no_weights holds no model.safetensors", "save the model again"),
+    (
+        f"{MODEL} config_only",
+        "config_only holds config.json but no weights",
+        "give a model",
+        "'A new model'",
+    ),
     (f"{MODEL} truncated", "model.safetensors is damaged or truncated", "download it again"),
     (f"{MODEL} shard_missing", "holds no model-00002-of-", "save the model again"),
     (f"{MODEL} no_tokenizer", "no_tokenizer has no usable tokenizer", "save one with it"),

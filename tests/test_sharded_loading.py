@@ -1,4 +1,4 @@
-"""A model that ZeRO-3 or FSDP shards is loaded in slices: little memory, and the same weights."""
+"""A model that ZeRO-3 or FSDP shards is read or drawn in slices: little memory, same weights."""
 
 import copy
 import json
@@ -11,12 +11,13 @@ from models import CAUSAL, SEQ2SEQ, make_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, MixtralConfig
-from transformers import modeling_utils
+from transformers import PreTrainedConfig, PreTrainedModel, modeling_utils
 
 from benchmarks.loading import make_model as make_large
 
 from utils import sharded_loading
-from utils.sharded_loading import FileTensor, engine_dtype, is_converted, load_sharded
+from utils.lazy_weights import DrawnTensor, FileTensor, LazyTensor, drawing
+from utils.sharded_loading import engine_dtype, is_converted, load_sharded
 
 BENCHMARK = ROOT / "benchmarks/loading.py"
 slow = pytest.mark.slow
@@ -175,67 +176,268 @@ def test_engine_dtype():
     assert engine_dtype({"bf16": {"enabled": "auto"}}) == torch.float32
 
 
-# A weight in a file -------------------------------------------------------------------------------
-@pytest.fixture
-def weight():
-    """A parameter of shape [6, 4] that is stored in float32 and used in bfloat16."""
-    return torch.nn.Parameter(FileTensor(torch.randn(6, 4), torch.bfloat16))
+# A new model --------------------------------------------------------------------------------------
+def make_config(architecture):
+    settings = (CAUSAL | SEQ2SEQ)[architecture][1]
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    return AutoConfig.for_model(architecture, vocab_size=120, **settings | ids)
 
 
-def test_parts_and_views_stay_in_the_file(weight):
-    rounded = weight.stored.bfloat16()
+def check_drawn(auto, make, **options):
+    """Check a new model, and the random numbers after it, against from_config; return the model."""
+    made, states = [], []
+    for build in (load_sharded, lambda auto, config, **o: auto.from_config(config, **o)):
+        torch.manual_seed(3)
+        made.append(build(auto, make(), **options))
+        states.append(torch.get_rng_state())
+    check_equal(*made)
+    assert torch.equal(*states)
+    for module, stock in zip(made[0].modules(), made[1].modules(), strict=True):
+        assert module.training == stock.training
+    assert made[0].config.to_dict() == made[1].config.to_dict()
+    return made[0]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_new_model_is_that_of_from_config(fsdp, architecture, capsys):
+    auto, make = auto_class(architecture), lambda: make_config(architecture)
+    for dtype in (torch.float32, "bfloat16"):
+        model = check_drawn(auto, make, dtype=dtype)
+        assert all(isinstance(weight, DrawnTensor) for weight in model.parameters())
+        check_equal(copy.deepcopy(model), model)
+    assert not fsdp.cpu_ram_efficient_loading
+    said = capsys.readouterr().out
+    assert "every process draws the weights itself" in said
+    assert ("are computed and not drawn" in said) == (architecture == "pegasus")  # sines
+
+
+def test_options_of_from_pretrained_may_stay(fsdp, monkeypatch):
+    options = {"use_safetensors": True, "device_map": None, "dtype": "auto"}
+    model = load_sharded(AutoModelForCausalLM, make_config("llama"), **options)
+    assert {type(weight) for weight in model.parameters()} == {DrawnTensor}
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    made, options = [], options | {"device_map": {"": torch.device("cpu")}}
+    for build in (
+        lambda: load_sharded(AutoModelForCausalLM, make_config("llama"), **options),
+        lambda: AutoModelForCausalLM.from_config(make_config("llama")),
+    ):
+        torch.manual_seed(0)
+        made.append(build())
+    assert {type(weight) for weight in made[0].parameters()} == {torch.nn.Parameter}
+    check_equal(*made)
+
+
+def test_numbers_that_are_drawn_until_they_are_in_range(fsdp):
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 99}
+    ids = dict.fromkeys(("pad_token_id", "eos_token_id", "bos_token_id"), 0)
+    ids |= dict.fromkeys(("cls_token_id", "sep_token_id"), 0)
+    make = lambda: AutoConfig.for_model(  # noqa: E731
+        "modernbert-decoder", num_attention_heads=4, **size, **ids
+    )
+    model = check_drawn(AutoModelForCausalLM, make)
+    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
+    assert sum(weight.recipe.num_bytes() for weight in matrices) == 0
+
+
+class OddConfig(PreTrainedConfig):
+    model_type = "odd"
+
+
+class OddModel(PreTrainedModel):
+    """Draws in its constructor, writes to parts and views, copies, and leaves a weight empty."""
+
+    config_class = OddConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.linear = torch.nn.Linear(6, 40)
+        self.noise = torch.nn.Parameter(torch.randn(5))
+        self.parts = torch.nn.Parameter(torch.empty(4, 60))
+        self.copied = torch.nn.Parameter(torch.empty(40, 6))
+        self.empty = torch.nn.Parameter(torch.empty(3))
+        self.register_buffer("places", torch.empty(7))
+        self.post_init()
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if module is self:
+            with torch.no_grad():
+                self.places.copy_(torch.arange(7))
+                self.parts.data.uniform_(-1, 1)
+                self.parts[1:3].normal_()
+                self.parts.t()[7] = 2
+                self.parts.view(-1)[::5].mul_(self.linear.bias.sum() + 3)
+                self.parts.div_(self.parts.norm())
+                self.copied.copy_(self.linear.weight)
+                self.linear.weight.mul_(2)  # not of the copy
+                torch.nn.init.orthogonal_(self.linear.weight[:6])
+                self.linear.bias.bernoulli_(0.3)
+                self.meet()
+
+    def meet(self):
+        pass
+
+
+def build_odd(kind):
+    found = []
+    for build in (lambda: load_sharded(kind, OddConfig()), lambda: kind._from_config(OddConfig())):
+        torch.manual_seed(0)
+        found.append((build(), torch.get_rng_state()))
+    (model, state), (stock, expected) = found
+    assert torch.equal(state, expected)
+    stock.empty.data.zero_()
+    model.empty.data.zero_()  # it may be written to
+    check_equal(model, stock)
+    return model
+
+
+def test_a_model_that_draws_in_its_own_order(fsdp, capsys):
+    model = build_odd(OddModel)
+    said = capsys.readouterr().out
+    drawn = {n for n, weight in model.named_parameters() if isinstance(weight, DrawnTensor)}
+    assert drawn == {"linear.weight", "linear.bias", "parts", "copied", "empty"}
+    assert (
+        "1 weights get no value from the model's code, and start at 0. The first is empty" in said
+    )
+    assert "bytes are computed and not drawn" in said
+
+
+class Foreign(OddModel):
+    def meet(self):
+        self.parts.numpy()  # has no memory to share
+
+
+class OwnGenerator(OddModel):
+    def meet(self):
+        self.parts.normal_(generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("kind", [Foreign, OwnGenerator])
+def test_a_model_that_cannot_be_drawn_by_weights_is_made_in_full_and_says_so(fsdp, capsys, kind):
+    model = build_odd(kind)
+    assert not any(isinstance(weight, LazyTensor) for weight in model.parameters())
+    assert f"{kind.__name__} cannot be drawn weight by weight (" in capsys.readouterr().out
+
+
+def test_an_error_of_the_config_is_that_of_transformers(fsdp):
+    config = make_config("llama")
+    with pytest.raises(TypeError, match="nothing"):
+        load_sharded(AutoModelForCausalLM, config, nothing=1)
+
+
+# A weight without memory --------------------------------------------------------------------------
+def in_file():
+    values = torch.randn(6, 4)
+    return FileTensor(values, torch.bfloat16), values
+
+
+def to_draw():
+    with drawing():
+        values = torch.empty(6, 4)
+    values.normal_()
+    return values.to(torch.bfloat16), values.read()
+
+
+@pytest.fixture(params=[in_file, to_draw])
+def both(request):
+    """A parameter of shape [6, 4] in bfloat16, and its values in float32."""
+    weight, values = request.param()
+    return torch.nn.Parameter(weight), values
+
+
+def test_parts_and_views_have_no_memory(both):
+    weight, values = both
+    rounded = values.bfloat16()
     for part in (
         lambda w: w.detach()[2:4],
         lambda w: w.detach().chunk(4)[1],
         lambda w: w.detach().t(),
+        lambda w: w.detach().t().diagonal(),
     ):
-        assert isinstance(part(weight), FileTensor)
+        assert isinstance(part(weight), LazyTensor)
         assert torch.equal(part(weight) + 0, part(rounded))
+    assert torch.equal(weight.detach().view(torch.int16), rounded.view(torch.int16))
     assert torch.equal(torch.cat([torch.flatten(weight.detach())] * 2), rounded.view(-1).repeat(2))
     assert torch.equal(torch.zeros(6, 4).copy_(weight), rounded.float())  # not the stored values
-    other = FileTensor(weight.stored.clone(), torch.bfloat16)
+    other = torch.nn.Parameter(in_file()[0])
     assert weight.data_ptr() == weight.detach().data_ptr() != other.data_ptr()
     assert type(weight.detach().new_zeros(3)) is torch.Tensor
+    assert weight.detach().new_zeros(3).device.type == "cpu"
 
 
-def test_a_second_cast_does_not_undo_the_first(weight):
-    assert torch.equal(weight.to(torch.float32), weight.stored.bfloat16().float())
-    assert torch.equal(weight.detach().float() + 0, weight.stored.bfloat16().float())
+def test_a_second_cast_does_not_undo_the_first(both):
+    weight, values = both
+    assert torch.equal(weight.to(torch.float32), values.bfloat16().float())
+    assert torch.equal(weight.detach().float() + 0, values.bfloat16().float())
 
 
-def test_writing_into_a_file_fails_aloud(weight):
-    with pytest.raises(RuntimeError, match="still in its file"):
+def test_writing_to_a_weight_without_memory_fails_aloud(both):
+    weight, _ = both
+    match = "still in its file|not drawn yet"
+    with pytest.raises(RuntimeError, match=match):
         weight.data.normal_()
-    with pytest.raises(RuntimeError, match="still in its file"):
+    with pytest.raises(RuntimeError, match=match):
         weight.data[2:4] = 0
-    with pytest.raises(RuntimeError, match="still in its file"):
-        torch.add(weight.stored, 1, out=weight.detach())
-    with pytest.raises(RuntimeError, match="still in its file"):
+    with pytest.raises(RuntimeError, match=match):
+        torch.add(torch.ones(6, 4), 1, out=weight.detach())
+    with pytest.raises(RuntimeError, match=match):
         torch._foreach_mul_([torch.ones(6, 4), weight.detach()], 2)
 
 
-def test_new_values_keep_the_identity(weight):
+def test_new_values_keep_the_identity(both):
+    weight, values = both
     model = torch.nn.Module()
     model.weight, kept = weight, copy.deepcopy(weight)
-    assert type(kept) is torch.nn.Parameter and torch.equal(kept, weight.stored.bfloat16())
+    assert type(kept) is torch.nn.Parameter and torch.equal(kept, values.bfloat16())
     weight.data = torch.ones(2, 2)
     assert model.weight is weight and type(weight) is torch.nn.Parameter
     assert weight.requires_grad and torch.equal(weight, torch.ones(2, 2))
 
 
-def test_a_weight_can_be_moved_to_another_device(weight):
+def test_a_weight_can_be_moved_to_another_device(both):
+    weight, _ = both
     module = torch.nn.Module()
     module.weight = weight
     moved = weight.to("meta")
-    assert type(moved) is not FileTensor and moved.is_meta and moved.dtype == torch.bfloat16
+    assert not isinstance(moved, LazyTensor) and moved.is_meta and moved.dtype == torch.bfloat16
     torch.utils.swap_tensors(weight, torch.nn.Parameter(moved))  # as FSDP2 does for a GPU
     assert module.weight is weight and type(weight) is torch.nn.Parameter and weight.is_meta
 
 
-def test_a_model_can_be_moved_to_another_device(weight):
+def test_a_model_can_be_moved_to_another_device(both):
     module = torch.nn.Module()
-    module.weight = weight
+    module.weight, _ = both
     assert module.to("meta").weight.is_meta
+
+
+def test_a_new_weight_is_made_by_the_numbers_of_its_turn():
+    torch.manual_seed(0)
+    expected = [torch.empty(9, 5).normal_(), torch.empty(8).uniform_(), torch.rand(3)]
+    torch.manual_seed(0)
+    with drawing():
+        first, second = torch.empty(9, 5).normal_(), torch.empty(8).uniform_()
+    last = torch.rand(3)
+    for _ in range(2):
+        for drawn, value in zip((second, first), (expected[1], expected[0]), strict=True):
+            state = torch.get_rng_state()
+            assert type(drawn) is DrawnTensor and torch.equal(drawn + 0, value)
+            assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(last, expected[2])
+
+
+def test_a_cast_holds_the_values_of_its_time():
+    with drawing():
+        weight = torch.ones(4)
+    cast = weight.double()
+    weight.mul_(3)
+    assert torch.equal(cast + 0, torch.ones(4).double()) and torch.equal(
+        weight + 0, torch.ones(4) * 3
+    )
+
+
+def test_a_tensor_that_would_have_other_memory_is_refused():
+    with drawing(), pytest.raises(RuntimeError, match="not drawn yet"):
+        torch.empty(4).set_(torch.ones(4))
 
 
 # Two processes ------------------------------------------------------------------------------------

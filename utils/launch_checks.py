@@ -41,7 +41,7 @@ def check_launch(config, strategies, base, optimizer_in_config=False):
             free_extension_lock("cpu_adam")
         if optimizer_in_config:
             free_extension_lock("fused_adam")
-    elif config.dtype != "float32" and base == "trained":
+    elif config.dtype != "float32" and base in ("trained", "new"):
         refuse(
             f"--dtype {config.dtype} would also keep the trained weights in {config.dtype}, which "
             "loses small updates: keep float32 and launch with --mixed_precision bf16"

@@ -43,6 +43,7 @@ ONE_BY_ONE = (
     "--gradient_accumulation_steps instead)"
 )
 HALF = {"bf16": "bfloat16", "fp16": "float16"}
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
 
 
 def check_model(config, auto_model, base, pads=True):
@@ -53,12 +54,13 @@ def check_model(config, auto_model, base, pads=True):
             it has them, max_length, target_modules, lora_target_parameters, modules_to_save and
             bnb_4bit_quant_storage.
         auto_model: the class that loads the model, an Auto class or another.
-        base: "trained", "frozen" or "4bit", as for `read_settings`.
+        base: "trained", "frozen" or "4bit", as for `read_settings`; or "new" if the script makes
+            a model from the config alone, and trains it.
         pads: whether the script pads and ends its texts with the tokenizer's own tokens.
     """
     name = config.model_name_or_path
     culprit, folder = f"--model_name_or_path {name}", Path(name)
-    check_place(name, culprit)
+    check_place(name, culprit, is_new=base == "new")
     check_code(name, culprit)
     unreadable = f"{culprit} cannot be read, check the path"
     model_config = or_refuse(unreadable, AutoConfig.from_pretrained, name)
@@ -83,7 +85,7 @@ def check_model(config, auto_model, base, pads=True):
         if (folder / "generation_config.json").is_file():
             unreadable = f"{culprit}: generation_config.json cannot be read, correct or delete it"
             or_refuse(unreadable, GenerationConfig.from_pretrained, folder)
-        if not saved:
+        if not saved and base != "new":
             check_weight_names(folder, culprit, skeleton)
     check_layers(config, culprit, skeleton)
     dropped = {name: rate for name, rate in vars(model_config).items() if "layerdrop" in name}
@@ -107,8 +109,12 @@ def check_code(name, culprit):
         )
 
 
-def check_place(name, culprit):
-    """Stop if a model's name is neither a folder with its files nor a Hub id in reach."""
+def check_place(name, culprit, is_new=False):
+    """Stop if a model's name is neither a folder with its files nor a Hub id in reach.
+
+    Args:
+        is_new: no weights are needed.
+    """
     folder = Path(name)
     if or_refuse(culprit, folder.is_dir):
         is_adapter, base = adapter_base(folder)
@@ -122,7 +128,8 @@ def check_place(name, culprit):
                 f"{culprit} holds no config.json: give the folder of a model, as save_pretrained "
                 "writes it"
             )
-        check_weight_files(folder, culprit)
+        if not is_new:
+            check_weight_files(folder, culprit)
     elif folder.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
         refuse(f"{culprit} is neither a folder nor a Hub id: check the path")
     else:
@@ -156,6 +163,12 @@ def check_hub(culprit):
 
 def check_weight_files(folder, culprit):
     """Stop if safetensors are missing or truncated, judged by their headers."""
+    endings = (*WEIGHTS, ".index.json")
+    if not any(file.name.endswith(endings) for file in folder.glob("*")):
+        refuse(
+            f"{culprit} holds config.json but no weights: give a model with weights; 'A new model' "
+            "in docs/deepspeed.md says how to train one from its config"
+        )
     for file in weight_files(folder, culprit):
         if not file.is_file():
             refuse(
@@ -372,7 +385,7 @@ def check_quantization(config, culprit, saved, base):
             f"{culprit} is quantized by {saved.get('quant_method')}, not bitsandbytes: take the "
             "original model, or a copy in bfloat16 where the original is quantized"
         )
-    if saved and base == "trained":
+    if saved and base in ("trained", "new"):
         refuse(
             f"{culprit} holds quantized weights, which cannot be trained: take the original, or a "
             "script with LoRA"
