@@ -2,12 +2,14 @@
 
 import copy
 import json
+import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
-from models import CAUSAL, SEQ2SEQ, make_model
+from models import CAUSAL, SEQ2SEQ, make_data, make_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, MixtralConfig
@@ -239,6 +241,29 @@ def test_numbers_that_are_drawn_until_they_are_in_range(fsdp):
     assert sum(weight.recipe.num_bytes() for weight in matrices) == 0
 
 
+def test_zero3_casts_what_is_drawn(monkeypatch):
+    """In the dtype of the engine, also buffers: Gemma's scale of the embedding."""
+    monkeypatch.setattr(sharded_loading, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(sharded_loading, "deepspeed_config", lambda: {"bf16": {"enabled": True}})
+    made, from_config = [], AutoModelForCausalLM.from_config
+    for build in (partial(load_sharded, AutoModelForCausalLM), from_config):
+        torch.manual_seed(0)
+        made.append(build(make_config("gemma"), dtype=torch.float32))
+    model, stock = made
+    assert all(isinstance(weight, DrawnTensor) for weight in model.parameters())
+    assert model.dtype == torch.bfloat16 and model.config.dtype == torch.float32
+    check_equal(model, cast_like(stock, from_config(make_config("gemma"), dtype=torch.bfloat16)))
+
+
+def cast_like(model, like):
+    """Return a model with the dtypes of another one."""
+    for one, other in zip(model.parameters(), like.parameters(), strict=True):
+        one.data = one.data.to(other.dtype)
+    for one, other in zip(model.buffers(), like.buffers(), strict=True):
+        one.data = one.data.to(other.dtype)
+    return model
+
+
 class OddConfig(PreTrainedConfig):
     model_type = "odd"
 
@@ -425,6 +450,15 @@ def test_a_new_weight_is_made_by_the_numbers_of_its_turn():
     assert torch.equal(last, expected[2])
 
 
+def test_a_loop_over_a_weight_ends():
+    with drawing():
+        weight = torch.zeros(3000)
+        for place in range(1, 3000):
+            weight[place] = weight[place - 1] + 1
+    assert torch.equal(weight + 0, torch.arange(3000.0))
+    assert len(weight.recipe.steps) <= 20 and weight.recipe.num_bytes() > 12_000
+
+
 def test_a_cast_holds_the_values_of_its_time():
     with drawing():
         weight = torch.ones(4)
@@ -462,8 +496,7 @@ def check_launch(launch, strategy, model, facts, *flags):
 
     The limit is the half of the model, the larger of a layer and the embedding, and 100 MB for a
     model of 600 MB. A model that is not read until it is sharded must not exceed the limit then:
-    with LoRA it also holds until the model is prepared, with another embedding, because FSDP1 has
-    both in one unit.
+    until the model is prepared the limit has another embedding, because FSDP1 has both in one unit.
     """
     folder, size = model
     facts.mkdir()
@@ -481,7 +514,8 @@ def check_launch(launch, strategy, model, facts, *flags):
         grown = json.loads((facts / f"{rank}.json").read_text())
         print(strategy, folder.name, flags, rank, grown, f"limit {limit:,.0f}, model {size:,}")
         assert 0 < grown["built"] < limit < size
-        if not flags:
+        is_trained = strategy == "zero3" and "--full" in flags  # DeepSpeed copies what is trained
+        if not is_trained and "--added" not in flags:
             assert size / 3 < grown["prepared"] < limit + embedding
         # buffers such as the frequencies of RoPE are in no file, and each process makes its own
         seen = torch.load(facts / f"{rank}.pt", weights_only=True)
@@ -517,6 +551,7 @@ LARGE = [
     ("fsdp2", "bfloat16", FULL),
     ("fsdp2", "bfloat16", ADDED),
     ("fsdp2", "float32", ()),
+    ("zero3", "float32", ("--new",)),
     *((strategy, "float32", NEW) for strategy in ("zero3", "fsdp1", "fsdp2")),
 ]
 
@@ -530,3 +565,69 @@ def test_every_process_reads_its_slices(launch, small, tmp_path, strategy, flags
 @pytest.mark.parametrize(("strategy", "file", "flags"), LARGE)
 def test_memory_of_a_large_model(launch, large, tmp_path, strategy, file, flags):
     check_launch(launch, strategy, large[file], tmp_path / "facts", *flags)
+
+
+@slow
+def test_zero3_in_bf16_rounds_the_weights_that_one_process_draws(launch, small, tmp_path):
+    folder, facts = small[0], tmp_path / "facts"
+    facts.mkdir()
+    flags = ("--mixed_precision", "bf16")
+    launch(BENCHMARK, "zero3", "build", folder, facts, *NEW, processes=2, flags=flags)
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(folder)
+    stock = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    weights = torch.load(facts / "weights.pt", weights_only=True)
+    assert set(weights) == set(dict(stock.named_parameters()))
+    for name, value in stock.named_parameters():
+        assert torch.equal(weights[name].float(), value.bfloat16().float()), name
+
+
+SEEDS = """
+import sys
+
+from transformers import AutoConfig, AutoModelForCausalLM
+import torch
+
+from utils.launch import load_sharded, start_accelerator
+
+accelerator = start_accelerator()
+torch.manual_seed(accelerator.process_index)
+load_sharded(AutoModelForCausalLM, AutoConfig.from_pretrained(sys.argv[1]))
+"""
+
+
+@slow
+def test_processes_that_would_draw_different_models_are_stopped(launch, llama, tmp_path):
+    script = tmp_path / "seeds.py"
+    script.write_text(SEEDS)
+    for strategy in ("zero3", "fsdp2"):
+        said = launch(script, strategy, llama, processes=2, code=1, PYTHONPATH=str(ROOT)).stdout
+        assert said.count("error: a new model is drawn from torch's generator") == 1
+        assert "call set_seed with the same seed" in said
+
+
+@slow
+def test_a_lesson_trains_a_new_model(launch, llama, tmp_path):
+    """The lines of docs/deepspeed.md turn a lesson into one that trains from a config."""
+    text = (ROOT / "examples/causal_lm_full_zero3.py").read_text()
+    document = (ROOT / "docs/deepspeed.md").read_text().partition("### A new model")[2]
+    diff = document.partition("```diff\n")[2].partition("```")[0].splitlines()
+    pairs = [(line[1:], new[1:]) for line, new in zip(diff, diff[1:]) if line[0] + new[0] == "-+"]
+    assert len(pairs) == 3
+    for line, new in pairs:
+        assert text.count(line) == 1, line
+        text = text.replace(line, new)
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "utils").symlink_to(ROOT / "utils")
+    script, folder = tmp_path / "examples/new.py", tmp_path / "config"
+    script.write_text(text)
+    shutil.copytree(llama, folder, ignore=lambda *_: ["model.safetensors"])
+    data = make_data(tmp_path / "data")
+    flags = ("--dataset_name", data, "--max_steps", 2, "--output_dir", tmp_path / "out")
+    said = launch(script, "zero3", "--model_name_or_path", folder, *flags, processes=2).stdout
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.manual_seed(42)
+    stock = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    for name, value in stock.named_parameters():  # two updates later
+        torch.testing.assert_close(model.get_parameter(name), value, rtol=0, atol=0.01)
+    assert "error" not in said

@@ -29,6 +29,11 @@ REPLACES = {  # operations that write every element of a tensor and read none
 }
 
 
+# The most steps of a recipe of up to a MB, and of a larger one. If there are more, the values are
+# kept in memory. Otherwise code that writes and reads in a loop could take hours.
+MOST_STEPS = (20, 1000)
+
+
 class LazyTensor(torch.Tensor):
     """A weight that holds no memory of its own. Its values are read or made when they are needed.
 
@@ -182,7 +187,7 @@ class FileTensor(LazyTensor):
 
 # To be drawn --------------------------------------------------------------------------------------
 class DrawnTensor(LazyTensor):
-    """A new weight. Its values are made by a recipe each time that they are needed, and freed.
+    """A new weight. A recipe makes its values each time that they are needed. They are then freed.
 
     Args:
         stored: the recipe's empty tensor, or a view of it.
@@ -229,8 +234,8 @@ class DrawnTensor(LazyTensor):
 class Recipe:
     """The operations that write to a new weight, in their order.
 
-    A random one is kept with the state of torch's generator before it. It also draws at once, into
-    memory that is freed, so that the generator goes on as it would without a recipe.
+    A random operation is kept with the state of torch's generator before it. It also draws at once,
+    into memory that is then freed, so that the next one finds the generator as without a recipe.
 
     Args:
         empty: a tensor on the meta device with the shape, strides and dtype of the weight.
@@ -243,7 +248,9 @@ class Recipe:
     def add(self, view, func, args, kwargs):
         """Add an operation that writes to a view of the weight.
 
-        It is one of torch's, or a function that draws every element (`drawing`).
+        Args:
+            view: has the shape, strides and offset of what is written to.
+            func: an operation of torch, or a Python function that draws every element.
         """
         state, tags = None, getattr(func, "tags", None)
         if tags is None or torch.Tag.nondeterministic_seeded in tags:
@@ -257,6 +264,8 @@ class Recipe:
         if replaces and geometry(view) == geometry(self.empty):
             self.steps.clear()
         self.steps.append((geometry(view), func, (args, kwargs), state))
+        if len(self.steps) > MOST_STEPS[self.empty.nbytes > 2**20]:
+            self.steps = [(geometry(self.empty), aten.copy_.default, ((self.make(),), {}), None)]
 
     def make(self):
         """Return the values. The state of the generator stays as it is."""
@@ -276,10 +285,11 @@ class Recipe:
 
 
 def zeros(empty):
-    """Return zeros like a contiguous tensor, in memory that goes to the system when it is freed.
+    """Return zeros like a tensor without gaps, in memory that goes back to the system when freed.
 
-    The heap keeps what is below 32 MB, and uses it for small tensors that stay, such as random
-    states. No weight would then fit into the gap, and the heap would grow by every weight.
+    glibc takes memory below 32 MB from its heap. There the small tensors that stay, such as random
+    states, would use part of the memory of each freed weight. The next weight would not fit into
+    the rest, and the heap would grow by every weight.
     """
     if not empty.numel():
         return torch.zeros(empty.shape, dtype=empty.dtype)
@@ -312,8 +322,8 @@ class Drawing(TorchDispatchMode):
 def drawing():
     """A context in which the weights of a new model are DrawnTensors.
 
-    trunc_normal_ draws again until every number is in range, and copies the last result. Such a
-    copy would be kept in memory, so the function is one operation of a recipe.
+    trunc_normal_ draws into other tensors until every number is in range, and copies the result to
+    the weight. A recipe would keep this copy in memory. So it takes the function as one operation.
     """
     truncate = init._no_grad_trunc_normal_
 

@@ -9,6 +9,7 @@ numbers that it would have got in one process.
 """
 
 import contextlib
+import copy
 import hashlib
 import math
 import os
@@ -187,9 +188,9 @@ def draw_sharded(auto_class, config, **options):
     """Return `auto_class.from_config(config, **options)`, with the weights still to be drawn.
 
     The weights are those that from_config draws in one process with the same random state, bit for
-    bit. Under ZeRO-3 they are then cast to the engine's dtype. The state of torch's generator is
-    afterwards that which from_config leaves. A model whose code does with new weights what a
-    DrawnTensor cannot do is made in full by every process, and this is printed.
+    bit. Under ZeRO-3 they are then cast to the engine's dtype. torch's generator is left in the
+    state in which from_config leaves it. If the model's code does something that a DrawnTensor
+    cannot do, every process makes the full model, and this is printed.
 
     Args:
         auto_class: AutoModelForCausalLM or another one, or a class of models.
@@ -215,10 +216,22 @@ def draw_sharded(auto_class, config, **options):
     model = draw(make, config, options)
     say_drawn(model)
     leave_file(model, keep=True)
-    for weight in model.parameters():
-        if is_zero3 and weight.is_floating_point() and weight.dtype != dtype:
-            weight.data = weight.data.to(dtype)
+    if is_zero3 and dtype != model.dtype:
+        with torch.device("meta"):
+            like = make(copy.deepcopy(config), **options | {"dtype": dtype})
+        cast_model(model, like)
     return model
+
+
+def cast_model(model, like):
+    """Give weights and buffers the dtypes that they have in another model of the same config."""
+    dtypes = {name: weight.dtype for name, weight in like.named_parameters()}
+    for name, weight in model.named_parameters():
+        weight.data = weight.data.to(dtypes[name])
+    dtypes = {name: buffer.dtype for name, buffer in like.named_buffers()}
+    for name, module in model.named_modules():
+        for key, buffer in module.named_buffers(prefix=name, recurse=False):
+            module._buffers[key.rpartition(".")[2]] = buffer.to(dtypes[key])
 
 
 def check_random_state():

@@ -1,4 +1,4 @@
-"""A model whose weights are still in their files is sharded on GPUs."""
+"""A model whose weights are still in their files, or to be drawn, is sharded on GPUs."""
 
 import copy
 import json
@@ -12,7 +12,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers import AutoModelForCausalLM
 
 from benchmarks.loading import make_model
-from utils.sharded_loading import FileTensor
+from utils.lazy_weights import FileTensor, drawing
 
 pytestmark = pytest.mark.gpu
 
@@ -41,6 +41,16 @@ def layers():
     return model.float().cuda(), in_files
 
 
+def new_layers():
+    """Return two new layers, and the same ones as weights that are still to be drawn."""
+    make = lambda: torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 5))  # noqa: E731
+    torch.manual_seed(0)
+    model = make()
+    torch.manual_seed(0)
+    with drawing():
+        return model.cuda(), make()
+
+
 def with_fsdp1(model):
     # sends the weights of the first process to the others, on the GPU
     options = {"sync_module_states": True, "device_id": torch.cuda.current_device()}
@@ -55,10 +65,11 @@ def with_fsdp2(model):
 
 
 @pytest.mark.parametrize("shard", [with_fsdp1, with_fsdp2])
-def test_fsdp_moves_weights_from_their_files(group, shard):
-    model, in_files = layers()
+@pytest.mark.parametrize("make", [layers, new_layers])
+def test_fsdp_moves_lazy_weights(group, make, shard):
+    model, lazy = make()
     batch = torch.randn(3, 8, device="cuda")
-    torch.testing.assert_close(shard(in_files)(batch), model(batch))
+    torch.testing.assert_close(shard(lazy)(batch), model(batch))
 
 
 @two_gpus
