@@ -19,6 +19,7 @@ from benchmarks.loading import make_model as make_large
 
 from utils import sharded_loading
 from utils.lazy_weights import DrawnTensor, FileTensor, LazyTensor, drawing
+from utils.model_files import check_model
 from utils.sharded_loading import engine_dtype, is_converted, load_sharded
 
 BENCHMARK = ROOT / "benchmarks/loading.py"
@@ -348,6 +349,18 @@ def test_an_error_of_the_config_is_that_of_transformers(fsdp):
     config = make_config("llama")
     with pytest.raises(TypeError, match="nothing"):
         load_sharded(AutoModelForCausalLM, config, nothing=1)
+
+
+def test_a_new_model_needs_a_config_and_no_weights(tmp_path, capsys):
+    folder = make_model(tmp_path / "model", "llama")
+    (folder / "model.safetensors").unlink()
+    settings = {"model_name_or_path": str(folder), "dtype": "float32", "max_length": 64}
+    settings = SimpleNamespace(**settings, attn_implementation="sdpa")
+    check_model(settings, AutoModelForCausalLM, "new")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        check_model(settings, AutoModelForCausalLM, "trained")
+    assert "model holds config.json but no weights: give a model" in capsys.readouterr().err
 
 
 # A weight without memory --------------------------------------------------------------------------

@@ -277,7 +277,7 @@ def say_drawn(model):
         )
     if empty:
         say(
-            f"{len(empty)} weights get no value from the model's code, and start at 0. The first "
+            f"Weights to which the model's code gives no value start at 0: {len(empty)}, the first "
             f"is {empty[0]}."
         )
 
