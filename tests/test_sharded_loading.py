@@ -322,9 +322,7 @@ def test_a_model_that_draws_in_its_own_order(fsdp, capsys):
     said = capsys.readouterr().out
     drawn = {n for n, weight in model.named_parameters() if isinstance(weight, DrawnTensor)}
     assert drawn == {"linear.weight", "linear.bias", "parts", "copied", "empty"}
-    assert (
-        "1 weights get no value from the model's code, and start at 0. The first is empty" in said
-    )
+    assert "the model's code gives no value start at 0: 1, the first is empty." in said
     assert "bytes are computed and not drawn" in said
 
 
