@@ -106,8 +106,8 @@ def read_settings(Config, strategies, auto_model, base, optimizer_in_config=Fals
         strategies: those that the script can run. All are "single", "ddp", "zero1", "zero2",
             "zero3", "fsdp1" and "fsdp2".
         auto_model: the Auto class of transformers that loads the model.
-        base: how the model's own weights are used: "trained"; "frozen", with an adapter; or "4bit",
-            quantized and frozen.
+        base: how the model's own weights are used: "trained"; "frozen", with an adapter; "4bit",
+            quantized and frozen; or "new", made from its config and trained.
         optimizer_in_config: DeepSpeed's config names the optimizer and the schedule. Otherwise a
             config that names them is refused.
     """
