@@ -578,7 +578,9 @@ def assert_threads(monkeypatch, given, launched, processes, threads):
 )
 def test_buckets_are_as_large_as_the_trainable_parameters(settings, trained, size):
     config = {"zero_optimization": {"stage": 3, **settings}}
-    plugin = SimpleNamespace(deepspeed_config=config, zero_stage=3)
+    plugin = SimpleNamespace(
+        deepspeed_config=config, zero_stage=3, set_deepspeed_weakref=lambda: None
+    )
     model = torch.nn.Module()
     model.weight = torch.nn.Parameter(torch.empty(trained, device="meta"))
     model.frozen = torch.nn.Parameter(torch.empty(99, device="meta"), requires_grad=False)
