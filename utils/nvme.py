@@ -347,7 +347,8 @@ def fit_nvme(accelerator, model):
         if plan.kept:
             refuse(
                 f"stage3_param_persistence_threshold keeps {plan.kept} weights gathered that are "
-                "on NVMe, and cannot be trained so: lower it or stage3_model_persistence_threshold"
+                "on NVMe, which DeepSpeed cannot train: lower this threshold, or "
+                "stage3_model_persistence_threshold"
             )
     pinned, needed = plan.pinned_bytes(parts), plan.file_bytes(parts)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -406,9 +407,11 @@ class Plan:
         names = (f"stage3_{part}_persistence_threshold" for part in ("param", "model"))
         own, total = (self.zero.get(name, "auto") for name in names)
         own, total = PERSISTENT if own == "auto" else own, math.inf if total == "auto" else total
-        found = []
+        found, held = [], 0
         for size in sizes:
-            found += [size] if size <= own and sum(found) + size <= total else []
+            if size <= own and held + size <= total:
+                found.append(size)
+                held += size
         return found
 
     def sub_groups(self):

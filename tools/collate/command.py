@@ -12,7 +12,7 @@ from tools import collate
 from tools.collate import model
 from tools.collate.deepspeed import find_deepspeed, read_deepspeed
 from tools.collate.fsdp import find_fsdp, read_fsdp
-from tools.collate.plain import find_plain, read_plain
+from tools.collate.plain import find_plain, read_file, read_plain
 from tools.merge_adapter.console import add_output_flags, print_saved, run_quietly
 from tools.merge_adapter.read import read_weights
 from tools.merge_adapter.write import copy_tokenizer, write_model
@@ -34,11 +34,13 @@ def read_checkpoint(path):
     The names are None where the checkpoint does not say what was trained.
     """
     weights, trained, kind = read_any(path)
+    if not weights and path.is_file():
+        fail(f"{path} holds no weights: give the checkpoint's folder, or another file")
     if not weights:
         fail(
             f"{path} holds no weights, as transformers' Trainer leaves it for a PEFT model under "
-            "FSDP1: load adapter_model.safetensors beside it with peft if there is one, or train "
-            "under FSDP2"
+            "FSDP1: load adapter_model.safetensors in it with peft if there is one, or train under "
+            "FSDP2"
         )
     is_prefixed = all(plain_name(name).startswith(PREFIX) for name in weights)
 
@@ -52,7 +54,7 @@ def read_checkpoint(path):
 def read_any(path):
     """Return what `read_checkpoint` returns, under the names in the files."""
     if path.is_file():
-        return read_plain(path), None, "one file"
+        return read_file(path), None, "one file"
     if (path / "state.json").is_file():
         check_own(path)
         stem = "adapter_model" if (path / "adapter_config.json").is_file() else "model"
@@ -156,7 +158,9 @@ def parse(arguments):
     parser = argparse.ArgumentParser(
         prog="python -m tools.collate", description=collate.__doc__.splitlines()[0]
     )
-    parser.add_argument("checkpoint", type=Path, help="folder of the checkpoint, or its only file")
+    parser.add_argument(
+        "checkpoint", type=Path, help="the checkpoint's folder, or its file of weights"
+    )
     parser.add_argument(
         "output_dir", metavar="out", type=Path, help="folder to create; it must not exist"
     )

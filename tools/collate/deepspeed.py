@@ -66,8 +66,8 @@ def load(path):
             begin = file.read(len(ARCHIVE))
         if begin != ARCHIVE:
             fail(
-                f"{path} is damaged, or in torch.save's format of before PyTorch 1.6, which cannot "
-                "be mapped: copy it again, or load it with torch and save it"
+                f"{path} is damaged, or no file of torch.save, or in its format of before PyTorch "
+                "1.6, which cannot be mapped: copy it again, or load it with torch and save it"
             )
         unknown = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
         if unknown := sorted(unknown - {name for _, name in CLASSES}):

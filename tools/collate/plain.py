@@ -1,6 +1,7 @@
 """Read the weights of one file, safetensors or a state dict of `torch.save`, or of its parts."""
 
 import json
+import re
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -13,17 +14,17 @@ INDEX = ".index.json"  # ends the name of the file that lists the parts of a mod
 # as accelerate names the models of a run that shards nothing; a second one ends with _1
 NAMES = ("model.safetensors", "model_[0-9]*.safetensors", f"model.safetensors{INDEX}")
 NAMES += ("pytorch_model.bin", "pytorch_model_[0-9]*.bin", f"pytorch_model.bin{INDEX}")
-READY = {"config.json": ("model", "transformers"), "adapter_config.json": ("adapter_model", "peft")}
+PART = re.compile(r"(.+)-\d{5}-of-\d{5}(\.safetensors|\.bin)")  # names one part of a model
 
 
 def find_plain(folder):
     """Return the file of the weights that accelerate wrote without shards; None without one.
 
-    Stops if transformers or peft loads the folder as it is.
+    Stops if peft loads the folder as it is.
     """
-    for config, (stem, library) in READY.items():
-        if (folder / config).is_file() and list(folder.glob(f"{stem}*.safetensors")):
-            fail(f"{folder} needs no collating: {library} loads it as it is")
+    is_adapter = (folder / "adapter_config.json").is_file()
+    if is_adapter and list(folder.glob("adapter_model*.safetensors")):
+        fail(f"{folder} needs no collating: peft loads it as it is")
     return only_one(folder, sorted(path for name in NAMES for path in folder.glob(name)))
 
 
@@ -34,14 +35,21 @@ def only_one(folder, paths):
     return next(iter(paths), None)
 
 
-def read_plain(path):
-    """Return the weights of a file: name -> Lazy. A tied weight may stand under two names.
+def read_file(path):
+    """Return the weights of a file that the user gave: name -> Lazy; stop if it is one of several.
 
     Args:
         path: of the file, or of an index of several.
     """
+    if part := PART.fullmatch(path.name):
+        fail(f"{path} is one part of a model: give {''.join(part.groups())}{INDEX} beside it")
+    return read_plain(path)
+
+
+def read_plain(path):
+    """Return the weights of a file: name -> Lazy. A tied weight may stand under two names."""
     if path.suffix == ".safetensors" and (index := path.with_name(f"{path.name}{INDEX}")).is_file():
-        fail(f"{index} stands beside {path.name} and names other files: give a folder with one")
+        fail(f"{index} stands beside {path.name}: give the index, or a folder with one of them")
     if path.name.endswith((".safetensors", f".safetensors{INDEX}")):
         stem = path.name.removesuffix(INDEX).removesuffix(".safetensors")
         return read_weights(path.parent, stem, "checkpoint")

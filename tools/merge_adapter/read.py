@@ -72,6 +72,8 @@ def read_weights(folder, stem, kind, adapted=False):
     for path in sorted(folder / name for name in names):
         if not path.is_file():
             remedy = "only safetensors files are read, save it with safe_serialization"
+            if index.is_file():
+                remedy = f"{index.name} names it, copy all files"
             fail(f"the {kind} {folder} lacks {path.name}: {remedy}")
         for key, entry, start in read_header(path):
             if entry["dtype"] not in DTYPES:
