@@ -392,7 +392,6 @@ def test_parts_and_views_have_no_memory(both):
     ):
         assert isinstance(part(weight), LazyTensor)
         assert torch.equal(part(weight) + 0, part(rounded))
-    assert torch.equal(weight.detach().view(torch.int16), rounded.view(torch.int16))
     assert torch.equal(torch.cat([torch.flatten(weight.detach())] * 2), rounded.view(-1).repeat(2))
     assert torch.equal(torch.zeros(6, 4).copy_(weight), rounded.float())  # not the stored values
     other = torch.nn.Parameter(in_file()[0])
@@ -401,10 +400,24 @@ def test_parts_and_views_have_no_memory(both):
     assert weight.detach().new_zeros(3).device.type == "cpu"
 
 
-def test_a_second_cast_does_not_undo_the_first(both):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_second_cast_does_not_undo_the_first(both, mode):
     weight, values = both
-    assert torch.equal(weight.to(torch.float32), values.bfloat16().float())
-    assert torch.equal(weight.detach().float() + 0, values.bfloat16().float())
+    rounded = values.bfloat16()
+    with mode():
+        assert torch.equal(weight.to(torch.float32), rounded.float())
+        assert torch.equal(weight.detach().float() + 0, rounded.float())
+        for dtype in (torch.float64, torch.float16):
+            cast = weight.to(dtype)
+            assert cast.dtype == dtype and torch.equal(cast + 0, rounded.to(dtype))
+
+
+def test_a_weight_in_a_file_is_read_as_another_type():
+    weight, values = in_file()
+    assert torch.equal(weight.view(torch.int16), values.bfloat16().view(torch.int16))
+    weight = FileTensor(values.bfloat16(), torch.float32)
+    expected = torch.view_as_complex(values.bfloat16().float().view(6, 2, 2))
+    assert torch.equal(torch.view_as_complex(weight.view(6, 2, 2)), expected)
 
 
 def test_writing_to_a_weight_without_memory_fails_aloud(both):
@@ -418,6 +431,25 @@ def test_writing_to_a_weight_without_memory_fails_aloud(both):
         torch.add(torch.ones(6, 4), 1, out=weight.detach())
     with pytest.raises(RuntimeError, match=match):
         torch._foreach_mul_([torch.ones(6, 4), weight.detach()], 2)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda weight: torch.mul(weight, 3, out=weight),
+        lambda weight: torch.clamp(weight, -0.1, 0.1, out=weight),
+        lambda weight: weight.view(torch.int32)[0].zero_(),
+        lambda weight: [part.zero_() for part in weight.unsafe_chunk(2)],
+        lambda weight: [part.zero_() for part in weight.unsafe_split_with_sizes([2, 4])],
+        lambda weight: torch.view_as_complex(weight.view(6, 2, 2)).zero_(),
+        lambda weight: torch.nn.init.trunc_normal_(weight.bfloat16()),
+    ],
+)
+def test_a_write_that_a_recipe_would_lose_is_refused(write):
+    with drawing():
+        weight = torch.ones(6, 4)
+        with pytest.raises(RuntimeError, match="not drawn yet: assign `weight.data = values`"):
+            write(weight)
 
 
 def test_new_values_keep_the_identity(both):

@@ -14,6 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
+VIEWS = {  # operations whose result is a part of the tensor, or has another shape or order
+    *(aten.detach.default, aten.alias.default, aten.lift_fresh.default),
+    *(aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default),
+    *(aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default),
+    *(aten.unbind.int, aten.t.default, aten.transpose.int, aten.permute.default),
+    *(aten.as_strided.default, aten.expand.default, aten.diagonal.default, aten.unfold.default),
+    *(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default),
+}
+SHARES = {  # operations whose result shares memory, although their schema does not say so
+    *(aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default),
+}
 CREATES = {  # operations that read only shape, dtype and device
     *(aten.new_empty.default, aten.new_zeros.default, aten.new_ones.default),
     *(aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default),
@@ -40,6 +51,10 @@ class LazyTensor(torch.Tensor):
     A part or a view of it is one, too. Every other operation takes the values and casts them, and
     its result is an ordinary tensor. `.data = value` turns the weight into an ordinary tensor.
 
+    A subclass has three methods. `values` returns the values before they are cast, as an ordinary
+    tensor. `like(stored, dtype)` returns a weight of a view of `stored`, or a copy in a dtype.
+    `write(func, args, kwargs)` applies an operation that writes to the weight in place.
+
     Args:
         stored: a tensor with the shape and strides of the weight, and with the dtype that the
             values have before they are cast.
@@ -49,26 +64,8 @@ class LazyTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, stored, dtype, *source):
         like = {"strides": stored.stride(), "device": "cpu", "dtype": dtype}
-        return torch.Tensor._make_wrapper_subclass(cls, stored.shape, **like)
-
-    def __init__(self, stored, dtype):
-        self.stored = stored
-
-    def values(self):
-        """Return the values before they are cast, as an ordinary tensor."""
-        raise NotImplementedError
-
-    def like(self, stored):
-        """Return a weight with the values of a view of `stored`."""
-        raise NotImplementedError
-
-    def cast(self, dtype):
-        """Return a weight with the values that this one has now, in another dtype."""
-        raise NotImplementedError
-
-    def write(self, func, args, kwargs):
-        """Apply an operation that writes to this weight in place."""
-        raise NotImplementedError
+        with torch.inference_mode(False):  # else a view of the weight fails in this mode
+            return torch.Tensor._make_wrapper_subclass(cls, stored.shape, **like)
 
     def read(self):
         """Return the values as an ordinary tensor, which may share the memory of `stored`."""
@@ -77,8 +74,11 @@ class LazyTensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs, first = kwargs or {}, args[0] if args else None
+        # under inference_mode `to`, `chunk` and others come here whole
+        if (result := func.decompose(*args, **kwargs)) is not NotImplemented:
+            return result
         if isinstance(first, LazyTensor):
-            if func.is_view and func is not aten.view.dtype:
+            if func in VIEWS:
                 views = func(first.stored, *args[1:], **kwargs)
                 return tree_map_only(torch.Tensor, first.like, views)
             if func in CREATES:
@@ -87,11 +87,14 @@ class LazyTensor(torch.Tensor):
             if func is aten._to_copy.default and first.stored.dtype == first.dtype:
                 device = torch.device(kwargs.get("device") or "cpu")
                 dtype = kwargs.get("dtype") or first.dtype
-                on_cpu = device.type == "cpu"
-                return first.cast(dtype) if on_cpu else first.values().to(device, dtype)
+                if device.type == "cpu":
+                    return first.like(first.stored, dtype)
+                return first.values().to(device, dtype)
+            if isinstance(first, DrawnTensor) and (func.is_view or func in SHARES):
+                first.refuse(func)  # a write to the result would be lost
         places = tree_leaves(written(func, args, kwargs))
         if lazy := [one for one in places if isinstance(one, LazyTensor)]:
-            if len(places) > 1 or lazy[0] is not first:
+            if len(places) > 1 or lazy[0] is not first or "out" in kwargs:
                 lazy[0].refuse(func)
             first.write(func, args[1:], kwargs)
             return first
@@ -154,22 +157,22 @@ class FileTensor(LazyTensor):
         dtype: the dtype of the weight.
     """
 
+    def __init__(self, stored, dtype):
+        self.stored = stored
+
     def values(self):
         return self.stored
 
-    def like(self, stored):
-        return FileTensor(stored, self.dtype)
-
-    def cast(self, dtype):
-        return FileTensor(self.stored, dtype)
+    def like(self, stored, dtype=None):
+        return FileTensor(stored, dtype or self.dtype)
 
     def write(self, func, args, kwargs):
         self.refuse(func)
 
     def refuse(self, func):
         raise RuntimeError(
-            f"{func} writes to a weight that is still in its file: load the model with "
-            "from_pretrained, or write after accelerator.prepare"
+            f"{func} writes to a weight that is still in its file: assign `weight.data = values` "
+            "instead, or load the model with from_pretrained"
         )
 
     def data_ptr(self):
@@ -201,12 +204,11 @@ class DrawnTensor(LazyTensor):
     def values(self):
         return self.recipe.make().as_strided(*geometry(self.stored))
 
-    def like(self, stored):
-        return DrawnTensor(stored, self.dtype, self.recipe)
-
-    def cast(self, dtype):
-        now = Recipe(self.recipe.empty, self.recipe.steps)
-        return DrawnTensor(self.stored, dtype, now)
+    def like(self, stored, dtype=None):
+        if dtype is None:
+            return DrawnTensor(stored, self.dtype, self.recipe)
+        now = Recipe(self.recipe.empty, self.recipe.steps)  # a copy keeps the values of now
+        return DrawnTensor(stored, dtype, now)
 
     def write(self, func, args, kwargs):
         if self.dtype != self.stored.dtype or torch.Tag.inplace_view in func.tags:
@@ -217,7 +219,8 @@ class DrawnTensor(LazyTensor):
 
     def refuse(self, func):
         raise RuntimeError(
-            f"{func} writes to a weight that is not drawn yet: write after accelerator.prepare"
+            f"{func} needs the memory of a weight that is not drawn yet: assign "
+            "`weight.data = values` instead"
         )
 
     def data_ptr(self):
@@ -245,22 +248,23 @@ class Recipe:
     def __init__(self, empty, steps=()):
         self.empty, self.steps = empty, list(steps)
 
-    def add(self, view, func, args, kwargs):
+    def add(self, view, func, args, kwargs, draws_all=False):
         """Add an operation that writes to a view of the weight.
 
         Args:
             view: has the shape, strides and offset of what is written to.
-            func: an operation of torch, or a Python function that draws every element.
+            func: an operation of torch, or a Python function.
+            draws_all: func is a Python function that draws every element.
         """
-        state, tags = None, getattr(func, "tags", None)
-        if tags is None or torch.Tag.nondeterministic_seeded in tags:
+        state = None
+        if draws_all or torch.Tag.nondeterministic_seeded in func.tags:
             if kwargs.get("generator") is not None:
                 raise NotImplementedError(f"{func} draws from a generator of its own")
             state = torch.get_rng_state()
             shape, stride, _ = geometry(view)
             place = zeros(self.empty).as_strided(shape, stride)
             func(place, *args, **kwargs)
-        replaces = func in REPLACES or tags is None
+        replaces = draws_all or func in REPLACES
         if replaces and geometry(view) == geometry(self.empty):
             self.steps.clear()
         self.steps.append((geometry(view), func, (args, kwargs), state))
@@ -330,7 +334,9 @@ def drawing():
     def add(tensor, *args, **kwargs):
         if not isinstance(tensor, DrawnTensor):
             return truncate(tensor, *args, **kwargs)
-        tensor.recipe.add(tensor.stored, truncate, args, kwargs)
+        if tensor.dtype != tensor.stored.dtype:
+            tensor.refuse("trunc_normal_")
+        tensor.recipe.add(tensor.stored, truncate, args, kwargs, draws_all=True)
         return tensor
 
     init._no_grad_trunc_normal_ = add
