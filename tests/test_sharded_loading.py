@@ -2,12 +2,15 @@
 
 import copy
 import json
+import random
 import shutil
 from functools import partial
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
+from accelerate.utils import set_seed
 from conftest import ROOT
 from models import CAUSAL, SEQ2SEQ, make_data, make_model
 from safetensors import SafetensorError
@@ -211,7 +214,7 @@ def test_a_new_model_is_that_of_from_config(fsdp, architecture, capsys):
     assert not fsdp.cpu_ram_efficient_loading
     said = capsys.readouterr().out
     assert "every process draws the weights itself" in said
-    assert ("are computed and not drawn" in said) == (architecture == "pegasus")  # sines
+    assert ("cannot be drawn weight" in said) == (architecture == "pegasus")  # sines
 
 
 def test_options_of_from_pretrained_may_stay(fsdp, monkeypatch):
@@ -242,10 +245,20 @@ def test_numbers_that_are_drawn_until_they_are_in_range(fsdp):
     assert sum(weight.recipe.num_bytes() for weight in matrices) == 0
 
 
-def test_zero3_casts_what_is_drawn(monkeypatch):
-    """In the dtype of the engine, also buffers: Gemma's scale of the embedding."""
-    monkeypatch.setattr(sharded_loading, "is_deepspeed_zero3_enabled", lambda: True)
+@pytest.fixture
+def zero3_in_bf16(monkeypatch):
+    """Return a function that lets a model be loaded as under ZeRO-3 in bf16, or not."""
+
+    def let(enabled=True):
+        monkeypatch.setattr(sharded_loading, "is_deepspeed_zero3_enabled", lambda: enabled)
+
     monkeypatch.setattr(sharded_loading, "deepspeed_config", lambda: {"bf16": {"enabled": True}})
+    return let
+
+
+def test_zero3_casts_what_is_drawn(zero3_in_bf16):
+    """In the dtype of the engine, also buffers: Gemma's scale of the embedding."""
+    zero3_in_bf16()
     made, from_config = [], AutoModelForCausalLM.from_config
     for build in (partial(load_sharded, AutoModelForCausalLM), from_config):
         torch.manual_seed(0)
@@ -307,7 +320,7 @@ class OddModel(PreTrainedModel):
 def build_odd(kind):
     found = []
     for build in (lambda: load_sharded(kind, OddConfig()), lambda: kind._from_config(OddConfig())):
-        torch.manual_seed(0)
+        set_seed(0)
         found.append((build(), torch.get_rng_state()))
     (model, state), (stock, expected) = found
     assert torch.equal(state, expected)
@@ -323,12 +336,73 @@ def test_a_model_that_draws_in_its_own_order(fsdp, capsys):
     drawn = {n for n, weight in model.named_parameters() if isinstance(weight, DrawnTensor)}
     assert drawn == {"linear.weight", "linear.bias", "parts", "copied", "empty"}
     assert "the model's code gives no value start at 0: 1, the first is empty." in said
-    assert "bytes are computed and not drawn" in said
+    assert "bytes of values cannot be drawn weight by weight (the model has 3,072 bytes)" in said
+
+
+class Computed(OddModel):
+    """Has ordinary weights alone."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for weight in list(self.parameters()):
+            weight.data = torch.ones(weight.shape).cos_().clone()
+
+
+class Copied(OddModel):
+    """Has a recipe that holds two copies larger than the model."""
+
+    def meet(self):
+        for weight in (self.parts, self.copied):
+            for step in (0.1, 0.2, 0.3):
+                weight.add_(torch.full(weight.shape, step))
+
+
+@pytest.mark.parametrize(("kind", "share"), [(Computed, 1), (Copied, 2)])
+def test_values_that_cannot_be_drawn_are_counted(fsdp, capsys, kind, share):
+    build_odd(kind)
+    said = capsys.readouterr().out
+    held = int(said.partition(" bytes of values cannot be")[0].split()[-1].replace(",", ""))
+    assert held >= share * 3072
+
+
+class SharedBuffer(OddModel):
+    """Two modules share a buffer, and one has it twice."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.linear.register_buffer("same", self.places)
+        self.register_buffer("again", self.places)
+
+
+def test_buffers_stay_shared(fsdp, zero3_in_bf16):
+    for enabled in (True, False):
+        zero3_in_bf16(enabled)
+        model = load_sharded(SharedBuffer, OddConfig())
+        assert not isinstance(model.again, LazyTensor)
+        assert model.again is model.places is model.linear.same
+        assert torch.equal(model.again.float(), torch.arange(7.0))
+        assert (model.again.dtype == torch.bfloat16) == enabled
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_a_device_map_of_one_device(fsdp, monkeypatch, capsys, sharded):
+    if not sharded:
+        monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    for place in ("meta", torch.device("meta"), {"": "meta"}):
+        model = load_sharded(AutoModelForCausalLM, make_config("llama"), device_map=place)
+        assert all(weight.is_meta != sharded for weight in model.parameters())
+        assert ("device_map: unused" in capsys.readouterr().out) == sharded
+    for place in ("auto", {"": "cpu", "lm_head": "cpu"}, {"model": "cpu"}, {}):
+        with pytest.raises(SystemExit):
+            load_sharded(AutoModelForCausalLM, make_config("llama"), device_map=place)
+        assert "is made on one device" in capsys.readouterr().err
 
 
 class Foreign(OddModel):
     def meet(self):
+        self.parts.add_(random.random() + numpy.random.random())  # of states that go back
         self.parts.numpy()  # has no memory to share
+        print("meets")
 
 
 class OwnGenerator(OddModel):
@@ -340,7 +414,11 @@ class OwnGenerator(OddModel):
 def test_a_model_that_cannot_be_drawn_by_weights_is_made_in_full_and_says_so(fsdp, capsys, kind):
     model = build_odd(kind)
     assert not any(isinstance(weight, LazyTensor) for weight in model.parameters())
-    assert f"{kind.__name__} cannot be drawn weight by weight (" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "The new model cannot be drawn weight by weight (" in said
+    assert said.count("cannot be drawn") == 1
+    if kind is Foreign:
+        assert said.index("cannot be drawn") < said.index("meets")
 
 
 def test_an_error_of_the_config_is_that_of_transformers(fsdp):
@@ -510,6 +588,15 @@ def test_a_cast_holds_the_values_of_its_time():
     assert torch.equal(cast + 0, torch.ones(4).double()) and torch.equal(
         weight + 0, torch.ones(4) * 3
     )
+
+
+def test_an_ordinary_tensor_takes_the_values_of_a_new_weight():
+    ordinary = torch.nn.Parameter(torch.rand(4))
+    with drawing():
+        values = torch.zeros(4)
+        ordinary.data = values
+        values.add_(1)
+    assert isinstance(ordinary, DrawnTensor) and torch.equal(ordinary, torch.ones(4))
 
 
 def test_a_tensor_that_would_have_other_memory_is_refused():

@@ -10,6 +10,7 @@ import mmap
 
 import torch
 from torch.nn import init
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -322,6 +323,15 @@ class Drawing(TorchDispatchMode):
         return DrawnTensor(empty, empty.dtype, recipe)
 
 
+class Assigning(TorchFunctionMode):
+    """A context in which `.data =` an ordinary tensor can take a lazy one, and makes it lazy."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func == torch.Tensor.data.__set__ and isinstance(args[1], LazyTensor):
+            return LazyTensor.data.__set__(*args)  # torch's own would leave it without memory
+        return func(*args, **kwargs or {})
+
+
 @contextlib.contextmanager
 def drawing():
     """A context in which the weights of a new model are DrawnTensors.
@@ -341,7 +351,7 @@ def drawing():
 
     init._no_grad_trunc_normal_ = add
     try:
-        with Drawing():
+        with Drawing(), Assigning():
             yield
     finally:
         init._no_grad_trunc_normal_ = truncate

@@ -3,17 +3,20 @@
 transformers maps the files of a checkpoint into memory, and the system reads a page when it is
 used. That ends as soon as a weight is cast to another dtype, or gathered by ZeRO-3: every process
 then holds a copy of the full model. `load_sharded` builds the model by transformers' own code, but
-no weight is read or cast until the strategy takes the slice of the process. A new model that is
-made from a config takes no more memory: each weight is drawn when it is sharded, from the random
-numbers that it would have got in one process.
+no weight is read or cast until the strategy takes the slice of the process. With a config it makes
+a new model: each weight is drawn when it is sharded, from the random numbers that it would have got
+in one process. A process holds one weight at a time in full.
 """
 
 import contextlib
 import copy
+import functools
 import hashlib
 import math
 import os
+import random
 
+import numpy
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
@@ -70,7 +73,7 @@ def leaving_in_files():
 def load_sharded(auto_class, name, **options):
     """Return `auto_class.from_pretrained(name, **options)`, with the weights still in their files.
 
-    With a config instead of a name the model is new: see `draw_sharded`.
+    With a config instead of a name the model is new: see `draw_sharded`, which is collective.
 
     The weights are those of from_pretrained, bit for bit. Under FSDP, `accelerator.prepare` reads
     the slices of the process. Under ZeRO-3, `configure_deepspeed` does, by `shard_from_files`.
@@ -174,10 +177,11 @@ def leave_file(model, keep):
     Args:
         keep: leave these weights as they are.
     """
+    read = functools.cache(LazyTensor.read)  # modules that share a buffer still do
     for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
+        for name, buffer in module._buffers.items():
             if isinstance(buffer, LazyTensor):
-                module._buffers[name] = buffer.read()
+                module._buffers[name] = read(buffer)
     for weight in model.parameters():
         if isinstance(weight, FileTensor) and weight.stored.dtype == weight.dtype and not keep:
             weight.data = weight.stored
@@ -190,23 +194,25 @@ def draw_sharded(auto_class, config, **options):
     The weights are those that from_config draws in one process with the same random state, bit for
     bit. Under ZeRO-3 they are then cast to the engine's dtype. torch's generator is left in the
     state in which from_config leaves it. If the model's code does something that a DrawnTensor
-    cannot do, every process makes the full model, and this is printed.
+    cannot do, every process makes the full model, and this is printed. Collective.
 
     Args:
         auto_class: AutoModelForCausalLM or another one, or a class of models.
         config: the config of the model.
         options: options of from_config. Two of from_pretrained may stay: use_safetensors, which has
-            no effect because no file is read, and a device_map that is None or names one device.
+            no effect because no file is read, and a device_map of one device.
     """
     options.pop("use_safetensors", None)
-    place = options.pop("device_map", None)
+    device = only_device(options.pop("device_map", None))
     if options.get("dtype") == "auto":
         del options["dtype"]  # from_config takes the config's
     make = getattr(auto_class, "from_config", None) or auto_class._from_config
     is_zero3 = is_deepspeed_zero3_enabled()
     if not is_zero3 and not is_fsdp():
         model = make(config, **options)
-        return model.to(place[""]) if place else model
+        return model.to(device)
+    if device is not None:
+        say("device_map: unused, because the strategy moves the slices of a new model itself.")
     check_random_state()
     if is_zero3:
         dtype = engine_dtype(deepspeed_config())
@@ -214,7 +220,6 @@ def draw_sharded(auto_class, config, **options):
     else:
         use_every_process("draws")
     model = draw(make, config, options)
-    say_drawn(model)
     leave_file(model, keep=True)
     if is_zero3 and dtype != model.dtype:
         with torch.device("meta"):
@@ -223,15 +228,33 @@ def draw_sharded(auto_class, config, **options):
     return model
 
 
+def only_device(device_map):
+    """Return the device that a device_map of one device names, or None."""
+    device = device_map
+    if isinstance(device_map, dict) and device_map.keys() == {""}:
+        device = device_map[""]
+    try:
+        return None if device is None else torch.device(device)
+    except (RuntimeError, TypeError):
+        refuse(
+            f"device_map {device_map!r}: a new model is made on one device, so name that device or "
+            "leave device_map out"
+        )
+
+
+def cast_weights(model, dtype):
+    """Cast the weights that hold floating-point numbers."""
+    for weight in model.parameters():
+        if weight.is_floating_point():
+            weight.data = weight.data.to(dtype)
+
+
 def cast_model(model, like):
-    """Give weights and buffers the dtypes that they have in another model of the same config."""
-    dtypes = {name: weight.dtype for name, weight in like.named_parameters()}
-    for name, weight in model.named_parameters():
-        weight.data = weight.data.to(dtypes[name])
-    dtypes = {name: buffer.dtype for name, buffer in like.named_buffers()}
-    for name, module in model.named_modules():
-        for key, buffer in module.named_buffers(prefix=name, recurse=False):
-            module._buffers[key.rpartition(".")[2]] = buffer.to(dtypes[key])
+    """Cast the weights to the dtype of another model of the same config, the buffers to theirs."""
+    cast_weights(model, like.dtype)
+    dtypes = {name: one.dtype for name, one in like.named_buffers(remove_duplicate=False)}
+    for name, buffer in model.named_buffers():
+        buffer.data = buffer.to(dtypes[name])
 
 
 def check_random_state():
@@ -246,18 +269,21 @@ def check_random_state():
 
 def draw(make, config, options):
     """Return a new model, with lazy weights where its code allows it."""
-    state = torch.get_rng_state()
+    state = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
     try:
         with drawing():
-            return make(config, **options)
+            model = make(config, **options)
     except Exception as error:  # an invalid config, or an operation that lazy weights do not have
-        torch.set_rng_state(state)
-        model = make(config, **options)
+        random.setstate(state[0])
+        numpy.random.set_state(state[1])
+        torch.set_rng_state(state[2])
         say(
-            f"{type(model).__name__} cannot be drawn weight by weight ({first_line(error)}): every "
-            "process holds the full model until it is sharded."
+            f"The new model cannot be drawn weight by weight ({first_line(error)}): every process "
+            "makes the full model, and holds it until it is sharded."
         )
-        return model
+        return make(config, **options)
+    say_drawn(model)
+    return model
 
 
 def say_drawn(model):
@@ -270,10 +296,10 @@ def say_drawn(model):
             empty += [] if weight.recipe.steps else [name]
         else:
             held += weight.nbytes
-    if total > held > total / 100:  # vectors of ones and zeros are less
+    if held > total / 100:  # vectors of ones and zeros are less
         say(
-            f"{held:,} of the model's {total:,} bytes are computed and not drawn: every process "
-            "holds them in full until they are sharded."
+            f"{held:,} bytes of values cannot be drawn weight by weight (the model has {total:,} "
+            "bytes): every process holds them in full until they are sharded."
         )
     if empty:
         say(
@@ -287,16 +313,21 @@ def shard_from_files(accelerator, model):
     """Shard the weights that are still in their files, or to be drawn, with ZeRO-3's `zero.Init`.
 
     Every process takes its own slice of each weight. DeepSpeed's engine shards the other
-    parameters, such as LoRA matrices, when it is made.
+    parameters, such as LoRA matrices, when it is made. A model that has no such weight, and was not
+    made under zero.Init, is sharded here weight by weight: the engine would move all of it to every
+    GPU first. Collective.
     """
     # undoes unset_hf_deepspeed_config: transformers must know that ZeRO-3 is on
     accelerator.deepspeed_plugin.set_deepspeed_weakref()
     lazy = [weight for weight in model.parameters() if isinstance(weight, LazyTensor)]
-    if not lazy:
+    if not lazy and any(hasattr(weight, "ds_id") for weight in model.parameters()):
         return
     import deepspeed  # a large import
 
-    init = deepspeed.zero.Init(module=torch.nn.Module(), config_dict_or_path=deepspeed_config())
+    if not lazy:
+        cast_weights(model, engine_dtype(deepspeed_config()))  # zero.Init does not
+    module = torch.nn.Module() if lazy else model
+    init = deepspeed.zero.Init(module=module, config_dict_or_path=deepspeed_config())
     for weight in lazy:
         shard_lazy(init, weight)
     for module in model.modules():  # zero.Init would have made the buffers there
