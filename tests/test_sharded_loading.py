@@ -399,6 +399,10 @@ def test_a_device_map_of_one_device(fsdp, monkeypatch, capsys, sharded):
 
 
 class Foreign(OddModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.scale = random.random() * numpy.random.random()
+
     def meet(self):
         self.parts.add_(random.random() + numpy.random.random())  # of states that go back
         self.parts.numpy()  # has no memory to share
@@ -408,6 +412,19 @@ class Foreign(OddModel):
 class OwnGenerator(OddModel):
     def meet(self):
         self.parts.normal_(generator=torch.Generator().manual_seed(1))
+
+
+def test_zero3_casts_a_model_that_is_made_in_full(zero3_in_bf16):
+    zero3_in_bf16()
+    found = []
+    for build in (lambda: load_sharded(Foreign, OddConfig()), lambda: Foreign(OddConfig())):
+        set_seed(0)
+        model = build()
+        model.empty.data.zero_()
+        found.append((model, torch.rand(1), random.random(), numpy.random.random()))
+    assert found[0][1:] == found[1][1:]
+    assert {weight.dtype for weight in found[0][0].parameters()} == {torch.bfloat16}
+    check_equal(found[0][0].float(), found[1][0].bfloat16().float())
 
 
 @pytest.mark.parametrize("kind", [Foreign, OwnGenerator])

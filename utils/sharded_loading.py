@@ -222,8 +222,10 @@ def draw_sharded(auto_class, config, **options):
     model = draw(make, config, options)
     leave_file(model, keep=True)
     if is_zero3 and dtype != model.dtype:
+        restore = remember_random_states()
         with torch.device("meta"):
             like = make(copy.deepcopy(config), **options | {"dtype": dtype})
+        restore()
         cast_model(model, like)
     return model
 
@@ -267,16 +269,26 @@ def check_random_state():
         )
 
 
+def remember_random_states():
+    """Return a function that restores the random states of Python, numpy and torch's CPU."""
+    states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+
+    def restore():
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+    return restore
+
+
 def draw(make, config, options):
     """Return a new model, with lazy weights where its code allows it."""
-    state = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    restore = remember_random_states()
     try:
         with drawing():
             model = make(config, **options)
     except Exception as error:  # an invalid config, or an operation that lazy weights do not have
-        random.setstate(state[0])
-        numpy.random.set_state(state[1])
-        torch.set_rng_state(state[2])
+        restore()
         say(
             f"The new model cannot be drawn weight by weight ({first_line(error)}): every process "
             "makes the full model, and holds it until it is sharded."
