@@ -753,6 +753,68 @@ def test_processes_that_would_draw_different_models_are_stopped(launch, llama, t
         assert "call set_seed with the same seed" in said
 
 
+ASSIGNED = """
+import sys
+from types import SimpleNamespace
+
+import deepspeed
+import torch
+from accelerate.utils import set_seed
+from transformers import AutoConfig, LlamaForCausalLM
+
+from utils.launch import configure_deepspeed, load_sharded, start_accelerator
+
+
+class Foreign(LlamaForCausalLM):
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, torch.nn.Linear):
+            module.weight.detach().numpy()
+
+
+accelerator = start_accelerator()
+kind = {"foreign": Foreign}.get(sys.argv[2], LlamaForCausalLM)
+name = sys.argv[1] if sys.argv[2] == "file" else AutoConfig.from_pretrained(sys.argv[1])
+set_seed(3)
+model = load_sharded(kind, name, dtype=torch.float32)
+new = torch.randn(model.lm_head.weight.shape)
+model.lm_head.weight.data = new
+settings = SimpleNamespace(gradient_accumulation_steps=1, max_grad_norm=1.0)
+accelerator.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+configure_deepspeed(accelerator, settings, model)
+print(f"whole: {sum(weight.numel() > 0 for weight in model.parameters())}")
+engine, _ = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+weights = {}
+for name, weight in engine.module.named_parameters():
+    with deepspeed.zero.GatheredParameters([weight]):
+        weights[name] = weight.detach().clone()
+weights["new"] = new
+torch.save(weights, f"{sys.argv[3]}/{accelerator.process_index}.pt")
+accelerator.end_training()
+"""
+
+
+@slow
+@pytest.mark.parametrize("case", ["foreign", "new", "file"])
+def test_zero3_shards_weights_that_are_assigned(launch, llama, tmp_path, case):
+    """Also a model that cannot be drawn, before DeepSpeed's engine moves it to the device."""
+    script = tmp_path / "assigned.py"
+    script.write_text(ASSIGNED)
+    said = launch(script, "zero3", llama, case, tmp_path, processes=2, PYTHONPATH=str(ROOT)).stdout
+    assert ("cannot be drawn weight by weight (" in said) == (case == "foreign")
+    assert said.count("whole: 0\n" if case == "foreign" else "whole: 1\n") == 2
+    stock = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    if case != "file":
+        set_seed(3)
+        stock = AutoModelForCausalLM.from_config(stock.config, dtype=torch.float32)
+    for rank in (0, 1):
+        weights = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        new = weights.pop("new")
+        expected = dict(stock.named_parameters()) | {"lm_head.weight": new}
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[name], value) for name, value in expected.items())
+
+
 @slow
 def test_a_lesson_trains_a_new_model(launch, llama, tmp_path):
     """The lines of docs/deepspeed.md turn a lesson into one that trains from a config."""
