@@ -292,9 +292,9 @@ class Recipe:
 def zeros(empty):
     """Return zeros like a tensor without gaps, in memory that goes back to the system when freed.
 
-    glibc takes memory below 32 MB from its heap. There the small tensors that stay, such as random
-    states, would use part of the memory of each freed weight. The next weight would not fit into
-    the rest, and the heap would grow by every weight.
+    glibc may take blocks of up to 32 MB from its heap. There the small tensors that stay, such as
+    random states, would use part of the memory of each freed weight. The next weight would not fit
+    into the rest, and the heap would grow by every weight.
     """
     if not empty.numel():
         return torch.zeros(empty.shape, dtype=empty.dtype)
