@@ -162,7 +162,7 @@ def test_too_little_space_memory_or_buffer(accelerator, monkeypatch, capsys):
     zero = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
     zero["stage3_param_persistence_threshold"] = 1024 * 1024
     error = refusal(capsys, nvme.fit_nvme, accelerator, model)
-    assert "stage3_param_persistence_threshold keeps 1 weights gathered" in error
+    assert "stage3_param_persistence_threshold keeps 1 weights on NVMe gathered" in error
     zero["stage3_model_persistence_threshold"] = 1024 * 1024 - 1
     nvme.fit_nvme(accelerator, model)
     zero["stage3_param_persistence_threshold"] -= 1

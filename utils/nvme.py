@@ -346,9 +346,8 @@ def fit_nvme(accelerator, model):
             )
         if plan.kept:
             refuse(
-                f"stage3_param_persistence_threshold keeps {plan.kept} weights gathered that are "
-                "on NVMe, which DeepSpeed cannot train: lower this threshold, or "
-                "stage3_model_persistence_threshold"
+                f"stage3_param_persistence_threshold keeps {plan.kept} weights on NVMe gathered: "
+                "DeepSpeed cannot train them, so lower it or stage3_model_persistence_threshold"
             )
     pinned, needed = plan.pinned_bytes(parts), plan.file_bytes(parts)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -401,17 +400,15 @@ class Plan:
     def gathered(self, sizes):
         """Return the sizes of the weights that DeepSpeed keeps gathered, out of those of all.
 
-        Its `mark_persistent_parameters` takes, in the order of the model, weights of at most the
-        first threshold that do not bring their sum above the second.
+        As its `mark_persistent_parameters`: each is within one threshold, their sum within another.
         """
         names = (f"stage3_{part}_persistence_threshold" for part in ("param", "model"))
         own, total = (self.zero.get(name, "auto") for name in names)
         own, total = PERSISTENT if own == "auto" else own, math.inf if total == "auto" else total
-        found, held = [], 0
+        found = []
         for size in sizes:
-            if size <= own and held + size <= total:
-                found.append(size)
-                held += size
+            if size <= min(own, total):
+                found, total = [*found, size], total - size
         return found
 
     def sub_groups(self):
