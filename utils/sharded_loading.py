@@ -15,6 +15,7 @@ import hashlib
 import math
 import os
 import random
+import weakref
 
 import numpy
 import torch
@@ -28,6 +29,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from utils.errors import first_line, refuse, say
 from utils.lazy_weights import DrawnTensor, FileTensor, LazyTensor, drawing
+
+IN_FULL = weakref.WeakSet()  # new models that could not be drawn weight by weight
 
 
 # Files that stay open -----------------------------------------------------------------------------
@@ -293,7 +296,9 @@ def draw(make, config, options):
             f"The new model cannot be drawn weight by weight ({first_line(error)}): every process "
             "makes the full model, and holds it until it is sharded."
         )
-        return make(config, **options)
+        model = make(config, **options)
+        IN_FULL.add(model)
+        return model
     say_drawn(model)
     return model
 
@@ -325,17 +330,16 @@ def shard_from_files(accelerator, model):
     """Shard the weights that are still in their files, or to be drawn, with ZeRO-3's `zero.Init`.
 
     Every process takes its own slice of each weight. DeepSpeed's engine shards the other
-    parameters, such as LoRA matrices, when it is made. A model that has no such weight, and was not
-    made under zero.Init, is sharded here weight by weight: the engine would move all of it to every
-    GPU first. Collective.
+    parameters, such as LoRA matrices, when it is made. A new model that every process holds in full
+    is sharded here, too: the engine would move all of it to every GPU first. Collective.
     """
-    # undoes unset_hf_deepspeed_config: transformers must know that ZeRO-3 is on
-    accelerator.deepspeed_plugin.set_deepspeed_weakref()
     lazy = [weight for weight in model.parameters() if isinstance(weight, LazyTensor)]
-    if not lazy and any(hasattr(weight, "ds_id") for weight in model.parameters()):
+    if not lazy and not any(module in IN_FULL for module in model.modules()):
         return
     import deepspeed  # a large import
 
+    # undoes unset_hf_deepspeed_config: transformers must know that ZeRO-3 is on
+    accelerator.deepspeed_plugin.set_deepspeed_weakref()
     if not lazy:
         cast_weights(model, engine_dtype(deepspeed_config()))  # zero.Init does not
     module = torch.nn.Module() if lazy else model
