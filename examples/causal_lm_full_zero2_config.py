@@ -4,7 +4,7 @@ Base:    causal_lm_full.py
 Changes: 1. Settings, 5. Setup
 Run:     accelerate launch --config_file configs/zero2_optimizer.yaml \
 examples/causal_lm_full_zero2_config.py
-Needs:   2 CPU processes with 691 MB each for the shipped model; on GPUs not measured
+Needs:   2 CPU processes with 691 MB each for the shipped model; not measured on GPUs
 Expect:  accuracy 0.00 -> 1.00 in 71 s of CPU time (2 cores of an AMD EPYC, 2026-11-28)
 """
 
@@ -24,7 +24,7 @@ from utils import data, launch, memory, results, settings
 # yours to change
 @dataclass
 class Config:
-    """Model, data and hyperparameters. The launch config sets processes, precision, sharding."""
+    """Model, data and hyperparameters. The launch config sets processes, precision and sharding."""
 
     model_name_or_path: str = "assets/tiny-causal-lm"
     dtype: str = "float32"
@@ -37,7 +37,7 @@ class Config:
     prompt_template: str = "Tweet text : {text} Label :"
     """prompt; {text} stands for the text of the row"""
     max_length: int = 128
-    """max tokens of prompt and label; text is truncated"""
+    """max tokens of prompt and label; a longer text is truncated"""
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 32
     gradient_accumulation_steps: int = 1
@@ -104,7 +104,7 @@ def build_dataloaders(config, tokenizer, accelerator):
     def collate_train(rows):
         batch = pad([row["prompt"] + row["target"] for row in rows], "right")
         labels = pad([[-100] * len(row["prompt"]) + row["target"] for row in rows], "right")
-        # -100: no loss, neither on the prompt nor on padding
+        # -100: no loss on the prompt or on padding
         labels = labels["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         return batch | {"labels": labels}
 
@@ -139,7 +139,7 @@ def build_model(config, tokenizer):
         # the strategy decides where the weights go
         device_map=launch.device_map(),
     )
-    # else processes skip different layers, and the run hangs
+    # with layerdrop, processes would skip different layers, and the run would hang
     model.get_decoder().layerdrop = 0.0
     # greedy, whatever the checkpoint asks for
     model.generation_config = transformers.GenerationConfig(
@@ -197,7 +197,7 @@ def main():
     accelerator = launch.start_accelerator(config.gradient_accumulation_steps, tf32=config.tf32)
     transformers.set_seed(config.seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.model_name_or_path)
-    # any token will do, for padding is masked
+    # any token will do: padding is masked
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     train_loader, valid_loader = build_dataloaders(config, tokenizer, accelerator)
     tracker = memory.MemoryTracker()
@@ -220,12 +220,12 @@ def main():
                 f"--warmup_ratio gives {warmup} update(s); DeepSpeed takes 2 at least."
             )
         scheduler = DummyScheduler(optimizer, total, warmup)
-        # DeepSpeed accumulates and clips by itself
+        # DeepSpeed accumulates and clips by itself, so it needs these settings
         launch.configure_deepspeed(accelerator, config, model)
         model, optimizer, scheduler, train_loader = accelerator.prepare(
             model, optimizer, scheduler, train_loader
         )
-        # not in `prepare`: accelerate would give DeepSpeed the smaller batch size of both loaders
+        # not in `prepare`: accelerate would give DeepSpeed the smaller of the two batch sizes
         valid_loader = accelerator.prepare_data_loader(valid_loader)
     # DeepSpeed would step the schedule in `backward`, before the loop logs its rate
     accelerator.deepspeed_engine_wrapped.engine.lr_scheduler = None
@@ -257,7 +257,7 @@ def main():
             targets = [count_targets(batch) for batch in micro_batches]
             inputs = sum(batch["attention_mask"].sum() for batch in micro_batches)
             # label tokens and input tokens of this update, summed over all processes; `0 * inputs`
-            # makes the first sum a tensor, also if count_targets returns numbers
+            # makes the first sum a tensor, even if count_targets returns numbers
             counts = torch.stack([sum(targets, 0 * inputs), inputs])
             step_targets, step_inputs = accelerator.reduce(counts)
             step_loss = torch.zeros((), device=accelerator.device)
@@ -298,7 +298,7 @@ def main():
 # 7. Save ------------------------------------------------------------------------------------------
 # leave, unless you know why
 def gather_weights(accelerator, model):
-    """Return name -> full trained parameter. Call it in every process: it may gather shards."""
+    """Return the trained parameters by name, unsharded. Call it in every process to gather them."""
     return accelerator.get_state_dict(model)
 
 

@@ -1,9 +1,9 @@
-"""Fine-tune a causal language model with LoRA and resume bit for bit (on GPUs: --deterministic).
+"""Fine-tune a causal LM with LoRA; a resumed run gives the same bits as an uninterrupted one.
 
 Base:    causal_lm_lora.py
 Changes: 1. Settings, 5. Setup, 6. Training loop
 Run:     accelerate launch --config_file configs/ddp.yaml examples/causal_lm_lora_resume.py
-Needs:   2 CPU processes with 621 MB each for the shipped model; on GPUs not measured
+Needs:   2 CPU processes with 621 MB each for the shipped model; not measured on GPUs
 Expect:  accuracy 0.00 -> 0.98 in 23 s with startup (2 cores of an AMD EPYC, 2026-11-21)
 """
 
@@ -25,7 +25,7 @@ from utils import data, launch, memory, results, settings
 # yours to change
 @dataclass
 class Config:
-    """Model, data and hyperparameters. The launch config sets processes, precision, sharding."""
+    """Model, data and hyperparameters. The launch config sets processes, precision and sharding."""
 
     model_name_or_path: str = "assets/tiny-causal-lm"
     dtype: str = "float32"
@@ -38,7 +38,7 @@ class Config:
     prompt_template: str = "Tweet text : {text} Label :"
     """prompt; {text} stands for the text of the row"""
     max_length: int = 128
-    """max tokens of prompt and label; text is truncated"""
+    """max tokens of prompt and label; a longer text is truncated"""
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 32
     gradient_accumulation_steps: int = 1
@@ -58,7 +58,7 @@ class Config:
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
     modules_to_save: list[str] = field(default_factory=list)
     deterministic: bool = False
-    """same bits in every run on GPUs, slower"""
+    """bit-identical runs on GPUs, but slower"""
     save_steps: int = 25
     checkpoint_dir: str = f"outputs/{Path(__file__).stem}-checkpoints"
     resume_from_checkpoint: str = ""
@@ -116,7 +116,7 @@ def build_dataloaders(config, tokenizer, accelerator):
     def collate_train(rows):
         batch = pad([row["prompt"] + row["target"] for row in rows], "right")
         labels = pad([[-100] * len(row["prompt"]) + row["target"] for row in rows], "right")
-        # -100: no loss, neither on the prompt nor on padding
+        # -100: no loss on the prompt or on padding
         labels = labels["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         return batch | {"labels": labels}
 
@@ -151,7 +151,7 @@ def build_model(config, tokenizer):
         # the strategy decides where the weights go
         device_map=launch.device_map(),
     )
-    # else processes skip different layers, and the run hangs
+    # with layerdrop, processes would skip different layers, and the run would hang
     model.get_decoder().layerdrop = 0.0
     # greedy, whatever the checkpoint asks for
     model.generation_config = transformers.GenerationConfig(
@@ -221,7 +221,7 @@ def main():
     )
     transformers.set_seed(config.seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.model_name_or_path)
-    # any token will do, for padding is masked
+    # any token will do: padding is masked
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     train_loader, valid_loader = build_dataloaders(config, tokenizer, accelerator)
     rows = [train_loader.dataset, valid_loader.dataset]
@@ -256,7 +256,7 @@ def main():
         max_steps,
         num_rows=len(train_loader.dataset),
     )
-    # dropout draws from these generators; an fp16 run has a scaler
+    # also saved: these generators, which dropout draws from, and the scaler of an fp16 run
     generators = [torch, torch.cuda] if accelerator.device.type == "cuda" else [torch]
     stateful = [optimizer, scheduler]
     if accelerator.scaler is not None:
@@ -264,7 +264,7 @@ def main():
     if resumed:
         if state["base"] != base:
             settings.refuse(
-                f"{resumed} was made with other base weights: give the same, or start a new run"
+                f"{resumed} was made with other base weights: use those, or start a new run"
             )
         before = state["before"]
         seconds = state["seconds"]
@@ -280,7 +280,7 @@ def main():
             train_loader,
             done * config.gradient_accumulation_steps,
         )
-        # else iter(loader) would draw a seed from the global RNG, which dropout uses
+        # without this, iter(loader) would draw a seed from the global RNG, which dropout uses
         train_loader.base_dataloader.generator = torch.Generator()
         random = state["random"][accelerator.process_index]
         if len(random) != len(generators):
@@ -309,7 +309,7 @@ def main():
             targets = [count_targets(batch) for batch in micro_batches]
             inputs = sum(batch["attention_mask"].sum() for batch in micro_batches)
             # label tokens and input tokens of this update, summed over all processes; `0 * inputs`
-            # makes the first sum a tensor, also if count_targets returns numbers
+            # makes the first sum a tensor, even if count_targets returns numbers
             counts = torch.stack([sum(targets, 0 * inputs), inputs])
             step_targets, step_inputs = accelerator.reduce(counts)
             step_loss = torch.zeros((), device=accelerator.device)
@@ -368,7 +368,7 @@ def main():
 # 7. Save ------------------------------------------------------------------------------------------
 # leave, unless you know why
 def gather_weights(accelerator, model):
-    """Return name -> full trained parameter. Call it in every process: it may gather shards."""
+    """Return the trained parameters by name, unsharded. Call it in every process to gather them."""
     unwrapped = accelerator.unwrap_model(model)
     return {name: p for name, p in unwrapped.named_parameters() if p.requires_grad}
 

@@ -4,7 +4,7 @@ Base:    causal_lm_lora.py
 Changes: 1. Settings, 3. Model, 4. Evaluation, 5. Setup, 7. Save
 Run:     accelerate launch --config_file configs/zero3_offload.yaml \
 examples/causal_lm_lora_zero3_offload.py
-Needs:   2 CPU processes with 727 MB each for the shipped model; on GPUs not measured
+Needs:   2 CPU processes with 727 MB each for the shipped model; not measured on GPUs
 Expect:  accuracy 0.00 -> 0.98 in 53 s with startup (2 cores of an AMD EPYC, 2026-11-21)
 """
 
@@ -25,7 +25,7 @@ from utils import data, launch, memory, results, settings
 # yours to change
 @dataclass
 class Config:
-    """Model, data and hyperparameters. The launch config sets processes, precision, sharding."""
+    """Model, data and hyperparameters. The launch config sets processes, precision and sharding."""
 
     model_name_or_path: str = "assets/tiny-causal-lm"
     dtype: str = "float32"
@@ -38,7 +38,7 @@ class Config:
     prompt_template: str = "Tweet text : {text} Label :"
     """prompt; {text} stands for the text of the row"""
     max_length: int = 128
-    """max tokens of prompt and label; text is truncated"""
+    """max tokens of prompt and label; a longer text is truncated"""
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 32
     gradient_accumulation_steps: int = 1
@@ -112,7 +112,7 @@ def build_dataloaders(config, tokenizer, accelerator):
     def collate_train(rows):
         batch = pad([row["prompt"] + row["target"] for row in rows], "right")
         labels = pad([[-100] * len(row["prompt"]) + row["target"] for row in rows], "right")
-        # -100: no loss, neither on the prompt nor on padding
+        # -100: no loss on the prompt or on padding
         labels = labels["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         return batch | {"labels": labels}
 
@@ -147,7 +147,7 @@ def build_model(config, tokenizer):
         attn_implementation=config.attn_implementation,
         use_safetensors=True,
     )
-    # else processes skip different layers, and the run hangs
+    # with layerdrop, processes would skip different layers, and the run would hang
     model.get_decoder().layerdrop = 0.0
     # greedy, whatever the checkpoint asks for
     model.generation_config = transformers.GenerationConfig(
@@ -188,7 +188,7 @@ def evaluate(accelerator, model, tokenizer, valid_loader, config):
     longest = max(len(row["target"]) for row in rows)
     answers = []
     # Gather the full model once, generate, and shard it again. If it does not fit, all processes
-    # gather each layer for every token. synced_gpus makes each go on until the last is done.
+    # gather each layer for every token; with synced_gpus each takes part until all are done.
     with launch.generating(accelerator, model, config.layerwise_generation) as generator:
         for batch in valid_loader:
             tokens = generator.generate(**batch, max_new_tokens=longest, synced_gpus=True)
@@ -215,7 +215,7 @@ def main():
     accelerator = launch.start_accelerator(config.gradient_accumulation_steps, tf32=config.tf32)
     transformers.set_seed(config.seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.model_name_or_path)
-    # any token will do, for padding is masked
+    # any token will do: padding is masked
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     train_loader, valid_loader = build_dataloaders(config, tokenizer, accelerator)
     tracker = memory.MemoryTracker()
@@ -230,10 +230,10 @@ def main():
             # a few large kernels instead of many small ones
             fused=accelerator.device.type == "cuda",
         )
-        # DeepSpeed accumulates and clips by itself
+        # DeepSpeed accumulates and clips by itself, so it needs these settings
         launch.configure_deepspeed(accelerator, config, model)
         model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
-        # not in `prepare`: accelerate would give DeepSpeed the smaller batch size of both loaders
+        # not in `prepare`: accelerate would give DeepSpeed the smaller of the two batch sizes
         valid_loader = accelerator.prepare_data_loader(valid_loader)
     max_steps = len(train_loader) // config.gradient_accumulation_steps
     scheduler = transformers.get_scheduler(
@@ -267,7 +267,7 @@ def main():
             targets = [count_targets(batch) for batch in micro_batches]
             inputs = sum(batch["attention_mask"].sum() for batch in micro_batches)
             # label tokens and input tokens of this update, summed over all processes; `0 * inputs`
-            # makes the first sum a tensor, also if count_targets returns numbers
+            # makes the first sum a tensor, even if count_targets returns numbers
             counts = torch.stack([sum(targets, 0 * inputs), inputs])
             step_targets, step_inputs = accelerator.reduce(counts)
             step_loss = torch.zeros((), device=accelerator.device)
@@ -308,7 +308,7 @@ def main():
 # 7. Save ------------------------------------------------------------------------------------------
 # leave, unless you know why
 def gather_weights(accelerator, model):
-    """Return name -> full trained parameter. Call it in every process: it may gather shards."""
+    """Return the trained parameters by name, unsharded. Call it in every process to gather them."""
     unwrapped = accelerator.unwrap_model(model)
     trainable = {n: p for n, p in unwrapped.named_parameters() if p.requires_grad}
     # each process holds slices of the parameters: gather the trainable ones, not the frozen base

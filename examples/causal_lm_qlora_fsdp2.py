@@ -1,9 +1,9 @@
-"""Fine-tune a causal language model with QLoRA, its 4-bit weights sharded by FSDP2 on the CPU.
+"""Fine-tune a causal language model with QLoRA; FSDP2 keeps its 4-bit shards in CPU memory.
 
 Base:    causal_lm_qlora.py
 Changes: 1. Settings, 3. Model, 4. Evaluation, 5. Setup, 7. Save
 Run:     accelerate launch --config_file configs/fsdp2_qlora.yaml examples/causal_lm_qlora_fsdp2.py
-Needs:   2 CPU processes with 693 MB each for the shipped model; on GPUs not measured
+Needs:   2 CPU processes with 693 MB each for the shipped model; not measured on GPUs
 Expect:  accuracy 0.00 -> 0.99 in 32 s with startup (2 cores of an AMD EPYC, 2026-11-21)
 """
 
@@ -26,11 +26,11 @@ from utils import data, launch, memory, results, settings
 # yours to change
 @dataclass
 class Config:
-    """Model, data and hyperparameters. The launch config sets processes, precision, sharding."""
+    """Model, data and hyperparameters. The launch config sets processes, precision and sharding."""
 
     model_name_or_path: str = "assets/tiny-causal-lm"
     dtype: str = "float32"
-    """dtype of computations and of all other weights"""
+    """dtype of computations and of weights not in 4 bits"""
     bnb_4bit_quant_storage: str = ""
     attn_implementation: str = "sdpa"
     dataset_name: str = "assets/complaints"
@@ -41,7 +41,7 @@ class Config:
     prompt_template: str = "Tweet text : {text} Label :"
     """prompt; {text} stands for the text of the row"""
     max_length: int = 128
-    """max tokens of prompt and label; text is truncated"""
+    """max tokens of prompt and label; a longer text is truncated"""
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 32
     gradient_accumulation_steps: int = 1
@@ -116,7 +116,7 @@ def build_dataloaders(config, tokenizer, accelerator):
     def collate_train(rows):
         batch = pad([row["prompt"] + row["target"] for row in rows], "right")
         labels = pad([[-100] * len(row["prompt"]) + row["target"] for row in rows], "right")
-        # -100: no loss, neither on the prompt nor on padding
+        # -100: no loss on the prompt or on padding
         labels = labels["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         return batch | {"labels": labels}
 
@@ -157,10 +157,10 @@ def build_model(config, tokenizer):
         attn_implementation=config.attn_implementation,
         use_safetensors=True,
         quantization_config=quantization,
-        # else transformers puts the full model on every GPU
+        # otherwise transformers puts the full model on every GPU
         device_map={"": "cpu"},
     )
-    # else processes skip different layers, and the run hangs
+    # with layerdrop, processes would skip different layers, and the run would hang
     model.get_decoder().layerdrop = 0.0
     # greedy, whatever the checkpoint asks for
     model.generation_config = transformers.GenerationConfig(
@@ -201,7 +201,7 @@ def evaluate(accelerator, model, tokenizer, valid_loader, config):
     longest = max(len(row["target"]) for row in rows)
     answers = []
     # Gather the full model once, generate, and shard it again. If it does not fit, all processes
-    # gather each layer for every token. synced_gpus makes each go on until the last is done.
+    # gather each layer for every token; with synced_gpus each takes part until all are done.
     with launch.generating(accelerator, model, config.layerwise_generation) as generator:
         for batch in valid_loader:
             tokens = generator.generate(**batch, max_new_tokens=longest, synced_gpus=True)
@@ -225,13 +225,13 @@ def main():
         auto_model=transformers.AutoModelForCausalLM,
         base="4bit",
     )
-    # where one process reads the files for all, tied weights would be lost
+    # if one process read the files for all, a tied layer that is trained in full would fail to load
     if config.modules_to_save:
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     accelerator = launch.start_accelerator(config.gradient_accumulation_steps, tf32=config.tf32)
     transformers.set_seed(config.seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.model_name_or_path)
-    # any token will do, for padding is masked
+    # any token will do: padding is masked
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     train_loader, valid_loader = build_dataloaders(config, tokenizer, accelerator)
     tracker = memory.MemoryTracker()
@@ -251,9 +251,9 @@ def main():
         loaders = (train_loader, valid_loader)
         model, optimizer, *loaders = accelerator.prepare(model, optimizer, *loaders)
         train_loader, valid_loader = loaders
-        # gathers the root unit, as forward does
+        # makes `generate` gather the root unit, as `forward` does
         register_fsdp_forward_method(model, "generate")
-        # the scales of 4-bit weights are not parameters
+        # the scales of 4-bit weights are not parameters, so `prepare` does not move them
         for layer in model.modules():
             if getattr(layer, "quant_state", None) is not None:
                 layer.quant_state.to(accelerator.device)
@@ -289,7 +289,7 @@ def main():
             targets = [count_targets(batch) for batch in micro_batches]
             inputs = sum(batch["attention_mask"].sum() for batch in micro_batches)
             # label tokens and input tokens of this update, summed over all processes; `0 * inputs`
-            # makes the first sum a tensor, also if count_targets returns numbers
+            # makes the first sum a tensor, even if count_targets returns numbers
             counts = torch.stack([sum(targets, 0 * inputs), inputs])
             step_targets, step_inputs = accelerator.reduce(counts)
             step_loss = torch.zeros((), device=accelerator.device)
@@ -330,10 +330,10 @@ def main():
 # 7. Save ------------------------------------------------------------------------------------------
 # leave, unless you know why
 def gather_weights(accelerator, model):
-    """Return name -> full trained parameter. Call it in every process: it may gather shards."""
+    """Return the trained parameters by name, unsharded. Call it in every process to gather them."""
     unwrapped = accelerator.unwrap_model(model)
     trainable = {n: p for n, p in unwrapped.named_parameters() if p.requires_grad}
-    # only the trainable parameters are gathered, the frozen base stays sharded
+    # only the trainable parameters are gathered; the frozen base stays sharded
     return {name: p.full_tensor().cpu() for name, p in trainable.items()}
 
 

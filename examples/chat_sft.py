@@ -3,7 +3,7 @@
 Base:    none
 Changes: none
 Run:     accelerate launch --config_file configs/ddp.yaml examples/chat_sft.py --use_peft_lora
-Needs:   2 CPU processes with 710 MB each for the shipped model; on GPUs not measured
+Needs:   2 CPU processes with 710 MB each for the shipped model; not measured on GPUs
 Expect:  held-out perplexity 832 -> 207 in 17 s with startup (2 cores of an AMD EPYC, 2026-11-21)
 """
 

@@ -4,7 +4,7 @@ Base:    none
 Changes: no sections
 Run:     accelerate launch --config_file configs/ddp.yaml examples/predict.py \
 --model_name_or_path outputs/chat_sft --input_file IN.jsonl --output_file OUT.jsonl
-Needs:   2 CPU processes with 578 MB each for the shipped model; on GPUs not measured
+Needs:   2 CPU processes with 578 MB each for the shipped model; not measured on GPUs
 Expect:  20 answers to assets/chat in 102 s with startup (2 busy cores of an AMD EPYC, 2026-11-28)
 """
 

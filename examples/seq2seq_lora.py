@@ -3,7 +3,7 @@
 Base:    causal_lm_lora.py
 Changes: 1. Settings, 2. Data, 3. Model, 4. Evaluation, 5. Setup
 Run:     accelerate launch --config_file configs/ddp.yaml examples/seq2seq_lora.py
-Needs:   2 CPU processes with 589 MB each for the shipped model; on GPUs not measured
+Needs:   2 CPU processes with 589 MB each for the shipped model; not measured on GPUs
 Expect:  accuracy 0.00 -> 0.97 in 20 s with startup (2 cores of an AMD EPYC, 2026-11-21)
 """
 
@@ -23,7 +23,7 @@ from utils import data, launch, memory, results, settings
 # yours to change
 @dataclass
 class Config:
-    """Model, data and hyperparameters. The launch config sets processes, precision, sharding."""
+    """Model, data and hyperparameters. The launch config sets processes, precision and sharding."""
 
     model_name_or_path: str = "assets/tiny-seq2seq"
     dtype: str = "float32"
@@ -36,7 +36,7 @@ class Config:
     prompt_template: str = "Tweet text : {text} Label :"
     """prompt; {text} stands for the text of the row"""
     max_length: int = 128
-    """max tokens of the prompt; text is truncated"""
+    """max tokens of the prompt; a longer text is truncated"""
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 32
     gradient_accumulation_steps: int = 1
@@ -166,7 +166,7 @@ def build_model(config, tokenizer):
         start = model.config.decoder_start_token_id
     model.generation_config.decoder_start_token_id = start
     for part in (model.get_encoder(), model.get_decoder()):
-        # else processes skip different layers, and the run hangs
+        # with layerdrop, processes would skip different layers, and the run would hang
         part.layerdrop = 0.0
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()  # non-reentrant
@@ -225,7 +225,7 @@ def main():
     accelerator = launch.start_accelerator(config.gradient_accumulation_steps, tf32=config.tf32)
     transformers.set_seed(config.seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.model_name_or_path)
-    # any token will do, for padding is masked
+    # any token will do: padding is masked
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     train_loader, valid_loader = build_dataloaders(config, tokenizer, accelerator)
     tracker = memory.MemoryTracker()
@@ -240,10 +240,10 @@ def main():
             # a few large kernels instead of many small ones
             fused=accelerator.device.type == "cuda",
         )
-        # DeepSpeed accumulates and clips by itself
+        # DeepSpeed accumulates and clips by itself, so it needs these settings
         launch.configure_deepspeed(accelerator, config, model)
         model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
-        # not in `prepare`: accelerate would give DeepSpeed the smaller batch size of both loaders
+        # not in `prepare`: accelerate would give DeepSpeed the smaller of the two batch sizes
         valid_loader = accelerator.prepare_data_loader(valid_loader)
     max_steps = len(train_loader) // config.gradient_accumulation_steps
     scheduler = transformers.get_scheduler(
@@ -277,7 +277,7 @@ def main():
             targets = [count_targets(batch) for batch in micro_batches]
             inputs = sum(batch["attention_mask"].sum() for batch in micro_batches)
             # label tokens and input tokens of this update, summed over all processes; `0 * inputs`
-            # makes the first sum a tensor, also if count_targets returns numbers
+            # makes the first sum a tensor, even if count_targets returns numbers
             counts = torch.stack([sum(targets, 0 * inputs), inputs])
             step_targets, step_inputs = accelerator.reduce(counts)
             step_loss = torch.zeros((), device=accelerator.device)
@@ -318,7 +318,7 @@ def main():
 # 7. Save ------------------------------------------------------------------------------------------
 # leave, unless you know why
 def gather_weights(accelerator, model):
-    """Return name -> full trained parameter. Call it in every process: it may gather shards."""
+    """Return the trained parameters by name, unsharded. Call it in every process to gather them."""
     unwrapped = accelerator.unwrap_model(model)
     return {name: p for name, p in unwrapped.named_parameters() if p.requires_grad}
 

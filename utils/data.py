@@ -23,9 +23,9 @@ SPLITS = ("train", "validation")
 def load_data(dataset_name, columns, seed=0, *, keep=()):
     """Return the training rows and the held-out rows, each a `datasets.Dataset`.
 
-    Without a validation split, about a fifth of the rows is held out. Rows that are equal in the
-    first column stay on the same side of the split, so no held-out text is also trained on. One
-    line names every column, file and split that is not used.
+    Without a validation split, about a fifth of the rows is held out. Rows with the same text
+    (the first of `columns`) stay on one side, so no held-out text is also trained on. Prints one
+    line that names every column, file and split that is not used.
 
     Args:
         dataset_name: a .csv, .json or .jsonl file; a folder with train.* and, if there is one,
@@ -34,7 +34,7 @@ def load_data(dataset_name, columns, seed=0, *, keep=()):
             cells of all columns but the first must not be empty. Class numbers become the names of
             the classes.
         seed: decides which rows are held out.
-        keep: names of further columns that the script reads, unchecked: lists, for example.
+        keep: names of further columns to return without a check, for example columns of lists.
     """
     names = list(columns.values())
     for flag, name in columns.items():
@@ -277,10 +277,10 @@ def make_loaders(config, accelerator, train, valid, collate_train, collate_valid
     Args:
         config: its seed, batch sizes, gradient_accumulation_steps, num_train_epochs and max_steps
             are read.
-        train, valid: the rows, lists or anything else with a length and indices.
-        collate_train, collate_valid: functions that make a batch of a list of rows.
-        order: the indices of the training rows in the order of an epoch; every epoch repeats it.
-            Without it the seed draws a new order for each epoch.
+        train, valid: the rows, in lists or in anything else with a length and indices.
+        collate_train, collate_valid: functions that make a batch from a list of rows.
+        order: indices of the training rows, in the order in which every epoch reads them. Without
+            it, each epoch has a new random order, which depends on the seed.
     """
     batch_size = config.per_device_train_batch_size
     per_update = batch_size * config.gradient_accumulation_steps * accelerator.num_processes

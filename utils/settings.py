@@ -77,8 +77,8 @@ HELP = {
     "gradient_checkpointing": "recompute activations to save memory",
     "tf32": "matrix products in TF32 on GPUs: faster, less exact",
     "layerwise_generation": "generate with one layer gathered at a time: less memory, slow",
-    "optim": "adamw_torch, adamw_8bit or paged_...",
-    "bnb_4bit_quant_storage": "dtype that packs the 4-bit weights",
+    "optim": "adamw_torch, adamw_8bit, paged_adamw_8bit or paged_adamw_32bit",
+    "bnb_4bit_quant_storage": "dtype of the tensors that hold the 4-bit weights",
     "lora_r": "rank of the LoRA matrices",
     "lora_alpha": "LoRA is scaled by lora_alpha / lora_r",
     "lora_dropout": "dropout probability on the input of LoRA layers",
@@ -86,7 +86,7 @@ HELP = {
     "modules_to_save": "layers to train in full",
     "save_steps": "updates between two checkpoints",
     "checkpoint_dir": "folder of the checkpoints",
-    "resume_from_checkpoint": "True: the newest; or a checkpoint folder",
+    "resume_from_checkpoint": "checkpoint folder, or True for the newest",
     "seed": "seed of weights, dropout, row order and split",
     "output_dir": "folder for the results",
     "overwrite_output_dir": "replace an earlier run in output_dir",
@@ -103,13 +103,13 @@ def read_settings(Config, strategies, auto_model, base, optimizer_in_config=Fals
     Args:
         Config: a dataclass with the fields model_name_or_path, dtype, output_dir,
             overwrite_output_dir, hub_model_id and whatever else the script needs.
-        strategies: those that the script can run. All are "single", "ddp", "zero1", "zero2",
+        strategies: those that the script can run under, out of "single", "ddp", "zero1", "zero2",
             "zero3", "fsdp1" and "fsdp2".
         auto_model: the Auto class of transformers that loads the model.
         base: how the model's own weights are used: "trained"; "frozen", with an adapter; "4bit",
             quantized and frozen; or "new", made from its config and trained.
-        optimizer_in_config: DeepSpeed's config names the optimizer and the schedule. Otherwise a
-            config that names them is refused.
+        optimizer_in_config: True if the optimizer and the schedule come from DeepSpeed's config. If
+            False, a config that names them is refused.
     """
     config = parse_arguments(Config)
     check_numbers(config)
@@ -147,11 +147,11 @@ def parse_arguments(Config):
 
 
 def make_parser(Config):
-    """Return a parser with a flag for each field of the dataclass, with a help text for each.
+    """Return a parser with a flag and a help text for each field of the dataclass.
 
     The text is the field's own: `metadata={"help": text}`, or the string on the lines below the
-    field, which PEP 257 calls an attribute docstring. Without one it is the text of HELP, or else
-    the name of the field.
+    field, which PEP 257 calls an attribute docstring. If the field has neither, the text is that
+    of HELP, or else the name of the field.
     """
     parser, own = HfArgumentParser(Config), {}
     for part in reversed(Config.__mro__[:-1]):
