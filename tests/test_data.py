@@ -394,6 +394,9 @@ def test_the_order_of_the_rows_may_be_given():
 def test_an_order_that_leaves_out_rows_is_printed_and_a_wrong_one_refused(capsys):
     assert make(order=[4, 0], max_steps=1) == ["ea", "ea"]
     assert "The given order names 2 of 5 training rows." in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        make(order=[])
+    assert "the given order is empty" in capsys.readouterr().err
     for wrong in ([0, 5], [-1], ["a"], [0.5]):
         with pytest.raises(SystemExit):
             make(order=wrong)

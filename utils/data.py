@@ -292,6 +292,8 @@ def make_loaders(config, accelerator, train, valid, collate_train, collate_valid
         order = RandomSampler(train, num_samples=max_steps * per_update, generator=generator)
     else:
         order = list(order)
+        if not order:
+            refuse(f"the given order is empty: give indices of the {len(train)} training rows")
         for index in order:
             if not isinstance(index, Integral) or not 0 <= index < len(train):
                 refuse(

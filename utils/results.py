@@ -31,7 +31,6 @@ from utils.engine import (
 from utils.errors import fail, fail_together, first_line, refuse, say
 from utils.heartbeat import stop_heartbeat
 from utils.loading import base_model, load_lines
-
 from utils.run_files import find_state as find_state  # a lesson takes these two from here
 from utils.run_files import save_state as save_state
 from utils.run_files import write_adapter_config, write_beside
