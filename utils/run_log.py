@@ -136,7 +136,7 @@ class RunLog:
         self.write(values)
 
     def scores(self):
-        """Return name -> score of the first and of the last evaluation: two dicts, empty without."""
+        """Return two dicts, name -> score: of the first and of the last evaluation, or empty."""
         evaluations = self.progress.evaluations or [{}]
         ends = evaluations[0], evaluations[-1]
         return [{name: end[name] for name in end if name != "step"} for end in ends]
