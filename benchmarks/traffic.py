@@ -31,7 +31,7 @@ from utils.traffic import FIRST
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT, ADAPTED = "causal_lm_full_ddp_compressed", "causal_lm_lora"
 COUNTED = 20  # updates
-BYTES_SENT = 200  # offset of tcpi_bytes_sent in Linux's struct tcp_info
+NOT_SENT, SENT = 144, 200  # offsets of tcpi_notsent_bytes and tcpi_bytes_sent in struct tcp_info
 LOOP = "    # 6. Training loop -"
 UPDATE = "            scheduler.step()\n"
 END = "    progress.finish(metrics, samples)\n"
@@ -41,7 +41,10 @@ TELL = "    if accelerator.is_main_process:\n        print('read', json.dumps(re
 
 
 def bytes_sent():
-    """Return the number of bytes that this process has sent through its open TCP sockets."""
+    """Return the number of bytes that this process has handed to its open TCP sockets.
+
+    Linux counts a byte that it sends again twice, and does not count what waits in the socket.
+    """
     total = 0
     for number in os.listdir("/proc/self/fd"):
         try:
@@ -51,7 +54,8 @@ def bytes_sent():
                 info = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
         except OSError:  # closed in the meantime, or not a TCP socket
             continue
-        total += struct.unpack_from("Q", info, BYTES_SENT)[0]
+        sent, again = struct.unpack_from("2Q", info, SENT)
+        total += sent - again + struct.unpack_from("I", info, NOT_SENT)[0]
     return total
 
 

@@ -1,7 +1,12 @@
 """DDP's communication hooks: they send what they say, and the model learns as with plain DDP."""
 
+import contextlib
 import json
 import re
+import shutil
+import socket
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +16,7 @@ from models import make_data, make_model
 from processes import plant
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 
-from benchmarks.traffic import adapted, counting
+from benchmarks.traffic import adapted, bytes_sent, counting
 from utils import traffic
 
 LESSON, LORA = "causal_lm_full_ddp_compressed", "causal_lm_lora"
@@ -81,6 +86,52 @@ def test_what_is_printed():
     assert "sent as 10,240 bytes" in told and told.endswith("0 of 2 tensors: give 3 or less.")
     told = traffic.describe("power_sgd", 1, [torch.zeros(9)])
     assert told.endswith("0 of 1 tensors: they are too small for any rank.")
+
+
+def connect():
+    server = socket.create_server(("127.0.0.1", 0))
+    return server, socket.create_connection(server.getsockname()), server.accept()[0]
+
+
+def test_bytes_that_wait_in_a_socket_are_counted():
+    server, ours, theirs = connect()
+    ours.setblocking(False)
+    before, given = bytes_sent(), 0
+    with contextlib.suppress(BlockingIOError):  # the socket is full
+        while True:
+            given += ours.send(bytes(100_000))
+    assert bytes_sent() - before == given
+    for one in (server, ours, theirs):
+        one.close()
+
+
+SEND_AGAIN = """
+import subprocess, time
+from test_comm_hooks import bytes_sent, connect
+subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+server, ours, theirs = connect()
+before = bytes_sent()
+subprocess.run(["ip", "link", "set", "lo", "down"], check=True)
+ours.sendall(bytes(5_000))
+time.sleep(1)
+subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+received = 0
+while received < 5_000:
+    received += len(theirs.recv(5_000))
+print(bytes_sent() - before)
+"""
+
+
+def test_bytes_that_are_sent_again_are_counted_once():
+    alone = ["unshare", "--map-root-user", "--net"]
+    if not shutil.which("ip") or not shutil.which("unshare"):
+        pytest.skip("needs ip and unshare")
+    if subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("network namespaces cannot be made")
+    paths = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}"
+    command = [*alone, sys.executable, "-c", paths + SEND_AGAIN]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "5000", done.stderr
 
 
 def test_hooks_send_what_they_say(launch, tmp_path):
