@@ -20,7 +20,7 @@ from examples import chat_sft
 from utils.checkpoint import gather_trained
 from utils.environment import launched_strategy
 from utils.launch import start_accelerator
-from utils.loss import add_token_loss, check_token_loss
+from utils.token_loss import add_token_loss, check_token_loss
 from utils.packing import join
 from utils.saving import plain_name
 

@@ -14,10 +14,8 @@ from functools import cache
 from itertools import groupby, islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import transformers
-from torch.utils.data import DataLoader
 
 from utils.conversations import Conversation, DataError, EmptyRow, as_document, census, note
 from utils.conversations import used_columns
@@ -35,30 +33,6 @@ PROMPT_OF_TEXT = 8  # tokens of the prompt made from a text, which has no prompt
 CACHED = ("documents", "rendering", "chat_templates", "conversations", "json_lines", "splits")
 NAMED = 5  # rows of a stream that are left out and named; later ones are counted
 SHUFFLE_BUFFER = 10_000  # rows of a stream among which the next one is drawn
-
-
-class Data(NamedTuple):
-    """What a run needs of its data.
-
-    Fields:
-        train_loader: the micro-batches of this process, without end.
-        num_sequences: sequences of an epoch, packed or not; infinity for a stream.
-        max_steps: number of updates of the run.
-        examples: the first one or two documents.
-        facts: the line that counts the documents; "" for a stream.
-        template_date: the date that the chat template writes, in ISO format; None: it writes none.
-        valid_batches: the held-out batches of this process; empty where nothing is evaluated.
-        prompts: held-out prompts to answer, each a list of token ids.
-    """
-
-    train_loader: DataLoader
-    num_sequences: float
-    max_steps: int
-    examples: list[dict]
-    facts: str
-    template_date: str | None
-    valid_batches: list[dict]
-    prompts: list[list[int]]
 
 
 # From a row to a document -------------------------------------------------------------------------

@@ -4,6 +4,8 @@ import hashlib
 import os
 from pathlib import Path
 
+from torch.optim.lr_scheduler import LambdaLR
+
 from utils.checkpoint import CheckpointError, check_same_run, checkpoints, find_checkpoint
 from utils.checkpoint import read_state, remove_checkpoints
 from utils.environment import launched_precision, launched_strategy
@@ -11,7 +13,7 @@ from utils.errors import refusing, say
 from utils.saving import earlier_files
 
 START = {"step": 0, "updates": [], "evaluations": [], "seconds": 0.0, "identity": {}}
-START |= {"sequences": 0}
+START |= {"sequences": 0, "folder": None}
 # How an update is split among processes. A resumed run may split it in another way, if as many
 # sequences are read per update.
 PER_UPDATE = "sequences_per_update"
@@ -47,13 +49,11 @@ CURVES = ("loss", "learning_rate", "grad_norm", "target_tokens", "input_tokens")
 
 
 def find_run(config):
-    """Return the checkpoint to resume, its update and its state; stop if it cannot be read.
+    """Return the state of the checkpoint to resume; stop if it cannot be read.
 
-    Returns:
-        folder: the checkpoint, or None for a new run.
-        step: number of updates made.
-        state: step, updates, evaluations, seconds, identity and sequences (how many were read), as
-            `save_checkpoint` got them. For a new run those of START.
+    The state is a dict. Its keys are step (number of updates made), updates, evaluations, seconds,
+    identity and sequences (how many were read), as `save_checkpoint` got them, and folder: the
+    checkpoint, or None for a new run. A new run gets the values of START.
     """
     with refusing(CheckpointError):
         folder = find_checkpoint(config.output_dir, config.resume_from_checkpoint)
@@ -66,10 +66,10 @@ def find_run(config):
             check_split(folder, state["identity"], config, processes)
             # older checkpoints lack it
             state.setdefault("sequences", state["step"] * per_update(config, processes))
-            return folder, state["step"], state
+            return state | {"folder": folder}
     if config.resume_from_checkpoint.lower() == "true":
         say(f"{config.output_dir} holds no complete checkpoint: the run starts from the beginning.")
-    return None, 0, START
+    return dict(START)
 
 
 def per_update(config, processes):
@@ -184,16 +184,20 @@ def same_place(one, other):
     return one == other or (Path(one).exists() and Path(one).resolve() == Path(other).resolve())
 
 
-def check_resumed(folder, state, identity, max_steps):
-    """Stop if this run cannot resume the checkpoint.
+def check_resumed(config, accelerator, data, state):
+    """Return this run's identity (see `identify`); stop if it cannot resume the checkpoint.
 
     Args:
-        folder, state: from `find_run`; without a folder nothing is checked.
-        identity: from `identify`, of this run.
-        max_steps: number of updates after which this run ends.
+        data: the run's `Data`.
+        state: from `find_run`; a new run is not checked.
     """
+    identity, folder, max_steps = (
+        identify(config, accelerator, data),
+        state["folder"],
+        data.max_steps,
+    )
     if folder is None:
-        return
+        return identity
     with refusing(CheckpointError):
         check_same_run(folder, *by_content(state["identity"], identity))
         if state["step"] > max_steps:
@@ -209,6 +213,23 @@ def check_resumed(folder, state, identity, max_steps):
             "not bit-equal to one that was not stopped, as sums are rounded in another order and "
             "dropout draws other numbers."
         )
+    return identity
+
+
+def move_schedule(scheduler, step):
+    """Return a schedule of the learning rate that goes on after `step` updates.
+
+    The rate depends on the number of updates alone, so a checkpoint need not hold it.
+
+    Args:
+        scheduler: from `get_scheduler`, at the first update.
+    """
+    return LambdaLR(scheduler.optimizer, scheduler.lr_lambdas, last_epoch=step - 1)
+
+
+def say_resumed(state, max_steps):
+    """Print which checkpoint the run resumes."""
+    say(f"Resumed from {state['folder']}, after update {state['step']} of {max_steps}.")
 
 
 def restore_progress(progress, state):

@@ -3,12 +3,14 @@
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 from tqdm import tqdm
 
 from utils.environment import launched_precision
 from utils.errors import fail_together, say
+from utils.flops import flop_per_token as flop_per_token  # chat_sft takes it from here
 from utils.flops import peak_flop_per_second
 
 
@@ -53,7 +55,7 @@ class RunLog:
     """
 
     def __init__(self, accelerator, config, progress, flop, seconds=0.0):
-        self.accelerator, self.progress = accelerator, progress
+        self.accelerator, self.config, self.progress = accelerator, config, progress
         self.flop_per_input, self.flop_per_label = flop
         self.peak = peak_flop_per_second(accelerator)
         self.seconds, self.seconds_unwritten = seconds, 0.0
@@ -64,6 +66,14 @@ class RunLog:
             accelerator.init_trackers(Path(sys.argv[0]).stem, texts)
         if accelerator.is_main_process:
             self.remove_later_lines()
+
+    def is_due(self):
+        """Return whether --logging_strategy asks for a line after the last update."""
+        return is_due(self.config.logging_strategy, self.config.logging_steps, self.progress)
+
+    def is_evaluation_due(self):
+        """Return whether --eval_strategy asks for an evaluation after the last update."""
+        return is_due(self.config.eval_strategy, self.config.eval_steps, self.progress)
 
     def remove_later_lines(self):
         """Remove the lines of updates that the run will make again."""
@@ -102,8 +112,13 @@ class RunLog:
             f"{last_good or 'none'}",
         )
 
-    def add_seconds(self, seconds):
-        """Count the time of an update."""
+    def begin_update(self):
+        """Begin to measure the time of an update."""
+        self.begin = time.perf_counter()
+
+    def end_update(self):
+        """Count the time since `begin_update`."""
+        seconds = time.perf_counter() - self.begin
         self.seconds += seconds
         self.seconds_unwritten += seconds
 
