@@ -111,11 +111,11 @@ def build(options):
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokenizer.add_tokens([f"<{number}>" for number in range(options.added)])
     set_seed(0)
-    load = load_stock if options.stock else chat_sft.load_sharded
+    load = load_stock if options.stock else chat_sft.launch.load_sharded
     growth = Growth()
     if options.new:
         load = from_config(load)
-    with patch.object(chat_sft, "load_sharded", load):
+    with patch.object(chat_sft.launch, "load_sharded", load):
         model = chat_sft.build_model(config, tokenizer, options.added)
     facts = {"held": private() - growth.begin, "built": growth.peak}
     model, _ = chat_sft.prepare(config, accelerator, model)

@@ -86,7 +86,10 @@ def train(accelerator, folder, case, whose, **options):
     sgd = partial(
         torch.optim.SGD, momentum=0.9
     )  # unlike AdamW's, its steps are as large as the gradients
-    with patch.multiple(chat_sft, add_token_loss=chunked, adamw=lambda name: sgd):
+    with (
+        patch.object(chat_sft.token_loss, "add_token_loss", chunked),
+        patch.object(chat_sft.launch, "adamw", lambda name: sgd),
+    ):
         model = chat_sft.build_model(config, tokenizer, added)
         for name, weight in model.named_parameters():
             if "lora_B" in name:  # 0 at first, which would leave lora_A without a gradient

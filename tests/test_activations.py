@@ -170,7 +170,7 @@ COUNT = """    calls = []
             module.register_forward_pre_hook(lambda module, _: calls.append(module.training))
 """
 TELL = '    accelerator.print("calls of attention", sum(calls))\n'
-TRAIN = "        reader = UpdateReader("
+TRAIN = "        reader = signals.UpdateReader("
 FLAGS = ("--max_steps", UPDATES, "--gradient_accumulation_steps", ACCUMULATED, "--packing")
 FLAGS += ("--max_length", 64, "--eval_strategy", "no", "--save_strategy", "no")
 FLAGS += ("--logging_strategy", "no", "--lr_scheduler_type", "constant")
@@ -179,7 +179,7 @@ FLAGS += ("--logging_strategy", "no", "--lr_scheduler_type", "constant")
 def counting_chat(folder):
     """Return a copy of chat_sft that counts the calls of attention in its training loop."""
     loop = "    # 6. Training loop -"
-    ending = "    is_stopped = bool(stopped_by)"
+    ending = "    if stopped_by and len(progress.updates)"
     replacements = [(loop, COUNT + loop), (TRAIN, f"        calls.clear()\n{TRAIN}")]
     return plant(folder, "chat_sft", *replacements, (ending, TELL + ending))
 

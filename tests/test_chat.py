@@ -286,7 +286,7 @@ def test_streaming_trains_alike_on_two_processes(launch, forks, tmp_path):
 @pytest.mark.parametrize("loss", ["float('nan')", "0.0"])
 def test_a_loss_that_is_nan_stops_the_run_and_one_of_zero_does_not(forks, tmp_path, loss):
     line = "                    loss = compute_loss(model, batch) / step_targets"
-    worse = f"{line} * ({loss} if step == 3 else 1)"
+    worse = f"{line} * ({loss} if len(progress.updates) == 2 else 1)"
     script = plant(tmp_path, "chat_sft", (line, worse))
     flags = ("--use_peft_lora", "--max_steps", 4, "--num_samples", 0)
     flags += ("--save_strategy", "steps", "--save_steps", 1)
@@ -306,7 +306,10 @@ def test_a_loss_that_is_nan_stops_the_run_and_one_of_zero_does_not(forks, tmp_pa
 @pytest.mark.cases
 def test_data_that_one_process_cannot_read_stops_both_with_a_checkpoint(launch, tmp_path):
     """The second process fails when it reads its fourth update, while the third one runs."""
-    line = "        reader = UpdateReader(data.train_loader, accumulated, max_steps - start)"
+    line = (
+        "        reader = signals.UpdateReader("
+        'data.train_loader, accumulated, max_steps - state["step"])'
+    )
     fails = """
         if not accelerator.is_main_process:
             broken = (1 / 0 for _ in range(1))

@@ -233,10 +233,9 @@ def run(place, monkeypatch):
             local_main_process_first=contextlib.nullcontext,
             deepspeed_plugin=SimpleNamespace(deepspeed_config={"zero_optimization": {}}),
         )
-        # chat_sft imports names, the lessons import modules
-        owners = (module, module) if script == "chat_sft" else (module.launch, module.memory)
-        monkeypatch.setattr(owners[0], "start_accelerator", lambda *args, **kwargs: accelerator)
-        monkeypatch.setattr(owners[1], "MemoryTracker", Mock(side_effect=Accepted))
+        start = "start_accelerator"
+        monkeypatch.setattr(module.launch, start, lambda *args, **kwargs: accelerator)
+        monkeypatch.setattr(module.memory, "MemoryTracker", Mock(side_effect=Accepted))
         content = yaml.safe_load(Path(config).read_text()) if config else {}
         monkeypatch.setattr(deepspeed_checks, "launch_config", lambda: content)
         monkeypatch.setattr(sys, "argv", [f"examples/{script}.py", *map(str, arguments)])

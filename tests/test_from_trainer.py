@@ -3,6 +3,7 @@
 import ast
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -10,7 +11,8 @@ from conftest import ROOT
 DOCUMENT = (ROOT / "docs/from_trainer.md").read_text()
 SCRIPT = (ROOT / "examples/chat_sft.py").read_text()
 CONFIG = next(node for node in ast.parse(SCRIPT).body if getattr(node, "name", "") == "Config")
-NAMES = {"Path": Path, "__file__": "chat_sft.py", "OPTIMIZERS": {}}  # used by the fields
+# used by the fields
+NAMES = {"Path": Path, "__file__": "chat_sft.py", "launch": SimpleNamespace(OPTIMIZERS={})}
 
 
 def evaluated(node):

@@ -69,9 +69,11 @@ def build(monkeypatch, script, strategy):
     module, tokenizer = load(script), AutoTokenizer.from_pretrained(MODEL)
     if script != "chat_sft":
         return module.build_model(module.Config(model_name_or_path=str(MODEL)), tokenizer)
-    monkeypatch.setattr(module, "launched_strategy", lambda: strategy)
-    monkeypatch.setattr(module, "shards_parameters", lambda: strategy in SHARDED)
-    monkeypatch.setattr(module, "device_map", lambda: None)  # transformers chooses the device
+    environment = module.environment
+    monkeypatch.setattr(environment, "launched_strategy", lambda: strategy)
+    monkeypatch.setattr(environment, "shards_parameters", lambda: strategy in SHARDED)
+    # transformers chooses the device
+    monkeypatch.setattr(module.launch, "device_map", lambda: None)
     parser = HfArgumentParser(module.Config)
     flags = [*CHAT, "--dtype", "float32", "--model_name_or_path", str(MODEL)]
     [config] = parser.parse_args_into_dataclasses(flags)

@@ -13,6 +13,7 @@ from utils.conversations import DataError, holds_chats, shape_of
 from utils.documents import build_documents, build_held_out, preview, probe, read_stream
 from utils.errors import refusing, say
 from utils.packing import build_loader, pack, shuffled_sequences, stream_sequences
+from utils.splits import Splits as Splits  # for rows of your own
 from utils.splits import read_splits
 from utils.vocabulary import check_end, embedding_rows
 

@@ -118,7 +118,10 @@ class RunLog:
 
     def end_update(self):
         """Count the time since `begin_update`."""
-        seconds = time.perf_counter() - self.begin
+        self.add_seconds(time.perf_counter() - self.begin)
+
+    def add_seconds(self, seconds):
+        """Count the time of an update."""
         self.seconds += seconds
         self.seconds_unwritten += seconds
 
