@@ -19,8 +19,7 @@ import transformers
 from transformers.hf_argparser import HfArg
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds utils/
-from utils import chat_checkpoints, chat_data, chat_settings, environment, errors, kernels
-from utils import launch, lora, memory, results, resuming, run_log, signals, token_loss, vocabulary
+from utils import chat, errors, launch, lora, memory, results, vocabulary
 
 
 # 1. Settings --------------------------------------------------------------------------------------
@@ -182,13 +181,13 @@ class Config:
 # yours to change
 def read_rows(config):
     """Return the `Splits` of the data: the rows to train on and to evaluate on, and their form."""
-    splits = chat_data.load_splits(config)
-    return chat_data.find_shape(config, splits)
+    splits = chat.data.load_splits(config)
+    return chat.data.find_shape(config, splits)
 
 
 def build_dataloaders(config, accelerator, tokenizer, rows, state, num_added):
     """Return the `Data` of a run. `state` is that of the checkpoint to resume, or START."""
-    encoding, date = chat_data.prepare_encoding(
+    encoding, date = chat.data.prepare_encoding(
         config,
         tokenizer,
         rows,
@@ -196,17 +195,17 @@ def build_dataloaders(config, accelerator, tokenizer, rows, state, num_added):
         date=state["identity"].get("template_date"),
     )
     if config.streaming:
-        train = chat_data.encode_stream(config, rows, encoding)
+        train = chat.data.encode_stream(config, rows, encoding)
     else:
-        train = chat_data.encode_documents(config, accelerator, rows, encoding)
-    valid_batches, prompts = chat_data.encode_held_out(config, accelerator, rows, encoding)
-    chat_data.show_example(tokenizer, train.examples[0])
+        train = chat.data.encode_documents(config, accelerator, rows, encoding)
+    valid_batches, prompts = chat.data.encode_held_out(config, accelerator, rows, encoding)
+    chat.data.show_example(tokenizer, train.examples[0])
     max_steps = config.max_steps
     if max_steps == -1:
-        per_update = resuming.per_update(config, accelerator.num_processes)
+        per_update = chat.resuming.per_update(config, accelerator.num_processes)
         max_steps = math.ceil(config.num_train_epochs * (train.count / per_update))
-    return chat_data.Data(
-        chat_data.load_batches(config, accelerator, train, start=state["sequences"]),
+    return chat.data.Data(
+        chat.data.load_batches(config, accelerator, train, start=state["sequences"]),
         train.count,
         max_steps,
         train.examples,
@@ -232,7 +231,7 @@ def build_model(config, tokenizer, num_added):
             # the strategies shard tensors of this dtype
             bnb_4bit_quant_storage=config.bnb_4bit_quant_storage_dtype or config.dtype,
         )
-    if config.use_4bit_quantization and environment.shards_parameters():
+    if config.use_4bit_quantization and launch.shards_parameters():
         # else every GPU quantizes the full model
         options["device_map"] = {"": "cpu"}
         # under ZeRO-3 transformers takes no device_map
@@ -267,15 +266,15 @@ def build_model(config, tokenizer, num_added):
     if config.use_peft_lora:
         model = add_lora(config, model, modules_to_save)
     if config.use_liger_kernel:
-        kernels.apply_liger(model, config.model_name_or_path)
-    token_loss.add_token_loss(model)
+        chat.kernels.apply_liger(model, config.model_name_or_path)
+    chat.token_loss.add_token_loss(model)
     return model
 
 
 def add_lora(config, model, modules_to_save):
     """Return the model, frozen, with trainable LoRA layers: new ones, or those of an adapter."""
     # DeepSpeed's engine wants one dtype, and keeps float32 copies of the trainable weights itself
-    is_engine = environment.launched_strategy().startswith("zero")
+    is_engine = launch.launched_strategy().startswith("zero")
     if place := config.adapter_name_or_path:
         model = peft.PeftModel.from_pretrained(
             model,
@@ -284,8 +283,8 @@ def add_lora(config, model, modules_to_save):
             autocast_adapter_dtype=not is_engine,
         )
     else:
-        targets = chat_settings.split_names(config.lora_target_modules)
-        experts = chat_settings.split_names(config.lora_target_parameters)
+        targets = chat.settings.split_names(config.lora_target_modules)
+        experts = chat.settings.split_names(config.lora_target_parameters)
         lora_config = peft.LoraConfig(
             task_type=peft.TaskType.CAUSAL_LM,
             r=config.lora_r,
@@ -302,7 +301,7 @@ def add_lora(config, model, modules_to_save):
         )
     lora.say_experts(model)
     lora.settle_dtypes(model, getattr(torch, config.dtype), is_engine)
-    if environment.launched_precision() != "no":
+    if launch.launched_precision() != "no":
         for module in model.modules():
             if hasattr(module, "cast_input_dtype_enabled"):
                 # leave casting to autocast: PEFT casts to the weight's dtype, which FSDP changes
@@ -322,9 +321,9 @@ def build_optimizer(config, model):
 
 def prepare(config, accelerator, model):
     """Return the model and optimizer under the launched strategy."""
-    strategy = environment.launched_strategy()
+    strategy = launch.launched_strategy()
     if config.torch_compile:
-        kernels.compile_layers(accelerator, model)
+        chat.kernels.compile_layers(accelerator, model)
     # in zero1 this may select BF16_Optimizer, whose state cannot be saved
     sums = {"data_types": {"grad_accum_dtype": "fp32"}} if strategy != "zero1" else {}
     launch.configure_deepspeed(
@@ -378,13 +377,13 @@ def check_loss(config, accelerator, model, examples):
 
     Collective: every process calls it on the prepared model.
     """
-    packed, alone, is_joined = chat_data.probe_loss(config, examples)
-    with kernels.uncompiled(config):
-        reason = token_loss.check_token_loss(accelerator, model, packed, alone)
+    packed, alone, is_joined = chat.data.probe_loss(config, examples)
+    with chat.kernels.uncompiled(config):
+        reason = chat.token_loss.check_token_loss(accelerator, model, packed, alone)
         if not reason:
             return
-        other = token_loss.attention_that_works(accelerator, model, packed, alone)
-    remedy = chat_settings.loss_remedy(other, is_joined)
+        other = chat.token_loss.attention_that_works(accelerator, model, packed, alone)
+    remedy = chat.settings.loss_remedy(other, is_joined)
     errors.fail_together(accelerator, f"{reason}: {remedy}")
 
 
@@ -427,7 +426,7 @@ def show_answers(config, accelerator, model, tokenizer, prompts):
                 attention_mask=torch.ones_like(inputs),
                 max_new_tokens=config.max_new_tokens,
                 # a process that is done still takes part in gathering
-                synced_gpus=environment.shards_parameters(),
+                synced_gpus=launch.shards_parameters(),
             )
             answer = tokenizer.decode(tokens[0, len(prompt) :], skip_special_tokens=True)
             end = tokenizer.decode(prompt)[-100:]
@@ -442,7 +441,7 @@ def show_answers(config, accelerator, model, tokenizer, prompts):
 
 def log_evaluation(config, accelerator, model, tokenizer, data, log):
     """Log the scores on the held-out data, and print answers to its prompts."""
-    with kernels.uncompiled(config):
+    with chat.kernels.uncompiled(config):
         log.write_scores(evaluate(accelerator, model, data.valid_batches))
         show_answers(config, accelerator, model, tokenizer, data.prompts)
 
@@ -450,28 +449,28 @@ def log_evaluation(config, accelerator, model, tokenizer, data, log):
 def main():
     # 5. Setup -------------------------------------------------------------------------------------
     # leave, unless you know why
-    config = chat_settings.read_chat_settings(Config, transformers.AutoModelForCausalLM)
+    config = chat.settings.read_chat_settings(Config, transformers.AutoModelForCausalLM)
     rows = read_rows(config)
-    state = resuming.find_run(config)
-    tokenizer, num_added = chat_data.build_tokenizer(config, rows.is_chat)
+    state = chat.resuming.find_run(config)
+    tokenizer, num_added = chat.data.build_tokenizer(config, rows.is_chat)
     accelerator = launch.start_accelerator(
         config.gradient_accumulation_steps,
         tf32=config.tf32,
         deterministic=config.deterministic,
-        **run_log.tracker_options(config),
+        **chat.run_log.tracker_options(config),
     )
     data = build_dataloaders(config, accelerator, tokenizer, rows, state, num_added)
     max_steps = data.max_steps
-    state["identity"] = resuming.check_resumed(config, accelerator, data, state)
+    state["identity"] = chat.resuming.check_resumed(config, accelerator, data, state)
     accelerate.utils.set_seed(config.seed)
     tracker = memory.MemoryTracker()
-    with tracker.phase("load"), errors.explaining(*chat_settings.describe(config)):
+    with tracker.phase("load"), errors.explaining(*chat.settings.describe(config)):
         model = build_model(config, tokenizer, num_added)
-        flop = run_log.flop_per_token(model)
-        files = chat_checkpoints.weight_files(accelerator, config, model, tokenizer, state)
+        flop = chat.run_log.flop_per_token(model)
+        files = chat.checkpoints.weight_files(accelerator, config, model, tokenizer, state)
         model, optimizer = prepare(config, accelerator, model)
         progress = results.Progress(accelerator, model, config, max_steps, data.num_sequences)
-        resuming.restore_progress(progress, state)
+        chat.resuming.restore_progress(progress, state)
         scheduler = transformers.get_scheduler(
             config.lr_scheduler_type,
             optimizer,
@@ -481,26 +480,27 @@ def main():
         # dropout differs between processes
         accelerate.utils.set_seed(config.seed, device_specific=True)
         if state["folder"]:
-            chat_checkpoints.load(accelerator, state["folder"], optimizer)
-            scheduler = resuming.move_schedule(scheduler, state["step"])
-            resuming.say_resumed(state, max_steps)
+            chat.checkpoints.load(accelerator, state["folder"], optimizer)
+            scheduler = chat.resuming.move_schedule(scheduler, state["step"])
+            chat.resuming.say_resumed(state, max_steps)
         check_loss(config, accelerator, model, data.examples)
     if accelerator.is_main_process and not state["folder"]:
-        resuming.remove_earlier_run(config.output_dir)
-    log = run_log.RunLog(accelerator, config, progress, flop, state["seconds"])
-    checkpoints = chat_checkpoints.Checkpoints(log, optimizer, files, state)
+        chat.resuming.remove_earlier_run(config.output_dir)
+    log = chat.run_log.RunLog(accelerator, config, progress, flop, state["seconds"])
+    checkpoints = chat.checkpoints.Checkpoints(log, optimizer, files, state)
 
     # 6. Training loop -----------------------------------------------------------------------------
     # leave, unless you know why
-    stop_signals, stopped_by = signals.StopSignals(), []
+    stop_signals, stopped_by = chat.signals.StopSignals(), []
     if data.valid_batches and not state["folder"]:
         log_evaluation(config, accelerator, model, tokenizer, data, log)
     with tracker.phase("train"):
         # from_pretrained returns a model without dropout and checkpointing
         model.train()
         accumulated = config.gradient_accumulation_steps
-        reader = signals.UpdateReader(data.train_loader, accumulated, max_steps - state["step"])
-        for _ in range(state["step"], max_steps):
+        num_updates = max_steps - state["step"]
+        reader = chat.signals.UpdateReader(data.train_loader, accumulated, num_updates)
+        for _ in range(num_updates):
             log.begin_update()
             micro_batches = reader.take()
             targets = sum(count_targets(batch) for batch in micro_batches)
@@ -549,7 +549,7 @@ def main():
         progress.close()
         if not checkpoints.has_last_update():
             checkpoints.save_before_stop(gather_weights(accelerator, model))
-        signals.say_stopped(stopped_by, len(progress.updates), max_steps)
+        chat.signals.say_stopped(stopped_by, len(progress.updates), max_steps)
     else:
         weights = gather_weights(accelerator, model)
         # of all updates, without evaluations and saves
@@ -565,8 +565,7 @@ def main():
             checkpoints.push_results()
     results.end_run(accelerator)
     checkpoints.finish_pushing()
-    # stops with an error if data could not be read
-    reader.check()
+    reader.check()  # stops with an error if data could not be read
 
 
 # 7. Save ------------------------------------------------------------------------------------------
@@ -574,7 +573,7 @@ def main():
 def gather_weights(accelerator, model):
     """Return the trained parameters by name, unsharded. Call it in every process to gather them."""
     # a frozen base stays sharded
-    return chat_checkpoints.gather_trained(accelerator, model)
+    return chat.checkpoints.gather_trained(accelerator, model)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from examples import chat_sft
 from utils.checkpoint import gather_trained
 from utils.environment import launched_strategy
 from utils.launch import start_accelerator
-from utils.token_loss import add_token_loss, check_token_loss
+from utils.chat.token_loss import add_token_loss, check_token_loss
 from utils.packing import join
 from utils.saving import plain_name
 
@@ -87,7 +87,7 @@ def train(accelerator, folder, case, whose, **options):
         torch.optim.SGD, momentum=0.9
     )  # unlike AdamW's, its steps are as large as the gradients
     with (
-        patch.object(chat_sft.token_loss, "add_token_loss", chunked),
+        patch.object(chat_sft.chat.token_loss, "add_token_loss", chunked),
         patch.object(chat_sft.launch, "adamw", lambda name: sgd),
     ):
         model = chat_sft.build_model(config, tokenizer, added)

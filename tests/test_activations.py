@@ -170,7 +170,7 @@ COUNT = """    calls = []
             module.register_forward_pre_hook(lambda module, _: calls.append(module.training))
 """
 TELL = '    accelerator.print("calls of attention", sum(calls))\n'
-TRAIN = "        reader = signals.UpdateReader("
+TRAIN = "        reader = chat.signals.UpdateReader("
 FLAGS = ("--max_steps", UPDATES, "--gradient_accumulation_steps", ACCUMULATED, "--packing")
 FLAGS += ("--max_length", 64, "--eval_strategy", "no", "--save_strategy", "no")
 FLAGS += ("--logging_strategy", "no", "--lr_scheduler_type", "constant")

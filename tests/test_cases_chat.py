@@ -17,7 +17,9 @@ from transformers import AutoTokenizer
 
 from examples import chat_sft
 from tools.merge_adapter.write import copy_tokenizer
-from utils import chat_templates, checkpoint, documents, resuming
+from utils import checkpoint
+from utils import chat_templates, documents
+from utils.chat import resuming
 from utils.chat_templates import build_tokenizer, pin_date
 from utils.conversations import DataError
 from utils.documents import build_documents, code_digest, preview, read_stream

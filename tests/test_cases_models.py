@@ -35,7 +35,7 @@ from utils import (
 from utils import vocabulary
 from utils.conversations import DataError
 from utils.lora import adapter_rows, expert_targets, lora_targets, text_layers
-from utils.token_loss import add_token_loss, attention_that_works, check_token_loss
+from utils.chat.token_loss import add_token_loss, attention_that_works, check_token_loss
 from utils.launch import find_tied_weights
 from utils.launch_checks import check_optimizer
 from utils.vocabulary import valid_generation

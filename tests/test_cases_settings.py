@@ -16,7 +16,8 @@ from conftest import read_metrics
 from models import make_data, make_model
 from torch.distributed import DistNetworkError
 
-from utils import chat_settings, deepspeed_checks, environment, folders, launch, launch_checks
+from utils import deepspeed_checks, environment, folders, launch, launch_checks
+from utils.chat import settings as chat_settings
 from utils import settings
 
 pytestmark = pytest.mark.cases

@@ -306,10 +306,7 @@ def test_a_loss_that_is_nan_stops_the_run_and_one_of_zero_does_not(forks, tmp_pa
 @pytest.mark.cases
 def test_data_that_one_process_cannot_read_stops_both_with_a_checkpoint(launch, tmp_path):
     """The second process fails when it reads its fourth update, while the third one runs."""
-    line = (
-        "        reader = signals.UpdateReader("
-        'data.train_loader, accumulated, max_steps - state["step"])'
-    )
+    line = "        reader = chat.signals.UpdateReader(data.train_loader, accumulated, num_updates)"
     fails = """
         if not accelerator.is_main_process:
             broken = (1 / 0 for _ in range(1))
@@ -325,7 +322,7 @@ def test_data_that_one_process_cannot_read_stops_both_with_a_checkpoint(launch, 
 @pytest.mark.cases
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_updates_are_read_one_ahead_and_no_further(accumulated):
-    from utils.signals import UpdateReader
+    from utils.chat.signals import UpdateReader
 
     read = []
     loader = (read.append(number) or number for number in range(99))
@@ -340,7 +337,7 @@ def test_updates_are_read_one_ahead_and_no_further(accumulated):
 
 @pytest.mark.cases
 def test_data_that_cannot_be_read_at_all_is_an_error_before_the_first_update(capsys):
-    from utils.signals import UpdateReader
+    from utils.chat.signals import UpdateReader
 
     with pytest.raises(SystemExit):
         UpdateReader((1 / 0 for _ in range(1)), 1, 3)

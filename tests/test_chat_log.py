@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from utils import results, run_log
+from utils import results
+from utils.chat import run_log
 from utils.results import Progress
-from utils.run_log import RunLog, is_due
+from utils.chat.run_log import RunLog, is_due
 
 
 @pytest.fixture

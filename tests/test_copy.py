@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -67,11 +68,11 @@ def copies(tmp_path_factory):
 @pytest.fixture
 def decoy(tmp_path):
     """A folder for PYTHONPATH whose package utils holds files of the same names that raise."""
-    folder = tmp_path / "decoy" / "utils"
-    folder.mkdir(parents=True)
-    for path in (ROOT / "utils").glob("*.py"):
-        (folder / path.name).write_text(DECOY)
-    return str(folder.parent)
+    for path in (ROOT / "utils").rglob("*.py"):
+        file = tmp_path / "decoy" / path.relative_to(ROOT)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(DECOY)
+    return str(tmp_path / "decoy")
 
 
 def test_there_are_scripts():
@@ -84,15 +85,18 @@ def test_copy_holds_what_it_imports_and_no_more(copies, name):
     folder = copies / name
     used, queue = set(), [folder / f"{name}.py"]
     while queue:
-        words = [word for word in imports(queue.pop()) if word.startswith("utils.")]
-        new = {word.split(".")[1] for word in words} - used
+        words = [word.split(".") for word in imports(queue.pop())]
+        paths = {Path(*word[:n]) for word in words for n in (1, 2, 3) if word[0] == "utils"}
+        files = {path.with_suffix(".py") for path in paths} | {
+            path / "__init__.py" for path in paths
+        }
+        new = {file for file in files if (ROOT / file).is_file()} - used
         used |= new
-        queue += [folder / "utils" / f"{one}.py" for one in new]
-    assert {path.stem for path in folder.glob("utils/*")} == used | (
-        {"__init__"} if used else set()
-    )
-    for path in folder.glob("utils/*"):
-        assert path.read_bytes() == (ROOT / "utils" / path.name).read_bytes()
+        queue += [folder / file for file in new]
+    copied = {path.relative_to(folder) for path in folder.glob("utils/**/*.py")}
+    assert copied == used
+    for path in copied:
+        assert (folder / path).read_bytes() == (ROOT / path).read_bytes()
     others = {f"{name}.py", "README.md", "requirements.txt", "utils", "configs", "assets"}
     assert {path.name for path in folder.iterdir()} <= others
     readme = (folder / "README.md").read_text()
@@ -111,7 +115,7 @@ def test_packages_of_the_imports_are_required(copies, name):
     distributions = importlib.metadata.packages_distributions()
     # an import inside a function of utils/ may be of use under other launch configs only
     needed = [*imports(folder / f"{name}.py")]
-    for path in folder.glob("utils/*.py"):
+    for path in folder.glob("utils/**/*.py"):
         body = ast.parse(path.read_text()).body
         needed += [node.module for node in body if isinstance(node, ast.ImportFrom)]
         needed += [a.name for node in body if isinstance(node, ast.Import) for a in node.names]
@@ -220,7 +224,16 @@ def test_files_of_utils_bring_those_that_they_import(tmp_path, monkeypatch):
     (tmp_path / "utils" / "__init__.py").touch()
     (tmp_path / "utils" / "a.py").write_text('"""A."""\n\n\ndef f():\n    from . import b\n')
     (tmp_path / "utils" / "b.py").write_text('"""B."""\n\nfrom .c import d\n')
-    (tmp_path / "utils" / "c.py").write_text('"""C."""\n\nimport utils.a as d\n')
+    (tmp_path / "utils" / "c.py").write_text(
+        '"""C."""\n\nimport utils.a as d\n\nfrom . import more\n'
+    )
+    (tmp_path / "utils" / "more").mkdir()
+    (tmp_path / "utils" / "more" / "__init__.py").write_text('"""More."""\n\nfrom .f import g\n')
+    (tmp_path / "utils" / "more" / "f.py").write_text(
+        '"""F."""\n\nfrom .. import b\nfrom . import g\n'
+    )
+    for name in ("g", "h"):
+        (tmp_path / "utils" / "more" / f"{name}.py").write_text('"""G."""\n')
     (tmp_path / "utils" / "e.py").write_text('"""E."""\n')
     (tmp_path / "requirements.txt").write_text("# pins\ntorch==1\n")
     script = tmp_path / "examples" / "x.py"
@@ -229,7 +242,9 @@ def test_files_of_utils_bring_those_that_they_import(tmp_path, monkeypatch):
     run, _ = copy_out.copy("x", tmp_path / "copy")
     assert run == "python x.py"
     names = sorted(path.name for path in tmp_path.glob("copy/utils/*"))
-    assert names == ["__init__.py", "a.py", "b.py", "c.py"]
+    assert names == ["__init__.py", "a.py", "b.py", "c.py", "more"]
+    names = sorted(path.name for path in tmp_path.glob("copy/utils/more/*"))
+    assert names == ["__init__.py", "f.py", "g.py"]
     assert not (tmp_path / "copy" / "configs").exists()
     with pytest.raises(SystemExit, match="error: x.py takes no launch config"):
         copy_out.copy("x", tmp_path / "other", "ddp")
@@ -291,5 +306,5 @@ def test_empty_folder_is_filled(tmp_path, capsys):
     copy_out.main(["causal_lm_lora", str(tmp_path / "new")])
     printed = capsys.readouterr().out
     assert f"cd {tmp_path / 'new'}\n  accelerate launch --config_file configs/ddp.yaml" in printed
-    for path in tmp_path.glob("new/utils/*"):
-        assert f"  utils/{path.name}: " in printed
+    for path in tmp_path.glob("new/utils/**/*.py"):
+        assert f"  {path.relative_to(tmp_path / 'new')}: " in printed

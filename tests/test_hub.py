@@ -57,7 +57,8 @@ def run(environment, hub, files, tmp_path):
             "HF_HUB_DISABLE_XET": "1",
         }
         known |= {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "tmp"), **extra}
-        code = "import shutil, time, utils.hub\nfrom utils.hub import HubPusher\n"
+        code = "import shutil, time\nfrom utils.chat import hub\n"
+        code += "from utils.chat.hub import HubPusher\n"
         code += textwrap.dedent(lines)
         done = subprocess.run(
             [sys.executable, "-c", code],
@@ -203,7 +204,7 @@ def test_a_file_that_is_refused_says_why_and_ends_what_waits(run, hub):
 @pytest.mark.parametrize("path", ["HEAD", "create"])
 def test_a_hub_that_hangs_is_asked_again(run, hub, files, path):
     hub.hang(1, path=path)
-    output = run(f"utils.hub.SIGN_OF_LIFE = utils.hub.SILENCE = 2\n{textwrap.dedent(PUSH)}")
+    output = run(f"hub.SIGN_OF_LIFE = hub.SILENCE = 2\n{textwrap.dedent(PUSH)}")
     assert "finish True" in output and failures(output) == []
     assert hub.repos["someone/run"].files == files
 
@@ -213,7 +214,7 @@ def test_a_hub_that_hangs_holds_up_neither_finish_nor_the_end(run, hub, path):
     hub.hang(100, seconds=1000, path=path)
     output = run(
         """
-        utils.hub.SIGN_OF_LIFE = utils.hub.SILENCE = 1000
+        hub.SIGN_OF_LIFE = hub.SILENCE = 1000
         pusher = HubPusher("run", False)
         pusher.push("run", "the end")
         pusher.push("run", "another", "another")
@@ -230,7 +231,7 @@ def test_a_hub_that_hangs_holds_up_neither_finish_nor_the_end(run, hub, path):
 
 def test_an_end_without_finish_waits_for_nothing(run, hub):
     hub.hang(100, seconds=1000)
-    patient = "utils.hub.SIGN_OF_LIFE = utils.hub.SILENCE = 1000"
+    patient = "hub.SIGN_OF_LIFE = hub.SILENCE = 1000"
     assert run(f'{patient}\nHubPusher("run", True).push("run", "the end")') == ""
 
 

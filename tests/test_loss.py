@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from utils import loss as loss_module
-from utils.token_loss import HeadLoss, add_token_loss, check_token_loss
+from utils.chat.token_loss import HeadLoss, add_token_loss, check_token_loss
 from utils.packing import NAME, join
 
 VOCABULARY, HIDDEN, RANK, CHUNK = 300, 16, 4, 20

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from utils import packing
-from utils.token_loss import add_token_loss, check_token_loss
+from utils.chat.token_loss import add_token_loss, check_token_loss
 from utils.packing import (
     best_fit,
     build_loader,

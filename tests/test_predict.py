@@ -22,7 +22,8 @@ from single import run_single
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 
-from utils import documents, prediction, prediction_model, prediction_rows
+from utils import prediction, prediction_model, prediction_rows
+from utils import documents
 
 TEMPLATE = (
     "{% for m in messages %}{{ 'Tweet text : ' if m['role'] == 'user' else ' ' }}{{ m['content'] }}"

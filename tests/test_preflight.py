@@ -300,7 +300,7 @@ def test_machines_of_different_versions(machines, environment, tmp_path):
     for part in facts.PARTS:
         shutil.copytree(ROOT / part, copied / part, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "requirements.txt", copied)
-    with (copied / "utils" / "loss.py").open("a") as file:
+    with (copied / "utils" / "data.py").open("a") as file:
         file.write("# changed\n")
     (packages / "peft-0.0.1.dist-info").mkdir(parents=True)
     metadata = "Metadata-Version: 2.1\nName: peft\nVersion: 0.0.1\n"

@@ -69,9 +69,8 @@ def build(monkeypatch, script, strategy):
     module, tokenizer = load(script), AutoTokenizer.from_pretrained(MODEL)
     if script != "chat_sft":
         return module.build_model(module.Config(model_name_or_path=str(MODEL)), tokenizer)
-    environment = module.environment
-    monkeypatch.setattr(environment, "launched_strategy", lambda: strategy)
-    monkeypatch.setattr(environment, "shards_parameters", lambda: strategy in SHARDED)
+    monkeypatch.setattr(module.launch, "launched_strategy", lambda: strategy)
+    monkeypatch.setattr(module.launch, "shards_parameters", lambda: strategy in SHARDED)
     # transformers chooses the device
     monkeypatch.setattr(module.launch, "device_map", lambda: None)
     parser = HfArgumentParser(module.Config)

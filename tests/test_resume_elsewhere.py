@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from single import run_single
 
-from utils import resuming
+from utils.chat import resuming
 from utils.checkpoint import CheckpointError, digest
 from utils.training_state import StateError, metadata_of, read_metadata, read_pieces
 

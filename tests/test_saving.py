@@ -188,7 +188,7 @@ def test_8_bit_optimizers_train_where_their_state_can_be_saved(
 
 def weaken(folder, old, new):
     """Replace a check in the copy of utils/ that `plant` made, to reach the checks after it."""
-    (file,) = [f for f in (folder / "utils").glob("*.py") if old in f.read_text()]
+    (file,) = [f for f in (folder / "utils").rglob("*.py") if old in f.read_text()]
     assert file.read_text().count(old) == 1
     file.write_text(file.read_text().replace(old, new))
 

@@ -47,11 +47,11 @@ def flags(name):
 
 
 def read_from_config(source):
-    """The fields that a file reads as `config.NAME`, or `config["NAME"]`."""
+    """The fields that a file reads as `config.NAME`, `self.config.NAME` or `config["NAME"]`."""
     read = set()
     for node in ast.walk(ast.parse(source)):
         value = node.value if isinstance(node, ast.Attribute | ast.Subscript) else None
-        if isinstance(value, ast.Name) and value.id == "config":
+        if value is not None and ast.unparse(value) in ("config", "self.config"):
             read.add(
                 node.attr if isinstance(node, ast.Attribute) else getattr(node.slice, "value", None)
             )
@@ -99,14 +99,22 @@ def measure(what, path, value):
     assert value <= LIMITS[what], f"{path.relative_to(ROOT)}: {value} {what}, limit {LIMITS[what]}"
 
 
+def module(path):
+    """The name by which a file of utils/ is imported from there, such as chat.data."""
+    return ".".join(path.relative_to(ROOT / "utils").with_suffix("").parts)
+
+
 def imported(path):
     """The files of utils/ that a file imports -> the names it takes from each."""
     nodes = [node for node in ast.walk(ast.parse(path.read_text()))]
     found = {}
     for node in nodes:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("utils."):
-            names = [name.name for name in node.names]
-            found.setdefault(node.module.split(".")[1], []).extend(names)
+            names, file = [name.name for name in node.names], node.module.removeprefix("utils.")
+            if (ROOT / "utils" / file).is_dir():
+                found |= {f"{file}.{name}": [] for name in names}
+            else:
+                found.setdefault(file, []).extend(names)
         if isinstance(node, ast.ImportFrom) and node.module == "utils":
             for file in (name.name for name in node.names):
                 used = [one for one in nodes if isinstance(one, ast.Attribute)]
@@ -146,7 +154,8 @@ def test_layout():
 
 
 def test_utils_import_each_other_in_one_direction():
-    files = {path.stem: set(imported(path)) for path in (ROOT / "utils").glob("*.py")}
+    paths = [path for path in (ROOT / "utils").rglob("*.py") if path.stem != "__init__"]
+    files = {module(path): set(imported(path)) for path in paths}
     while files:
         free = [name for name, needs in files.items() if not needs & set(files)]
         assert free, f"files of utils/ import each other in a circle: {sorted(files)}"
@@ -322,7 +331,7 @@ def test_no_trainer_in_a_production_script(name):
 def test_every_knob_of_a_production_script_is_read_where_it_acts(name):
     # only checking a value does not count as reading it
     checks = ("settings", "model_files")
-    files = [file for file in (ROOT / "utils").glob("*.py") if file.stem not in checks]
+    files = [file for file in (ROOT / "utils").rglob("*.py") if module(file) not in checks]
     sources = [text(name), *(file.read_text() for file in files)]
     assert set(fields(name)) - set().union(*map(read_from_config, sources)) == set()
 

@@ -54,12 +54,13 @@ def find_script(name):
 @functools.cache  # scripts share the files of utils/
 def imported(path):
     """Return the dotted names that a file imports, of `from a import b` both a and a.b."""
-    names = set()
+    names, packages = set(), path.relative_to(ROOT).parent.parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            module = ".".join(filter(None, ["utils" if node.level else "", node.module]))
+            parents = packages[: len(packages) - node.level + 1] if node.level else ()
+            module = ".".join([*parents, *filter(None, [node.module])])
             names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
     return names
 
@@ -69,11 +70,14 @@ def find_utils(script):
     found, queue = [], [script]
     while queue:
         for name in sorted(imported(queue.pop())):
-            path = ROOT / "utils" / f"{name.split('.')[1]}.py" if name.count(".") else None
-            if name.startswith("utils.") and path.is_file() and path not in found:
-                found.append(path)
-                queue.append(path)
-    return [ROOT / "utils" / "__init__.py", *sorted(found)] if found else []
+            parts = name.split(".") if name.startswith("utils.") else []
+            modules = [ROOT.joinpath(*parts[: n + 1]) for n in range(len(parts))]
+            for path in modules:  # importing a file runs the packages that hold it
+                for file in (path.with_suffix(".py"), path / "__init__.py"):
+                    if file.is_file() and file not in found:
+                        found.append(file)
+                        queue.append(file)
+    return sorted(found)
 
 
 def find_strategies(tree):

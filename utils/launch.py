@@ -24,6 +24,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from utils.deepspeed_checks import check_plugin
 from utils.environment import FIELDS, uses_gpu
+from utils.environment import launched_precision as launched_precision  # chat_sft takes these
+from utils.environment import launched_strategy as launched_strategy
+from utils.environment import shards_parameters as shards_parameters
 from utils.errors import first_line, refuse
 from utils.experts import allow_skipping
 from utils.generation import generating as generating  # lessons take it from here

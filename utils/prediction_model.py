@@ -24,7 +24,7 @@ from utils.lora import adapter_rows
 from utils.model_files import DTYPES, HALF, adapter_base, build_skeleton, check_code, check_layers
 from utils.model_files import check_place, check_weight_names
 from utils.prediction import check_free, metrics_file, unfinished_folder
-from utils.resuming import content_of
+from utils.content import content_of
 from utils.settings import check_numbers, parse_arguments
 from utils.vocabulary import turn_ends
 

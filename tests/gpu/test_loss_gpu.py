@@ -10,7 +10,7 @@ from test_loss import FAMILIES, alone, differentiate, full_loss, make_documents
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from utils import packing
-from utils.token_loss import HeadLoss, add_token_loss, check_token_loss
+from utils.chat.token_loss import HeadLoss, add_token_loss, check_token_loss
 
 pytestmark = pytest.mark.gpu
 

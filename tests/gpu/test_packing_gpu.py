@@ -9,7 +9,7 @@ from test_loss import make_documents
 from test_loss_gpu import distance, make_causal, on_gpu, sum_alone
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from utils.token_loss import add_token_loss
+from utils.chat.token_loss import add_token_loss
 from utils.packing import attend, join
 
 pytestmark = pytest.mark.gpu

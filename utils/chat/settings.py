@@ -27,7 +27,7 @@ from utils.errors import or_refuse, refuse, say
 from utils.folders import check_output, lock_folder
 from utils.lora import PATTERN
 from utils.model_files import DTYPES, HALF, ONE_BY_ONE, adapter_base, check_model
-from utils.run_log import tracker_names
+from utils.chat.run_log import tracker_names
 from utils.settings import check_launch, check_numbers, parse_arguments
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp1", "fsdp2")

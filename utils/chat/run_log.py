@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from utils.environment import launched_precision
 from utils.errors import fail_together, say
-from utils.flops import flop_per_token as flop_per_token  # chat_sft takes it from here
-from utils.flops import peak_flop_per_second
+from utils.chat.flops import flop_per_token as flop_per_token  # chat_sft takes it from here
+from utils.chat.flops import peak_flop_per_second
 
 
 def is_due(strategy, every, progress):

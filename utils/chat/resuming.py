@@ -1,6 +1,5 @@
 """What a run of chat_sft takes over from the checkpoint that it resumes."""
 
-import hashlib
 import os
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from utils.checkpoint import CheckpointError, check_same_run, checkpoints, find_checkpoint
 from utils.checkpoint import read_state, remove_checkpoints
+from utils.content import content_of
 from utils.environment import launched_precision, launched_strategy
 from utils.errors import refusing, say
 from utils.saving import earlier_files
@@ -42,8 +42,6 @@ PLACES = {
     "dataset_name": "stream_content",  # else the checksum of the documents decides
     "chat_template_format": "template_content",
 }
-CONFIGS = ("config.json", "adapter_config.json")
-SAMPLES, SAMPLE = 64, 2**16  # blocks of a large file that are read, and their bytes
 # what an update was in checkpoints written before an update became a dict
 CURVES = ("loss", "learning_rate", "grad_norm", "target_tokens", "input_tokens")
 
@@ -129,31 +127,6 @@ def identify(config, accelerator, data):
         "data": data.facts,
         "mixed_precision": launched_precision(),
     }
-
-
-def content_of(place):
-    """Return a digest of a file, or of the files of a folder; a Hub id as it is.
-
-    For a model or an adapter only the weights and the config count; large files are sampled.
-    """
-    path = Path(place)
-    if not place or not path.exists():
-        return place
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    if any(file.parent == path and file.name in CONFIGS for file in files):
-        kept = sorted(path.glob("*.safetensors"))
-        files = kept + [file for file in files if file.parent == path and file.name in CONFIGS]
-    digest = hashlib.sha256()
-    for file in files:
-        if file.is_file() and not file.name.startswith("."):
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}".encode())
-            step = max(SAMPLE, size // SAMPLES)  # all of a file of up to 4 MB
-            with file.open("rb") as stream:
-                for start in range(0, size, step):
-                    stream.seek(start)
-                    digest.update(stream.read(SAMPLE))
-    return digest.hexdigest()[:16]
 
 
 def by_content(then, now):
