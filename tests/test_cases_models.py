@@ -889,11 +889,9 @@ def test_fewer_experts_than_processes_are_no_fault_of_sharding(launch, place, tm
     flags = ("--use_peft_lora", "--chat_template_format", "chatml", "--max_steps", 1)
     words = ("--model_name_or_path", tmp_path / "model", *flags, "--output_dir", tmp_path / "run")
     done = launch("chat_sft", "fsdp2", *words, processes=3)
-    held = re.search(
-        "bytes of parameters per process: (.*); of the full model: .* ([0-9,]+)", done.stdout
-    )
-    parts = [int(one.split()[1].replace(",", "")) for one in held[1].split(" | ")]
-    assert max(parts) > 0.48 * int(held[2].replace(",", ""))
+    [line] = re.findall("^bytes of parameters: (.*)$", done.stdout, re.MULTILINE)
+    *held, full = [int(one.replace(",", "")) for one in re.findall(r"float32 ([\d,]*\d)", line)]
+    assert len(held) == 3 and max(held) > 0.48 * full
 
 
 @pytest.mark.parametrize("has_gpu", [True, False])

@@ -130,7 +130,8 @@ def test_main_job_shows_predictions_files_and_how_to_load(main_job):
     assert metrics["saved"] == files
     rows = [f"  {size:>12,} bytes  {name}" for name, size in sorted(files.items())]
     assert sorted(lines[saved + 1 : saved + 1 + len(rows)]) == sorted(rows)
-    assert lines[saved + 1 + len(rows) : saved + 5 + len(rows)] == [
+    assert lines[saved + 1 + len(rows) : saved + 6 + len(rows)] == [
+        "Load the result with:",
         "from peft import AutoPeftModelForSeq2SeqLM",
         "from transformers import GenerationConfig",
         f'model = AutoPeftModelForSeq2SeqLM.from_pretrained("{folder}")',

@@ -69,11 +69,12 @@ def check_sharding(accelerator, model):
     held, full = bytes_held(parameters)
     total, count = sum(full.values()), shards(accelerator)
     most = max(sum(one.values()) for one in held)
-    told = [", ".join(f"{dtype} {size:,}" for dtype, size in sorted(one.items())) for one in held]
-    all_bytes = ", ".join(f"{dtype} {size:,}" for dtype, size in sorted(full.items()))
-    accelerator.print(
-        f"bytes of parameters per process: {' | '.join(told)}; of the full model: {all_bytes}"
-    )
+    holders = {f"process {rank}": one for rank, one in enumerate(held)} | {"full model": full}
+    told = [
+        f"{name}: {', '.join(f'{dtype} {size:,}' for dtype, size in sorted(one.items()))}"
+        for name, one in holders.items()
+    ]
+    accelerator.print(f"bytes of parameters: {'; '.join(told)}")
     padding = 2**16 + total / count / 10  # small models have much of it
     if most > largest_share(parameters, count) + padding:
         fail_together(

@@ -420,7 +420,7 @@ def print_saved(config, metrics):
     print(f"saved in {folder}:")
     for name, size in metrics["saved"].items():
         print(f"  {size:>12,} bytes  {name}")
-    print(load_lines(folder, folder, metrics), flush=True)
+    print(f"Load the result with:\n{load_lines(folder, folder, metrics)}", flush=True)
 
 
 def push_to_hub(config):

@@ -67,5 +67,5 @@ def print_saved(folder, class_name):
     if not (folder / "tokenizer_config.json").is_file():
         print("No tokenizer was written: none was found beside the weights that were read.")
     library = "peft" if class_name.startswith("AutoPeft") else "transformers"
-    print(f"from {library} import {class_name}")
+    print(f"Load the result with:\nfrom {library} import {class_name}")
     print(f'model = {class_name}.from_pretrained("{folder}")')
