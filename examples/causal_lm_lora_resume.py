@@ -232,7 +232,7 @@ def main():
         files = results.WeightFiles(accelerator, config, model, tokenizer)
         trainable = [p for p in model.parameters() if p.requires_grad]
         frozen = [p.detach() for p in model.parameters() if not p.requires_grad]
-        base = [p.contiguous().view(torch.uint8).sum().item() for p in frozen]
+        checksums = [p.contiguous().view(torch.uint8).sum().item() for p in frozen]
         optimizer = torch.optim.AdamW(
             trainable,
             lr=config.learning_rate,
@@ -256,13 +256,13 @@ def main():
         max_steps,
         num_rows=len(train_loader.dataset),
     )
-    # also saved: these generators, which dropout draws from, and the scaler of an fp16 run
+    # a checkpoint also has the states of these generators (for dropout) and of the scaler of fp16
     generators = [torch, torch.cuda] if accelerator.device.type == "cuda" else [torch]
     stateful = [optimizer, scheduler]
     if accelerator.scaler is not None:
         stateful.append(accelerator.scaler)
     if resumed:
-        if state["base"] != base:
+        if state["base"] != checksums:
             settings.refuse(
                 f"{resumed} was made with other base weights: use those, or start a new run"
             )
@@ -308,8 +308,8 @@ def main():
             micro_batches = [next(batches) for _ in range(config.gradient_accumulation_steps)]
             targets = [count_targets(batch) for batch in micro_batches]
             inputs = sum(batch["attention_mask"].sum() for batch in micro_batches)
-            # label tokens and input tokens of this update, summed over all processes; `0 * inputs`
-            # makes the first sum a tensor, even if count_targets returns numbers
+            # label tokens and input tokens of this update, summed over all processes; the sum of
+            # label tokens starts from `0 * inputs`: a tensor, even if count_targets returns numbers
             counts = torch.stack([sum(targets, 0 * inputs), inputs])
             step_targets, step_inputs = accelerator.reduce(counts)
             step_loss = torch.zeros((), device=accelerator.device)
@@ -339,7 +339,7 @@ def main():
             if step % config.save_steps == 0:
                 state = {
                     "run": state["run"],
-                    "base": base,
+                    "base": checksums,
                     "before": before,
                     "seconds": seconds + perf_counter() - begin,
                     "updates": progress.updates,

@@ -201,7 +201,7 @@ def evaluate(accelerator, model, tokenizer, valid_loader, config):
     longest = max(len(row["target"]) for row in rows)
     answers = []
     # Gather the full model once, generate, and shard it again. If it does not fit, all processes
-    # gather each layer for every token; with synced_gpus each takes part until all are done.
+    # gather each layer for every token; with synced_gpus a finished process still takes part.
     with launch.generating(accelerator, model, config.layerwise_generation) as generator:
         for batch in valid_loader:
             tokens = generator.generate(**batch, max_new_tokens=longest, synced_gpus=True)
@@ -225,7 +225,7 @@ def main():
         auto_model=transformers.AutoModelForCausalLM,
         base="4bit",
     )
-    # if one process read the files for all, a tied layer that is trained in full would fail to load
+    # if true, only the first process would initialize layers that the model's files do not have
     if config.modules_to_save:
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     accelerator = launch.start_accelerator(config.gradient_accumulation_steps, tf32=config.tf32)
@@ -288,8 +288,8 @@ def main():
             micro_batches = [next(batches) for _ in range(config.gradient_accumulation_steps)]
             targets = [count_targets(batch) for batch in micro_batches]
             inputs = sum(batch["attention_mask"].sum() for batch in micro_batches)
-            # label tokens and input tokens of this update, summed over all processes; `0 * inputs`
-            # makes the first sum a tensor, even if count_targets returns numbers
+            # label tokens and input tokens of this update, summed over all processes; the sum of
+            # label tokens starts from `0 * inputs`: a tensor, even if count_targets returns numbers
             counts = torch.stack([sum(targets, 0 * inputs), inputs])
             step_targets, step_inputs = accelerator.reduce(counts)
             step_loss = torch.zeros((), device=accelerator.device)

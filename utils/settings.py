@@ -78,7 +78,7 @@ HELP = {
     "tf32": "matrix products in TF32 on GPUs: faster, less exact",
     "layerwise_generation": "generate with one layer gathered at a time: less memory, slow",
     "optim": "adamw_torch, adamw_8bit, paged_adamw_8bit or paged_adamw_32bit",
-    "bnb_4bit_quant_storage": "dtype of the tensors that hold the 4-bit weights",
+    "bnb_4bit_quant_storage": "dtype of tensors that hold 4-bit weights; empty: that of --dtype",
     "lora_r": "rank of the LoRA matrices",
     "lora_alpha": "LoRA is scaled by lora_alpha / lora_r",
     "lora_dropout": "dropout probability on the input of LoRA layers",
