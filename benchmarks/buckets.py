@@ -89,7 +89,7 @@ def main():
         for stage in (2, 3):
             for size in SIZES:
                 found = launch(folder, stage, size)
-                told = f"{found['elements']:,}" + (" (of the scripts)" if size is None else "")
+                told = f"{found['elements']:,}" + (" (the scripts' choice)" if size is None else "")
                 formula = 4 * found["elements"]
                 print(
                     f"| {found['stage']} | {told} | {formula:,} | {found['held']:,} |", flush=True
