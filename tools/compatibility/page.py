@@ -13,23 +13,23 @@ from tools.compatibility.rows import CELLS, COLUMNS, ROWS, SETTINGS, SLICE
 PAGE = ROOT / "docs" / "compatibility.md"
 TEMPLATE = """# What works with what
 
-Every cell of this table is a measurement. It trained a small random Llama (2 layers, float32) with
-the method of its row under the strategy of its column, saved the result and loaded it again. Each
-cell ran in two processes over gloo (`single`: in one; `zero3_hpz`: in four, as two nodes with two
-processes), with sequences of different lengths and two micro-batches per update. `zero3_nvme` needs
-DeepSpeed's extension async_io ([how to build it](deepspeed.md#nvme)). DeepSpeed keeps slices below
-1 MiB in memory. This model has no larger ones, so its cells lower that limit to {slice} bytes, and
-set `stage3_param_persistence_threshold` to 0.
+Every cell of this table is a measurement. For each cell a small random Llama (2 layers, float32)
+was trained with the method of the row under the strategy of the column. The result was saved and
+loaded again. Each cell ran in two processes over gloo (`single`: in one; `zero3_hpz`: in four, as
+two nodes with two processes), with sequences of different lengths and two micro-batches per update.
+`zero3_nvme` needs DeepSpeed's extension async_io ([how to build it](deepspeed.md#nvme)). DeepSpeed
+keeps slices below 1 MiB in memory. This model has no larger slices, so the cells of `zero3_nvme`
+lower that limit to {slice} bytes, and set `stage3_param_persistence_threshold` to 0.
 {summary}.
 
 {table}
 
 **yes** means that all these checks passed, in this order:
 
-1. It starts. The model loads, the adapter is created, and `accelerator.prepare` accepts them under
-   this repository's launch config. The optimizer is the one that was requested. If compilation was
-   requested, something was compiled.
-2. It trains: the loss falls.
+1. The run starts. The model loads, the adapter is created, and `accelerator.prepare` accepts both
+   under this repository's launch config. The optimizer is the one that was requested. If
+   compilation was requested, something was compiled.
+2. The run trains: the loss falls.
 3. The loss and the gradient norm of every update are those of the single process, within a relative
    difference of {tolerance:g}.
 4. Under zero3 and fsdp each process holds its share of the parameters' bytes, within 10 %.
@@ -37,21 +37,21 @@ set `stage3_param_persistence_threshold` to 0.
    bit (for a prompt: the output of its encoder) and gives the logits of the trained model, within
    {logits:g}. Under fsdp1 LoRA is written as this repository's scripts write it, because PEFT's own
    saving finds no parameters there.
-6. Merged into the base it gives the same logits. Prompt tuning, prefix tuning and p-tuning skip
-   this check, because they cannot be merged.
+6. The adapter, merged into the base model, gives the same logits. Prompt tuning, prefix tuning and
+   p-tuning skip this check, because they cannot be merged.
 7. `accelerator.save_state` writes a checkpoint with the optimizer's state, and under fsdp1 with all
    of it. This was tested in the rows {checkpoints}.
 
 Otherwise the cell says what does not work, and the number links to the reason. After an error that
-ends the run, the remaining checks were not tested. Two errors occur only on machines without a GPU.
-An error that mentions CUDA means that the library needs a GPU at this point. `setStorage` fails
-because FSDP1 moves the full state dict to the CPU and then frees the original, which here is the
-same memory.
+ends the run, the remaining checks were not made. Two errors occur only on machines without a GPU.
+If an error mentions CUDA, the library needs a GPU at this point. `setStorage` fails because FSDP1
+moves the full state dict to the CPU and then frees the original. Without a GPU both are the same
+memory.
 
 Under DeepSpeed `accelerate launch` ignores `--dynamo_backend` without a warning, so nothing is
 compiled. The environment variable `ACCELERATE_DYNAMO_BACKEND` does have an effect: with `aot_eager`
-zero2 and zero3 compiled and gave the same losses. These cells do not show what an 8-bit base does
-under ZeRO-3 on GPUs, where wrong losses have been reported.
+zero2 and zero3 compiled and gave the same losses. The cells of `base_8bit` do not show what an
+8-bit base model does under ZeRO-3 on GPUs. Others have reported wrong losses there.
 
 {notes}
 
@@ -62,17 +62,17 @@ under ZeRO-3 on GPUs, where wrong losses have been reported.
 Columns are launch configs in `configs/`; `zero1_offload` is `zero1` with
 `--offload_optimizer_device cpu`.
 
-Two answers are expected. `adamw_8bit` has "different losses" under strategies that shard the
-optimizer states, because these are quantized in blocks, and sharding changes the blocks. A 4-bit or
-8-bit base "merges inexactly", because merging quantizes the weights again.
+Two results are no faults. `adamw_8bit` has "different losses" under strategies that shard the
+optimizer states, because the states are quantized in blocks, and sharding changes the blocks. A
+4-bit or 8-bit base model "merges inexactly", because merging quantizes the weights again.
 
 ## Bytes of parameters per process
 
-The most that any process holds after `prepare`; empty if the run did not start. 4-bit and 8-bit
-weights are counted as they are stored, including the full 8-bit weights that bitsandbytes keeps
-beside the shards. While it trains, ZeRO-3 also keeps full copies of small parameters
-(`stage3_param_persistence_threshold`); only the shards are counted here. Under zero3_nvme these are
-the shards that stay in memory.
+The table shows the most that any process holds after `prepare`. A cell is empty if the run did not
+start. 4-bit and 8-bit weights are counted as they are stored, including the full 8-bit weights that
+bitsandbytes keeps beside the shards. During training, ZeRO-3 also keeps full copies of small
+parameters (`stage3_param_persistence_threshold`). The table counts only the shards, and under
+zero3_nvme only the shards that stay in memory.
 
 {bytes}
 
@@ -82,10 +82,10 @@ the shards that stay in memory.
 .venv/bin/python -m tools.compatibility --write
 ```
 
-measures the cells that are missing for the installed versions, in a few seconds per cell (a minute
-or more if `torch.compile` calls the C++ compiler), and writes this page and
-`docs/compatibility.json`. `--only 'lora/*'` measures a row again, `--only '*/fsdp2'` a column. A
-test measures a sample of the cells again and compares it with that file.
+This command measures the cells that were not measured with the installed versions. This takes a few
+seconds per cell, or a minute and more if `torch.compile` calls the C++ compiler. Then the command
+writes this page and `docs/compatibility.json`. `--only 'lora/*'` measures a row again, `--only
+'*/fsdp2'` a column. A test measures a sample of the cells again and compares it with that file.
 
 Versions: {versions}. Hardware: {hardware}. Date of the last measurement: {date}.
 """
