@@ -232,7 +232,7 @@ def main():
         files = results.WeightFiles(accelerator, config, model, tokenizer)
         trainable = [p for p in model.parameters() if p.requires_grad]
         frozen = [p.detach() for p in model.parameters() if not p.requires_grad]
-        checksums = [p.contiguous().view(torch.uint8).sum().item() for p in frozen]
+        checksum = [p.contiguous().view(torch.uint8).sum().item() for p in frozen]
         optimizer = torch.optim.AdamW(
             trainable,
             lr=config.learning_rate,
@@ -262,7 +262,7 @@ def main():
     if accelerator.scaler is not None:
         stateful.append(accelerator.scaler)
     if resumed:
-        if state["base"] != checksums:
+        if state["base"] != checksum:
             settings.refuse(
                 f"{resumed} was made with other base weights: use those, or start a new run"
             )
@@ -339,7 +339,7 @@ def main():
             if step % config.save_steps == 0:
                 state = {
                     "run": state["run"],
-                    "base": checksums,
+                    "base": checksum,
                     "before": before,
                     "seconds": seconds + perf_counter() - begin,
                     "updates": progress.updates,
