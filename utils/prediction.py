@@ -245,6 +245,8 @@ class Output:
         self.done = done
         if not (self.folder / RUN).is_file():
             refuse(f"a process does not see {self.folder}: give all machines the same folder")
+        if count := done.sum():
+            say(f"Resumed: {count} of {len(done)} rows were done.")
 
     def write(self, entries):
         """Append lines to this process's file; they are on the disk when this returns.

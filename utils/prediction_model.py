@@ -259,6 +259,16 @@ def identify(config, source, index):
     )
 
 
+def check_loaded(source, report):
+    """Stop if the files of the full model lack a weight.
+
+    Args:
+        report: what `from_pretrained` returns with `output_loading_info=True`.
+    """
+    if missing := sorted(report["missing_keys"]):
+        refuse(f"{source.base} lacks {len(missing)} weights of the model, such as {missing[0]}")
+
+
 def load_adapter(model, source):
     """Return the base model with its adapter; stop if they do not fit each other.
 
@@ -371,36 +381,3 @@ class GumbelNoise(LogitsProcessor):
             noise[position].exponential_(generator=self.generator)
         self.step += 1
         return scores - noise.clamp_min(torch.finfo(noise.dtype).tiny).log()
-
-
-# Metrics ------------------------------------------------------------------------------------------
-def load_metrics(names, folder):
-    """Return name -> metric of the library `evaluate`, and whether it wants lists of references.
-
-    Args:
-        names: comma separated: names of this project's metrics, paths of scripts, or Hub names. The
-            code of a metric on the Hub is downloaded and run.
-        folder: where this project's own metrics are, beside utils/.
-    """
-    if not names:
-        return {}
-    import evaluate  # a large import
-
-    found = {}
-    for name in (name.strip() for name in names.split(",")):
-        own = Path(__file__).resolve().parents[1] / folder / name / f"{name}.py"
-        path = str(own) if own.is_file() else os.path.expanduser(name)
-        metric = or_refuse(f"--metrics {name} cannot be loaded", evaluate.load, path)
-        # a trial, to fail before the predictions if the metric takes no texts
-        for reference in ("a b", ["a b"]):
-            try:
-                metric.compute(predictions=["a b"], references=[reference])
-            except Exception as error:  # a metric may raise anything
-                reason = error
-                continue
-            key = name if Path(name).stem in found else Path(name).stem
-            found[key] = (metric, isinstance(reference, list))
-            break
-        else:
-            refuse(f"--metrics {name} does not score texts: {first_line(reason)}")
-    return found

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from utils.conversations import CHATS, Conversation, DataError, EmptyRow, as_document
 from utils.conversations import message, note
 from utils.documents import encode_text
+from utils.errors import refusing
 from utils.json_lines import is_rows
 from utils.prediction import GENERATE, SCORE, parse, read_line
 from utils.rendering import Text, apply_template, find_turn, find_unwritten
@@ -49,10 +50,14 @@ class Example(NamedTuple):
 
 
 def read_example(config, index, encode_row, row):
-    """Return the line number of a row of the input file, and its `Example`."""
+    """Return the line number of a row of the input file, and its `Example`.
+
+    Stop with an error if the line is bad: then the input has changed since it was indexed.
+    """
     line = index.lines[row]
     where = f"{config.input_file}, line {line}"
-    return int(line), encode_row(parse(read_line(config, index, row), where), where)
+    with refusing(DataError):
+        return int(line), encode_row(parse(read_line(config, index, row), where), where)
 
 
 def encode(config, source, tokenizer, row, where):
