@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,11 +20,11 @@ from conftest import ACCELERATE, ROOT
 from processes import running
 from safetensors.torch import load_file, save_file
 from single import run_single
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 
-from utils import prediction, prediction_model, prediction_rows
-from utils import documents
+from utils import documents, prediction, prediction_model, prediction_rows
+from utils import prediction_scores, prediction_sharding
 
 TEMPLATE = (
     "{% for m in messages %}{{ 'Tweet text : ' if m['role'] == 'user' else ' ' }}{{ m['content'] }}"
@@ -32,6 +33,8 @@ TEMPLATE = (
 NEW = 8  # new tokens
 FLAGS = ("--max_new_tokens", NEW, "--per_device_eval_batch_size", 3)
 SAMPLED = ("--temperature", 0.9, "--top_p", 0.9, "--seed", 7)
+EXPERTS = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "moe_intermediate_size": 8}
+EXPERTS |= {"num_attention_heads": 1, "num_key_value_heads": 1, "num_experts": 2}
 
 
 def write(path, rows):
@@ -273,6 +276,109 @@ def test_gumbel_noise_depends_on_seed_row_and_step_alone():
     )
 
 
+# Scores -------------------------------------------------------------------------------------------
+@dataclass
+class Scored:
+    """The settings that `Scores` reads."""
+
+    metrics: str = ""
+    output_file: str = "out.jsonl"
+
+
+def scores_of(entries, **given):
+    """Return the `Scores` of entries of an output, each with the text it is compared with."""
+    scores = prediction_scores.Scores(Scored(**given), "assets/metrics")
+    for entry, reference in entries:
+        example = SimpleNamespace(reference=reference)
+        scores.add(entry, lambda found=(1, example): found)
+    return scores
+
+
+def answer(text, reason="stop"):
+    return {"prediction": text, "finish_reason": reason}
+
+
+def test_every_line_of_the_output_is_counted(capsys):
+    entries = [answer("a"), answer("b", "length"), {"loss": 2.0, "tokens": 1}]
+    entries += [{"loss": 1.0, "tokens": 3}, {"line": 7, "error": "bad"}, {"line": 8, "error": "x"}]
+    report = scores_of((entry, None) for entry in entries).report()
+    counts = {"predicted": 2, "ended_by_length": 1, "scored": 2, "tokens": 4, "bad_lines": 2}
+    assert report["counts"] == counts
+    assert report["config"] == {"metrics": "", "output_file": "out.jsonl"}
+    assert report["scores"] == {"loss": 1.25, "perplexity": pytest.approx(math.exp(1.25))}
+    assert capsys.readouterr().out == (
+        "written to out.jsonl: 2 predictions, 1 of them ended by --max_new_tokens; 2 scored rows "
+        "with 4 label tokens; 2 bad lines\nloss: 1.2500\nperplexity: 3.4903\n"
+    )
+
+
+def test_a_loss_that_is_no_number_makes_the_mean_none():
+    entries = [{"loss": 1.0, "tokens": 3}, {"loss": None, "tokens": 1}]
+    scores = scores_of((entry, None) for entry in entries).compute()
+    assert scores == {"loss": None, "perplexity": None}
+    infinite = (math.nan, math.inf, -math.inf)
+    assert [prediction_scores.finite(one) for one in infinite] == [None] * 3
+    assert prediction_scores.finite(0.5) == 0.5
+
+
+def test_predictions_are_compared_with_one_text_or_with_the_best_of_several():
+    entries = [(answer("a"), "a"), (answer("b"), "c"), (answer("d"), ["c", "d"])]
+    for rows, wanted in ((entries, 2 / 3), (entries[:2], 1 / 2)):
+        assert scores_of(rows, metrics="exact_match").compute() == {"exact_match": wanted}
+    assert scores_of(entries).compute() == {}
+
+
+def test_a_metric_that_fails_leaves_the_output(capsys):
+    scores = scores_of([(answer("a"), "a")], metrics="exact_match")
+    scores.metrics = {"broken": (SimpleNamespace(compute=lambda predictions: {}), False)}
+    with pytest.raises(SystemExit):
+        scores.compute()
+    assert "error: out.jsonl is complete, but --metrics broken failed: " in capsys.readouterr().err
+
+
+# Sharding -----------------------------------------------------------------------------------------
+def test_peft_keeps_no_frozen_copy(place):
+    model = AutoModelForCausalLM.from_pretrained(place / "llama")
+    model.resize_token_embeddings(len(AutoTokenizer.from_pretrained(place / "grown")))
+    model = PeftModel.from_pretrained(model, place / "grown")
+    ids = torch.tensor([[3, 4, 5]])
+    before, size = model(input_ids=ids).logits, sum(p.numel() for p in model.parameters())
+    prediction_sharding.drop_frozen_copies(model)
+    # those of the embedding and of the head, which are of one size
+    dropped = 2 * model.get_input_embeddings().weight.numel()
+    assert sum(p.numel() for p in model.parameters()) == size - dropped
+    assert torch.equal(model(input_ids=ids).logits, before)
+
+
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_the_embedding_of_an_encoder_and_a_decoder_is_hidden(place, name):
+    kind = AutoModelForSeq2SeqLM if name == "t5" else AutoModelForCausalLM
+    model = kind.from_pretrained(place / name)
+    both = model.get_input_embeddings(), model.get_output_embeddings()
+    with prediction_sharding.hiding_embeddings(model):
+        hidden = model.get_input_embeddings(), model.get_output_embeddings()
+    assert hidden == ((None, None) if name == "t5" else both)
+    assert (model.get_input_embeddings(), model.get_output_embeddings()) == both
+
+
+def test_zero3_gathers_experts_with_all_of_their_block(monkeypatch):
+    """Both the experts that a process may skip, and those whose LoRA matrices PEFT reads."""
+    leaves = []
+    monkeypatch.setattr(
+        "deepspeed.utils.set_z3_leaf_modules", lambda model, kinds: leaves.append(kinds)
+    )
+    adapted = AutoConfig.for_model("qwen3_moe", **EXPERTS)
+    lora = LoraConfig(target_modules=["q_proj"], target_parameters=["experts.down_proj"])
+    adapted = get_peft_model(AutoModelForCausalLM.from_config(adapted), lora)
+    listed = torch.nn.Sequential(torch.nn.Module())
+    listed[0].experts = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    accelerator = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    for model in (listed, adapted):
+        prediction_sharding.gather_experts(accelerator, model)
+    names = [[kind.__name__ for kind in kinds] for kinds in leaves]
+    assert names == [["Module"], ["Qwen3MoeSparseMoeBlock"]]
+
+
 # Kills --------------------------------------------------------------------------------------------
 # Starts the run again and again, each time in a fork; kills it when its files have so many bytes.
 KILLS = """
@@ -509,6 +615,22 @@ def test_what_is_not_used_is_named(place, tmp_path, capsys):
     index_of(place, tmp_path, map(json.dumps, rows))
     printed = capsys.readouterr().out
     assert "key text (1 rows)" in printed and "role human read as user" in printed
+
+
+def test_a_line_that_became_bad_during_the_run_is_named(place, tmp_path, capsys):
+    def encode(row, where):
+        return prediction_rows.encode(config, source, tokenizer, row, where)
+
+    index = index_of(place, tmp_path, [GOOD, GOOD])
+    config, tokenizer = Config(tmp_path), AutoTokenizer.from_pretrained(place / "llama")
+    source = SimpleNamespace(is_seq2seq=False, positions=64, num_rows=1000)
+    number, example = prediction_rows.read_example(config, index, encode, 1)
+    assert number == 2 and example.job == prediction.GENERATE
+    (tmp_path / "rows.jsonl").write_text(f"{GOOD}\n{{{GOOD[1:-1]}]\n")
+    with pytest.raises(SystemExit):
+        prediction_rows.read_example(config, index, encode, 1)
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path / 'rows.jsonl'}, line 2 is not JSON")
 
 
 def test_batches_are_the_same_on_any_number_of_processes(place, tmp_path):
