@@ -299,15 +299,16 @@ def answer(text, reason="stop"):
 
 
 def test_every_line_of_the_output_is_counted(capsys):
-    entries = [answer("a"), answer("b", "length"), {"loss": 2.0, "tokens": 1}]
-    entries += [{"loss": 1.0, "tokens": 3}, {"line": 7, "error": "bad"}, {"line": 8, "error": "x"}]
+    entries = [answer("a"), answer("b", "length"), answer("c")]
+    entries += [{"loss": 2.0, "tokens": 1}, {"loss": 1.0, "tokens": 3}]
+    entries += [{"line": 7, "error": "bad"}, {"line": 8, "error": "x"}]
     report = scores_of((entry, None) for entry in entries).report()
-    counts = {"predicted": 2, "ended_by_length": 1, "scored": 2, "tokens": 4, "bad_lines": 2}
+    counts = {"predicted": 3, "ended_by_length": 1, "scored": 2, "tokens": 4, "bad_lines": 2}
     assert report["counts"] == counts
     assert report["config"] == {"metrics": "", "output_file": "out.jsonl"}
     assert report["scores"] == {"loss": 1.25, "perplexity": pytest.approx(math.exp(1.25))}
     assert capsys.readouterr().out == (
-        "written to out.jsonl: 2 predictions, 1 of them ended by --max_new_tokens; 2 scored rows "
+        "written to out.jsonl: 3 predictions, 1 of them ended by --max_new_tokens; 2 scored rows "
         "with 4 label tokens; 2 bad lines\nloss: 1.2500\nperplexity: 3.4903\n"
     )
 
