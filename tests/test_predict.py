@@ -337,6 +337,16 @@ def test_a_metric_that_fails_leaves_the_output(capsys):
     assert "error: out.jsonl is complete, but --metrics broken failed: " in capsys.readouterr().err
 
 
+# Loading ------------------------------------------------------------------------------------------
+def test_weights_that_the_files_lack_are_named(capsys):
+    source = SimpleNamespace(base="folder")
+    prediction_model.check_loaded(source, {"missing_keys": set()})
+    with pytest.raises(SystemExit):
+        prediction_model.check_loaded(source, {"missing_keys": {"norm.weight", "head.weight"}})
+    error = capsys.readouterr().err
+    assert error == "error: folder lacks 2 weights of the model, such as head.weight\n"
+
+
 # Sharding -----------------------------------------------------------------------------------------
 def test_peft_keeps_no_frozen_copy(place):
     model = AutoModelForCausalLM.from_pretrained(place / "llama")
