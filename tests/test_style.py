@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from test_models import load
 
-from tools import lineage
+from tools import lineage, style
 from utils.settings import make_parser
 
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
@@ -86,6 +86,12 @@ LIMITS = {
     "lines of predict": 350,
     "lines of a function in predict": 60,
     "lines of README.md": 150,
+    # of every script: columns of docs/style.md, with the medians of the peers there
+    "Mean code line": 43.5,
+    "Over 100": 18,
+    "Imported names": 16,
+    "Names before the loop": 56,
+    "Longest function": 159,
 }
 PYTHON = sorted(
     file
@@ -160,6 +166,14 @@ def test_utils_import_each_other_in_one_direction():
         free = [name for name, needs in files.items() if not needs & set(files)]
         assert free, f"files of utils/ import each other in a circle: {sorted(files)}"
         files = {name: needs for name, needs in files.items() if name not in free}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_as_readable_as_the_peers(path):
+    measured = {column: value for column, value in style.measure(path).items() if column in LIMITS}
+    assert len(measured) == 5
+    for column, value in measured.items():
+        measure(column, path, value or 0)  # None: a script without a training loop
 
 
 @pytest.mark.parametrize("name", NAMES)
