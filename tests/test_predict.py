@@ -16,13 +16,14 @@ import pytest
 import torch
 from models import make_model, make_rows, teach
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from conftest import ACCELERATE, ROOT
 from processes import running
 from safetensors.torch import load_file, save_file
 from single import run_single
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-
+from examples import predict
 from utils import documents, prediction, prediction_model, prediction_rows
 from utils import prediction_scores, prediction_sharding
 
@@ -252,6 +253,24 @@ def test_sharded_in_bfloat16(launch, place, tmp_path, config):
     assert len(read(tmp_path / "out.jsonl")) == 22
 
 
+def test_an_answer_ends_at_its_first_end_token(place):
+    def write_on(input_ids, **settings):
+        answers = [[one, 7, two, 2, one], [one, two, two, one, two]]
+        return torch.cat([input_ids, torch.tensor(answers)], dim=1)
+
+    tokenizer = AutoTokenizer.from_pretrained(place / "llama")
+    tokenizer.pad_token = tokenizer.eos_token
+    one, two = tokenizer("parcel train", add_special_tokens=False).input_ids[:2]
+    model = SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=False), generate=write_on)
+    model.generation_config = SimpleNamespace(eos_token_id=[2, 7])
+    config = SimpleNamespace(temperature=0.0, max_new_tokens=5)
+    examples = [SimpleNamespace(input_ids=ids) for ids in ([5], [5, 6, 7])]
+    accelerator = SimpleNamespace(device="cpu")
+    found = predict.generate(config, accelerator, model, tokenizer, examples, [1, 2])
+    texts = [tokenizer.decode(ids).strip() for ids in ([one], [one, two, two, one, two])]
+    assert found == [answer(texts[0]), answer(texts[1], "length")] and texts[0] and texts[1]
+
+
 # Sampling -----------------------------------------------------------------------------------------
 def test_gumbel_noise_samples_the_softmax():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -9.0]).expand(4000, 5)
@@ -370,6 +389,23 @@ def test_the_embedding_of_an_encoder_and_a_decoder_is_hidden(place, name):
         hidden = model.get_input_embeddings(), model.get_output_embeddings()
     assert hidden == ((None, None) if name == "t5" else both)
     assert (model.get_input_embeddings(), model.get_output_embeddings()) == both
+
+
+def test_fsdp2_gets_no_copies_and_no_shared_embedding(place, monkeypatch):
+    def shard(accelerator, model):
+        copies = [one for one in model.modules() if isinstance(one, ModulesToSaveWrapper)]
+        kinds = {type(one.original_module) for one in copies}
+        seen.append((kinds, model.get_input_embeddings(), model.get_output_embeddings()))
+        return model
+
+    seen = []
+    monkeypatch.setattr("accelerate.utils.fsdp2_prepare_model", shard)
+    monkeypatch.setattr("utils.environment.launched_strategy", lambda: "fsdp2")
+    lora = LoraConfig(target_modules=["q"], modules_to_save=["lm_head"])
+    model = get_peft_model(AutoModelForSeq2SeqLM.from_pretrained(place / "t5"), lora)
+    assert predict.prepare(None, model) is model
+    assert seen == [({torch.nn.Identity}, None, None)]
+    assert None not in (model.get_input_embeddings(), model.get_output_embeddings())
 
 
 def test_zero3_gathers_experts_with_all_of_their_block(monkeypatch):
