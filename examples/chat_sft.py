@@ -34,11 +34,11 @@ class Config:
     """dtype of the loaded weights; auto: the mixed-precision dtype if the base is frozen, else
     float32"""
     attn_implementation: str = "documents"
-    """attention backend: documents (utils/packing.py), sdpa, eager, ..."""
+    """attention: documents (each on its own, without a mask: utils/packing.py), sdpa, eager, ..."""
     use_flash_attn: bool = False
     """use the kernels of flash-attn where this machine has them"""
     dataset_name: str = "assets/chat"
-    """Hub id, folder, or .json, .jsonl, .csv or .parquet file"""
+    """Hub id, folder or file (.json, .jsonl, .csv, .tsv, .parquet or .arrow, also compressed)"""
     dataset_config: str = ""
     """configuration of a data set that has several, such as main"""
     dataset_text_field: str = ""
@@ -47,7 +47,8 @@ class Config:
     """training split and held-out split, such as train,test; empty: train, and the first of test,
     validation and eval that exists"""
     streaming: bool = False
-    """read the data while training, for data larger than memory; needs max_steps"""
+    """read the data while training, for data larger than memory; needs max_steps, and
+    eval_strategy and save_strategy steps or no"""
     chat_template_format: str = "none"
     """chat template: chatml, zephyr, a .jinja file, or the name of a template of the tokenizer;
     none: the tokenizer's only template, or the one called default"""
@@ -76,10 +77,10 @@ class Config:
     lora_dropout: float = 0.0
     """dropout probability on the input of the LoRA layers"""
     lora_target_modules: str = HfArg(default="all-linear", aliases=["--target_modules"])
-    """layers that get LoRA: names, comma separated, a regular expression, or all-linear"""
+    """layers that get LoRA: comma-separated names, a regular expression, or all-linear"""
     lora_target_parameters: str = ""
-    """fused weights of routed experts that get LoRA, comma separated, such as experts.down_proj;
-    experts: all of them"""
+    """comma-separated names of fused weights of experts that get LoRA, such as experts.down_proj;
+    the value experts means all of them"""
     adapter_name_or_path: str = ""
     """LoRA adapter to train further, folder or Hub id; empty: a new one"""
     use_4bit_quantization: bool = False
@@ -186,7 +187,12 @@ def read_rows(config):
 
 
 def build_dataloaders(config, accelerator, tokenizer, rows, state, num_added):
-    """Return the `Data` of a run. `state` is that of the checkpoint to resume, or START."""
+    """Return the `Data` of a run.
+
+    Args:
+        state: that of the checkpoint to resume; for a new run its initial values.
+        num_added: number of tokens that the chat template added to the tokenizer.
+    """
     encoding, date = chat.data.prepare_encoding(
         config,
         tokenizer,
@@ -232,9 +238,9 @@ def build_model(config, tokenizer, num_added):
             bnb_4bit_quant_storage=config.bnb_4bit_quant_storage_dtype or config.dtype,
         )
     if config.use_4bit_quantization and launch.shards_parameters():
-        # else every GPU quantizes the full model
+        # on the CPU, so that no GPU has to hold the full model
         options["device_map"] = {"": "cpu"}
-        # under ZeRO-3 transformers takes no device_map
+        # transformers refuses a device_map under ZeRO-3: hide ZeRO-3 from it
         transformers.integrations.deepspeed.unset_hf_deepspeed_config()
     model = launch.load_sharded(
         transformers.AutoModelForCausalLM,
@@ -261,7 +267,7 @@ def build_model(config, tokenizer, num_added):
         )
         # a reentrant layer needs an input with a gradient
         model.enable_input_require_grads()
-    # resizing may draw random numbers; LoRA must start the same
+    # seed again: resizing may draw random numbers, and LoRA must not depend on them
     accelerate.utils.set_seed(config.seed)
     if config.use_peft_lora:
         model = add_lora(config, model, modules_to_save)
@@ -324,7 +330,7 @@ def prepare(config, accelerator, model):
     strategy = launch.launched_strategy()
     if config.torch_compile:
         chat.kernels.compile_layers(accelerator, model)
-    # in zero1 this may select BF16_Optimizer, whose state cannot be saved
+    # sums in float32; in zero1 this may select BF16_Optimizer, whose state cannot be saved
     sums = {"data_types": {"grad_accum_dtype": "fp32"}} if strategy != "zero1" else {}
     launch.configure_deepspeed(
         accelerator,
@@ -355,7 +361,7 @@ def prepare(config, accelerator, model):
     model, optimizer = accelerator.prepare(model, build_optimizer(config, model))
     if strategy == "fsdp2":
         launch.move_quant_states(model, accelerator.device)
-        # gathers the root unit, as forward does
+        # makes `generate` gather the root unit, as `forward` does
         torch.distributed.fsdp.register_fsdp_forward_method(model, "generate")
     return model, optimizer
 
@@ -431,7 +437,7 @@ def show_answers(config, accelerator, model, tokenizer, prompts):
             answer = tokenizer.decode(tokens[0, len(prompt) :], skip_special_tokens=True)
             end = tokenizer.decode(prompt)[-100:]
             accelerator.print(f"  {end!r} -> {answer.strip()!r}")
-    # it is saved with the model
+    # put the model's own settings back: they are saved with it
     unwrapped.generation_config = own
     if hasattr(unwrapped, "peft_config"):
         # PEFT's generate has copied the greedy one to its base
@@ -495,7 +501,7 @@ def main():
     if data.valid_batches and not state["folder"]:
         log_evaluation(config, accelerator, model, tokenizer, data, log)
     with tracker.phase("train"):
-        # from_pretrained returns a model without dropout and checkpointing
+        # from_pretrained returns the model in eval mode: dropout and checkpointing are off
         model.train()
         accumulated = config.gradient_accumulation_steps
         num_updates = max_steps - state["step"]
@@ -557,7 +563,7 @@ def main():
         metrics = progress.collect_metrics(tracker, *log.scores())
         metrics["evaluations"] = progress.evaluations
         if accelerator.is_main_process:
-            # when the block ends, new_folder checks the files and adds metrics and memory.png
+            # when the block ends, new_folder checks the files, and adds metrics, plots and README
             with files.new_folder(metrics, progress, with_log=False, overwrite=True) as folder:
                 files.write(folder, weights)
             results.print_scores(metrics)

@@ -110,7 +110,7 @@ def set_engine_dtype(accelerator, dtype):
     settings = accelerator.deepspeed_plugin.deepspeed_config
     settings["bf16"] = {"enabled": dtype == "bfloat16"}
     settings["fp16"] = {"enabled": dtype == "float16"}
-    # DeepSpeed needs one, also without training
+    # DeepSpeed needs a batch size, even without training
     settings["train_micro_batch_size_per_gpu"] = 1
     accelerator.deepspeed_plugin.set_deepspeed_weakref()
 
@@ -131,7 +131,7 @@ def prepare(accelerator, model):
         prediction_sharding.drop_frozen_copies(model)
         with prediction_sharding.hiding_embeddings(model):
             model = accelerate.utils.fsdp2_prepare_model(accelerator, model)
-        # gathers the root unit, as forward does
+        # makes `generate` gather the root unit, as `forward` does
         torch.distributed.fsdp.register_fsdp_forward_method(model, "generate")
         return model
     return model.to(accelerator.device)
@@ -209,7 +209,8 @@ def score(accelerator, model, tokenizer, examples):
         logits = model(**batch, labels=labels, use_cache=False).logits
     else:
         logits = model(**batch, use_cache=False).logits
-        # each position predicts the next token; an adapter may have put positions before the row
+        # each position predicts the next token; count from the end, because an adapter for
+        # prompt tuning puts positions before the row
         width = labels.shape[1]
         logits = logits[:, -width:-1]
         labels = labels[:, 1:]
