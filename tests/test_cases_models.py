@@ -24,14 +24,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.integrations import hub_kernels
 
 from utils import (
-    chat_settings,
     deepspeed_checks,
     documents,
     errors,
     launch_checks,
     model_files,
-    resuming,
 )
+from utils.chat import resuming
+from utils.chat import settings as chat_settings
 from utils import vocabulary
 from utils.conversations import DataError
 from utils.lora import adapter_rows, expert_targets, lora_targets, text_layers
@@ -387,7 +387,9 @@ def test_the_check_has_as_many_documents_as_evaluation(
 ):
     module, seen = load("chat_sft"), []
     monkeypatch.setattr(
-        module, "check_token_loss", lambda accelerator, model, packed, alone: seen.append(alone)
+        module.chat.token_loss,
+        "check_token_loss",
+        lambda accelerator, model, packed, alone: seen.append(alone),
     )
     config = SimpleNamespace(
         packing=False,

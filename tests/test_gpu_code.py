@@ -21,19 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from examples import chat_sft
-from utils import (
-    chat_settings,
-    checkpoint,
-    environment,
-    flops,
-    launch,
-    loss,
-    packing,
-    process_group,
-    results,
-    run_log,
-    signals,
-)
+from utils import checkpoint, environment, launch, packing, process_group, results
+from utils.chat import checkpoints, flops, run_log, signals
+from utils.chat import settings as chat_settings
+from utils.chat import token_loss as loss
 
 SIZE = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 SIZE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -235,6 +226,13 @@ READS = {
     results.read_numbers: ["torch.hstack(values).tolist()"],
     results.Progress.print_epoch: [],
     run_log.RunLog.check_last_update: [],
+    run_log.RunLog.begin_update: [],
+    run_log.RunLog.end_update: [],
+    run_log.RunLog.is_due: [],
+    run_log.RunLog.is_evaluation_due: [],
+    run_log.is_due: [],
+    checkpoints.Checkpoints.is_due: [],
+    checkpoints.Checkpoints.is_kept: [],
     signals.StopSignals.flags: ["float(number in self.received)"],  # numbers of the CPU
     results.Progress.log: ["read_numbers(self.accelerator.device, *tensors.values())"],
 }

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from utils import loss as loss_module
+from utils.chat import token_loss as loss_module
 from utils.chat.token_loss import HeadLoss, add_token_loss, check_token_loss
 from utils.packing import NAME, join
 

@@ -1,4 +1,4 @@
-"""What the production scripts chat_sft and predict use beside what the lessons use."""
+"""What chat_sft alone uses; it shares the rest of utils/ with the lessons and predict."""
 
 from utils.chat import checkpoints as checkpoints
 from utils.chat import data as data
