@@ -252,8 +252,8 @@ def main():
             micro_batches = [next(batches) for _ in range(config.gradient_accumulation_steps)]
             targets = [count_targets(batch) for batch in micro_batches]
             inputs = sum(batch["attention_mask"].sum() for batch in micro_batches)
-            # label tokens and input tokens of this update, summed over all processes; the sum of
-            # label tokens starts from `0 * inputs`: a tensor, even if count_targets returns numbers
+            # label tokens and input tokens of this update, summed over all processes
+            # (`0 * inputs` makes the sum a tensor, even if your count_targets returns numbers)
             counts = torch.stack([sum(targets, 0 * inputs), inputs])
             step_targets, step_inputs = accelerator.reduce(counts)
             step_loss = torch.zeros((), device=accelerator.device)
@@ -285,7 +285,7 @@ def main():
     weights = gather_weights(accelerator, model)
     metrics = progress.collect_metrics(tracker, before, after)
     if accelerator.is_main_process:
-        # when the block ends, new_folder checks the files and adds metrics, log and plots
+        # when the block ends, new_folder checks the files and adds metrics, log, plots, model card
         with files.new_folder(metrics, progress) as folder:
             files.write(folder, weights)
     progress.finish(metrics, samples)
@@ -294,7 +294,7 @@ def main():
 # 7. Save ------------------------------------------------------------------------------------------
 # leave, unless you know why
 def gather_weights(accelerator, model):
-    """Return the trained parameters by name, unsharded. Call it in every process to gather them."""
+    """Return the trained parameters by name, unsharded. Call it in every process: it may gather."""
     return accelerator.get_state_dict(model)
 
 
