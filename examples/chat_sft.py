@@ -577,7 +577,7 @@ def main():
 # 7. Save ------------------------------------------------------------------------------------------
 # leave, unless you know why
 def gather_weights(accelerator, model):
-    """Return the trained parameters by name, unsharded. Call it in every process to gather them."""
+    """Return the trained parameters by name, unsharded. Call it in every process: it gathers."""
     # a frozen base stays sharded
     return chat.checkpoints.gather_trained(accelerator, model)
 
