@@ -57,8 +57,8 @@ def run(environment, hub, files, tmp_path):
             "HF_HUB_DISABLE_XET": "1",
         }
         known |= {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "tmp"), **extra}
-        code = "import shutil, time\nfrom utils.chat import hub\n"
-        code += "from utils.chat.hub import HubPusher\n"
+        code = "import shutil, time\nfrom utils import hub\n"
+        code += "from utils.hub import HubPusher\n"
         code += textwrap.dedent(lines)
         done = subprocess.run(
             [sys.executable, "-c", code],

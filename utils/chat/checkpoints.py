@@ -8,7 +8,7 @@ from utils.checkpoint import CheckpointError, keep_newest, load_checkpoint, remo
 from utils.checkpoint import gather_trained as gather_trained  # chat_sft takes it from here
 from utils.checkpoint import save_checkpoint
 from utils.errors import fail, refusing
-from utils.chat.hub import push_checkpoint, start_pusher
+from utils.hub import push_checkpoint, start_pusher
 from utils.launch import state_bytes
 from utils.results import WeightFiles
 from utils.chat.resuming import PER_UPDATE
