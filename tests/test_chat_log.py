@@ -121,6 +121,27 @@ def test_lines_of_updates_that_are_made_again_are_removed(make_progress, make_lo
     assert lines_of(make_log(make_progress(6, 100))) == []  # a new run
 
 
+def test_no_update_is_missing_in_the_lines_of_a_resumed_run(make_progress, make_log):
+    """The interrupted run wrote a line after update 2, and stopped after update 3."""
+    progress = make_progress(6, 100)
+    log = make_log(progress)
+    for loss in (1.0, 3.0):
+        log_update(progress, loss)
+        log.add_seconds(0.5)
+    log.write_updates()
+    log_update(progress, 4.0, labels=10)
+    log.write_scores({"perplexity": 3.0})
+    resumed = make_log(progress)
+    log_update(progress, 8.0, labels=30)
+    resumed.add_seconds(2.0)
+    resumed.write_updates()
+    first, _, last = lines_of(resumed)
+    assert (first["step"], first["loss"]) == (2, 2.0)
+    assert (last["step"], last["loss"]) == (4, (4 * 10 + 8 * 30) / 40)
+    # only of the updates whose time is known
+    assert last["tokens_per_second"] == 60 / 2 and last["seconds_left"] == 4.0
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("loss", [1.0, 0.0, math.nan, math.inf])
 @pytest.mark.parametrize("grad_norm", [1.0, math.nan])

@@ -59,7 +59,8 @@ class RunLog:
         self.flop_per_input, self.flop_per_label = flop
         self.peak = peak_flop_per_second(accelerator)
         self.seconds, self.seconds_unwritten = seconds, 0.0
-        self.num_written = len(progress.updates)
+        # of the updates before a resume only the total time is known
+        self.num_resumed = self.num_written = len(progress.updates)
         self.path = Path(config.output_dir, "log.jsonl")
         if config.report_to != "none":
             texts = {name: str(value) for name, value in vars(config).items()}
@@ -76,14 +77,21 @@ class RunLog:
         return is_due(self.config.eval_strategy, self.config.eval_steps, self.progress)
 
     def remove_later_lines(self):
-        """Remove the lines of updates that the run will make again."""
+        """Remove the lines of updates that the run will make again.
+
+        The next line with a loss follows the last one that is kept: it also has the mean of the
+        updates that the interrupted run had made, and not yet written.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = []
-        if self.num_written and self.path.is_file():
+        if self.num_resumed and self.path.is_file():
             lines = self.path.read_text().splitlines(keepends=True)
-        complete = [line for line in lines if line.endswith("}\n")]
-        kept = [line for line in complete if json.loads(line)["step"] <= self.num_written]
-        self.path.write_text("".join(kept))
+        complete = [(line, json.loads(line)) for line in lines if line.endswith("}\n")]
+        kept = [(line, values) for line, values in complete if values["step"] <= self.num_resumed]
+        self.path.write_text("".join(line for line, _ in kept))
+        if kept:
+            steps = [values["step"] for _, values in kept if "loss" in values]
+            self.num_written = max(steps, default=0)
 
     def check_last_update(self, last_good):
         """Stop if the last update's loss is NaN or infinite, or its gradient norm is NaN.
@@ -128,12 +136,14 @@ class RunLog:
     def write_updates(self):
         """Write the mean loss and the speed of the updates since the last such line."""
         part, seconds = self.progress.updates[self.num_written :], self.seconds_unwritten
-        labels = sum(update["target_tokens"] for update in part)
-        inputs = sum(update["input_tokens"] for update in part)
+        timed = [update for update in part if update["step"] > self.num_resumed]
+        all_labels = sum(update["target_tokens"] for update in part)
+        labels = sum(update["target_tokens"] for update in timed)
+        inputs = sum(update["input_tokens"] for update in timed)
         last = part[-1]
         values = {
             "step": last["step"],
-            "loss": sum(update["loss"] * update["target_tokens"] for update in part) / labels,
+            "loss": sum(update["loss"] * update["target_tokens"] for update in part) / all_labels,
             "learning_rate": last["learning_rate"],
             "grad_norm": last["grad_norm"],
             "epoch": last["epoch"],
@@ -143,7 +153,7 @@ class RunLog:
             flop = self.flop_per_input * inputs + self.flop_per_label * labels
             values["flops_utilisation"] = flop / seconds / self.peak
         updates_left = self.progress.max_steps - last["step"]
-        values["seconds_left"] = updates_left * seconds / len(part)
+        values["seconds_left"] = updates_left * seconds / len(timed)
         self.write(values)
         self.num_written, self.seconds_unwritten = last["step"], 0.0
 
