@@ -610,6 +610,7 @@ GOOD = json.dumps({"prompt": "the parcel"})
 LONG = "parcel " * 90
 BAD = {  # line -> words of the error, settings
     "{": ("is not JSON", {}),
+    '{"prompt": "a': ("is not JSON (Unterminated string", {}),
     '["prompt"]': ("is a list, not a JSON object", {}),
     '{"prompt": "a", "prompt": "b"}': ("has the key 'prompt' twice", {}),
     '{"question": "a"}': ("has none of the keys messages, prompt and text", {}),
@@ -649,6 +650,21 @@ def test_bytes_that_are_no_text_and_unknown_tokens(place, tmp_path, capsys):
             index_of(place, tmp_path, ['{"prompt": "<s>"}', line, b""], num_rows=3)
         error = capsys.readouterr().err
         assert "rows.jsonl, line 2 " in error and reason in error
+
+
+def test_the_flag_for_a_base_that_moved_is_named(place, tmp_path, capsys):
+    shutil.copytree(place / "adapter", tmp_path / "adapter")
+    file, moved = tmp_path / "adapter/adapter_config.json", str(tmp_path / "moved")
+    settings = json.loads(file.read_text()) | {"base_model_name_or_path": moved}
+    file.write_text(json.dumps(settings))
+    config = SimpleNamespace(
+        model_name_or_path=str(tmp_path / "adapter"),
+        base_model_name_or_path="",
+    )
+    with pytest.raises(SystemExit):
+        prediction_model.find_source(config)
+    error = capsys.readouterr().err
+    assert f"its base {moved} (--base_model_name_or_path gives another place) is neither" in error
 
 
 def test_text_is_not_for_a_model_with_an_encoder(place, tmp_path, capsys):

@@ -67,7 +67,7 @@ def parse(line, where):
             cannot be written as UTF-8.
     """
     try:
-        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique)
+        row = json.loads(line.decode("utf-8-sig").strip(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON ({first_line(error)})") from None
     if not isinstance(row, dict):

@@ -126,7 +126,9 @@ def find_source(config):
     """Return the `Source` that --model_name_or_path names; stop if it cannot be loaded."""
     name = config.model_name_or_path
     adapter, base = find_adapter(config)
-    culprit = f"--model_name_or_path {name}" + (f": its base {base}" if adapter else "")
+    culprit = f"--model_name_or_path {name}"
+    if adapter:
+        culprit += f": its base {base} (--base_model_name_or_path gives another place)"
     if not adapter and (Path(name) / "state.pt").is_file():
         refuse(
             f"{culprit} is a checkpoint of causal_lm_lora_resume.py, which does not name its "
