@@ -236,8 +236,11 @@ def nothing_left(split, config, num_long, notes):
             f"no row of {split} has a token to train on within --max_length {config.max_length}: "
             "raise it"
         )
-    found = f" ({census(notes)})" if notes else ""
-    return f"no row of {split} has a token to train on{found}: give rows that have one"
+    found = f"; found: {census(notes)}" if notes else ""
+    return (
+        f"no row of {split} has a token to train on: give rows with a turn, a completion or a text "
+        f"to learn{found}"
+    )
 
 
 def read_stream(config, rows, unread, epoch, is_strict=False, **encoding):
