@@ -137,20 +137,20 @@ class RunLog:
         """Write the mean loss and the speed of the updates since the last such line."""
         part, seconds = self.progress.updates[self.num_written :], self.seconds_unwritten
         timed = [update for update in part if update["step"] > self.num_resumed]
-        all_labels = sum(update["target_tokens"] for update in part)
-        labels = sum(update["target_tokens"] for update in timed)
+        labels = sum(update["target_tokens"] for update in part)
+        timed_labels = sum(update["target_tokens"] for update in timed)
         inputs = sum(update["input_tokens"] for update in timed)
         last = part[-1]
         values = {
             "step": last["step"],
-            "loss": sum(update["loss"] * update["target_tokens"] for update in part) / all_labels,
+            "loss": sum(update["loss"] * update["target_tokens"] for update in part) / labels,
             "learning_rate": last["learning_rate"],
             "grad_norm": last["grad_norm"],
             "epoch": last["epoch"],
             "tokens_per_second": inputs / seconds,
         }
         if self.peak:
-            flop = self.flop_per_input * inputs + self.flop_per_label * labels
+            flop = self.flop_per_input * inputs + self.flop_per_label * timed_labels
             values["flops_utilisation"] = flop / seconds / self.peak
         updates_left = self.progress.max_steps - last["step"]
         values["seconds_left"] = updates_left * seconds / len(timed)
