@@ -29,7 +29,9 @@ LONGEST = ("test_chat", "test_resume", "test_runs", "test_parity")  # start befo
 # prefixes of environment variables that a fresh machine does not have
 DROPPED = tuple("ACCELERATE_ HF_ FSDP_ OMP_ RANK LOCAL_RANK WORLD_SIZE MASTER_ VIRTUAL_ENV".split())
 
-torch.set_num_threads(1)  # more threads slow down the small models of the tests
+# More threads than cores wait for each other: two workers would slow down each other's processes.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # the same for processes that tests start without a launcher
 
 
 def pytest_addoption(parser):
@@ -92,6 +94,7 @@ def started(request, tmp_path_factory):
         "HF_HUB_OFFLINE": "1",
         # no GPU: two processes can run on a machine with one GPU; tests/gpu overrides this
         "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
         # not the default folder: there, a killed compilation may have left a lock, on which every
         # later run waits
         "TORCH_EXTENSIONS_DIR": str(extensions),
