@@ -5,6 +5,7 @@ import csv
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,9 @@ from deepspeed.ops.op_builder import CPUAdamBuilder
 CPUAdamBuilder().load(verbose=False)
 """
 BUILD_LIMIT = 600  # seconds
-LONGEST = ("test_chat", "test_resume", "test_runs", "test_parity")  # start before the other files
+# start before the other files
+LONGEST = """test_chat test_resume test_runs test_parity test_nvme test_failures test_predict
+test_resume_elsewhere test_sharded_loading test_cases_saving""".split()
 # prefixes of environment variables that a fresh machine does not have
 DROPPED = tuple("ACCELERATE_ HF_ FSDP_ OMP_ RANK LOCAL_RANK WORLD_SIZE MASTER_ VIRTUAL_ENV".split())
 
@@ -99,6 +102,8 @@ def started(request, tmp_path_factory):
         # later run waits
         "TORCH_EXTENSIONS_DIR": str(extensions),
     }
+    if shutil.which("g++") and "CXX" not in environment:
+        environment["CXX"] = str(ROOT / "tests/compiler/g++")
     build = start_build(environment)
     forks = ForkServer(environment, tmp_path_factory.mktemp("forks"))
     yield environment, forks

@@ -41,7 +41,7 @@ LAUNCHERS = ("simple_launcher", "multi_gpu_launcher", "deepspeed_launcher")
 PR_SET_CHILD_SUBREAPER = 36  # an option of Linux's prctl
 LIMIT = 900  # seconds; no command needs a tenth of that on an idle machine
 # libraries read these variables at use, not at import; OMP_NUM_THREADS must be 1, as in the server
-READ_LATE = {"PATH", "PYTHONPATH", "TORCH_EXTENSIONS_DIR", "OMP_NUM_THREADS"}
+READ_LATE = {"PATH", "PYTHONPATH", "TORCH_EXTENSIONS_DIR", "OMP_NUM_THREADS", "CXX"}
 READ_LATE |= {"ACCELERATE_DEEPSPEED_CONFIG_FILE"}
 
 

@@ -206,8 +206,8 @@ def test_without_a_compiler_torch_adamw_gives_the_same_losses(
                 (programs / program.name).symlink_to(program.path)
     for name in ("c++", "g++", "cc", "gcc", "clang"):
         assert not shutil.which(name, path=str(programs))
-    assert "CXX" not in environment
     bare = {"PATH": str(programs), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    bare["CXX"] = "c++"  # torch's default
     done = launch(OFFLOAD, "zero3_offload", *arguments, output_dir, processes=2, **bare)
     (line,) = [line for line in done.stdout.splitlines() if "DeepSpeedCPUAdam" in line]
     assert "cannot be built" in line and "install" in line and "g++" in line and "AdamW" in line

@@ -4,6 +4,7 @@ import pytest
 from model_rows import assert_rows_as_committed, groups
 
 
+@pytest.mark.table
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", groups(0), ids=" ".join)
 def test_rows_give_the_committed_answers(environment, tmp_path, rows):

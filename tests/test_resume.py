@@ -240,16 +240,8 @@ def test_signal_to_the_launcher_stops_all_processes(environment, tmp_path):
 
 
 @pytest.mark.slow  # test_resume_lesson.py kills in a save in the default suite
-@pytest.mark.parametrize("kills", [1, 20])
-def test_killed_at_random_moments(environment, kills):
-    command = [
-        sys.executable,
-        "benchmarks/kill.py",
-        "--kills",
-        str(kills),
-        "--seed",
-        str(os.getpid()),
-    ]
+def test_killed_at_random_moments(environment):
+    command = [sys.executable, "benchmarks/kill.py", "--kills", "20", "--seed", str(os.getpid())]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{kills} kill" in done.stdout and "bit for bit" in done.stdout
+    assert "20 kill" in done.stdout and "bit for bit" in done.stdout
