@@ -31,7 +31,9 @@ runner = load("run")
 def run_sh(*arguments):
     command = ["bash", str(SCRIPT), *map(str, arguments)]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    variables = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    # PYTEST_ADDOPTS is for this pytest, not for the one of the script
+    variables = {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "PYTEST_ADDOPTS": ""}
+    variables = os.environ | variables
     return subprocess.run(command, env=variables, cwd="/", timeout=300, **streams)
 
 
