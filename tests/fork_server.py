@@ -42,7 +42,9 @@ PR_SET_CHILD_SUBREAPER = 36  # an option of Linux's prctl
 LIMIT = 900  # seconds; no command needs a tenth of that on an idle machine
 # libraries read these variables at use, not at import; OMP_NUM_THREADS must be 1, as in the server
 READ_LATE = {"PATH", "PYTHONPATH", "TORCH_EXTENSIONS_DIR", "OMP_NUM_THREADS", "CXX"}
-READ_LATE |= {"ACCELERATE_DEEPSPEED_CONFIG_FILE"}
+# with this variable, the processes of a launch end like any other, and Python cleans its memory
+WHOLE_EXIT = "TESTS_WHOLE_EXIT"
+READ_LATE |= {"ACCELERATE_DEEPSPEED_CONFIG_FILE", WHOLE_EXIT}
 
 
 # Client: runs in the tests ------------------------------------------------------------------------
@@ -157,6 +159,8 @@ def run_when_told(pipe):
     if text:
         Forked.waiting.clear()
         run_python(**json.loads(text))
+        if WHOLE_EXIT in os.environ:
+            sys.exit()
         end_well()
 
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import read_metrics
+from fork_server import WHOLE_EXIT
 from models import make_data, make_model
 from processes import plant, running
 
@@ -167,8 +168,8 @@ ABORTS = ("terminate called", "Aborted", "SIGABRT", "Segmentation fault")
 def offloaded(launch, arguments, tmp_path_factory):
     """Three successive runs of two updates under ZeRO-3 with offload: (output, metrics) of each.
 
-    They are forked. Aborts happen when an interpreter ends, and test_runs.py looks for them in a
-    real launch.
+    They are forked, and skip most of the interpreter's end, where aborts happen:
+    test_twenty_runs_do_not_abort does not, and test_runs.py looks for aborts in a real launch.
     """
     folder = tmp_path_factory.mktemp("offloaded")
     runs = []
@@ -185,12 +186,27 @@ def test_repeated_runs_do_not_abort_and_have_equal_losses(offloaded):
         assert metrics["losses"] == offloaded[0][1]["losses"]
 
 
+def aborts(launch, script, *flags):
+    """Run the script, with the interpreter's whole end, and return the signs of an abort."""
+    ends = {WHOLE_EXIT: "1"}
+    done = launch(script, "zero3_offload", *flags, processes=2, code=None, **ends)
+    found = [word for word in ABORTS if word in done.stdout]
+    assert bool(done.returncode) == bool(found), done.stdout
+    return found
+
+
 @pytest.mark.slow
 def test_twenty_runs_do_not_abort(launch, arguments, tmp_path):
     for number in range(20):
-        flags = (*arguments, tmp_path / str(number))
-        done = launch(OFFLOAD, "zero3_offload", *flags, processes=2, real=True)
-        assert [word for word in ABORTS if word in done.stdout] == []
+        assert aborts(launch, OFFLOAD, *arguments, tmp_path / str(number)) == []
+
+
+@pytest.mark.slow
+def test_an_abort_at_the_end_of_the_interpreter_is_seen(launch, arguments, tmp_path):
+    last = "class Last:\n    def __del__(self, end=__import__('os').abort):\n        end()\n"
+    last += "sys.modules['last'] = Last()"  # Python clears it last
+    copy = plant(tmp_path, OFFLOAD, ("\nimport sys\n", f"\nimport sys\n{last}\n"))
+    assert aborts(launch, copy, *arguments, tmp_path / "run")
 
 
 def test_without_a_compiler_torch_adamw_gives_the_same_losses(
