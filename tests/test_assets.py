@@ -4,8 +4,6 @@ import csv
 import itertools
 import json
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -123,22 +121,21 @@ def test_tokenizer(name, messages):
             assert ids[-1] == tokenizer.eos_token_id
 
 
-def pretrain(*args):
-    command = [sys.executable, "-m", "assets.pretrain", *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_pretrain(name, tmp_path):
-    args = [name.removeprefix("tiny-"), "--output_dir", tmp_path / "model", "--num_exchanges", 640]
-    run = pretrain(*args)
-    assert run.returncode == 0, run.stderr
+def test_pretrain(forks, name, tmp_path):
+    def pretrain(*more):
+        return forks.run("-m", "assets.pretrain", *words, *more, cwd=ROOT)
+
+    words = (name.removeprefix("tiny-"), "--output_dir", tmp_path / "model")
+    words += ("--num_exchanges", 640)
+    run = pretrain()
+    assert run.returncode == 0, run.stdout
     MODELS[name].from_pretrained(tmp_path / "model")
     weights = (tmp_path / "model" / "model.safetensors").read_bytes()
 
-    assert "--overwrite_output_dir" in pretrain(*args).stderr
-    assert pretrain(*args, "--overwrite_output_dir").returncode == 0
+    assert "--overwrite_output_dir" in pretrain().stdout
+    assert pretrain("--overwrite_output_dir").returncode == 0
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == weights
 
 
