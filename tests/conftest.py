@@ -28,7 +28,7 @@ CPUAdamBuilder().load(verbose=False)
 BUILD_LIMIT = 600  # seconds
 # start before the other files
 LONGEST = """test_chat test_resume test_runs test_parity test_nvme test_failures test_predict
-test_resume_elsewhere test_sharded_loading test_cases_saving""".split()
+test_resume_elsewhere test_sharded_loading test_cases_saving test_saving test_machines""".split()
 # prefixes of environment variables that a fresh machine does not have
 DROPPED = tuple("ACCELERATE_ HF_ FSDP_ OMP_ RANK LOCAL_RANK WORLD_SIZE MASTER_ VIRTUAL_ENV".split())
 
