@@ -7,12 +7,15 @@ import shutil
 import pytest
 import torch
 import transformers
-from merge_models import ALL, check, draw, full_model, logits, make_llama, run
+from merge_models import ALL, BASES, SENSITIVE, check, draw, full_model, logits, make_llama, run
 from merge_models import save_adapter, save_base, tensors
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from tools.merge_adapter import lazy
+from tools.merge_adapter.check import EXACT, LARGEST, exact_tolerance, probe
+from tools.merge_adapter.model import build_model
+from tools.merge_adapter.read import read_weights
 
 MLP = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 CASES = {
@@ -96,6 +99,30 @@ def test_merged_equals_base_and_adapter_and_pefts_own_merge(tmp_path, case):
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert untouched.keys() <= written.keys()
     assert sum(torch.equal(written[key], untouched[key]) for key in untouched) >= 1
+
+
+def test_a_model_that_enlarges_rounding_is_merged(tmp_path):
+    base = save_base(tmp_path / "base", "t5")
+    adapter = save_adapter(tmp_path / "adapter", base, **SENSITIVE)
+    run(adapter, "--output_dir", tmp_path / "out")
+    check(base, adapter, tmp_path / "out", tolerance=LARGEST)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_only_such_a_model_has_a_larger_tolerance(tmp_path, name):
+    base = save_base(tmp_path / "base", name)
+    settings = SENSITIVE if name == "t5" else ALL
+    model = full_model(base, save_adapter(tmp_path / "adapter", base, **settings), merge=True)
+    model.save_pretrained(tmp_path / "merged")
+    weights = read_weights(tmp_path / "merged", "model", "base")
+    merged = build_model(type(model), BASES[name], weights)
+    ids = torch.arange(0, 96, 5)
+    logits = probe(merged, ids)
+    far = logits + 2 * EXACT * logits.abs().max()
+    assert exact_tolerance(merged, ids, logits, logits) == EXACT
+    found = exact_tolerance(merged, ids, far, logits)
+    assert found == EXACT if name == "llama" else EXACT < found <= LARGEST
+    assert probe(merged, ids).equal(logits)  # the weights are as before
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

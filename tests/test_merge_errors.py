@@ -11,7 +11,8 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT
-from merge_models import SMALL, draw, error_of, make_llama, run, save_adapter, save_base, tensors
+from merge_models import SENSITIVE, SMALL, draw, error_of, make_llama, run
+from merge_models import save_adapter, save_base, tensors
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -178,6 +179,20 @@ def test_wrong_logits_leave_nothing(tmp_path, llama, capsys, monkeypatch, wrong)
         capsys, llama[1], "--output_dir", tmp_path / "out"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_merge_of_a_model_that_enlarges_rounding_is_found(tmp_path, capsys, monkeypatch):
+    base = save_base(tmp_path / "base", "t5")
+    adapter = save_adapter(tmp_path / "adapter", base, **SENSITIVE)
+    original = merging.merge_unit
+
+    def merge_unit(*arguments):
+        return {key: 1.01 * value for key, value in original(*arguments).items()}
+
+    monkeypatch.setattr(merging, "merge_unit", merge_unit)
+    error = error_of(capsys, adapter, "--output_dir", tmp_path / "out")
+    assert "differ from those of base + adapter" in error
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")

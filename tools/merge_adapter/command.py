@@ -10,7 +10,7 @@ import transformers
 from transformers.core_model_loading import revert_weight_conversion
 
 from tools import merge_adapter
-from tools.merge_adapter.check import EXACT, TOLERANCES, deviation, probe, probe_ids
+from tools.merge_adapter.check import TOLERANCES, deviation, exact_tolerance, probe, probe_ids
 from tools.merge_adapter.console import add_output_flags, print_saved, run_quietly
 from tools.merge_adapter.lazy import Lazy, recording
 from tools.merge_adapter.merging import merge_lazily, untie
@@ -85,7 +85,9 @@ def merge(arguments):
     with recording():
         weights = revert_weight_conversion(model, weights)
     merged = build_model(model_class, config, weights)
-    exact = deviation(expected, probe(merged, ids), EXACT, "the merged weights")
+    logits = probe(merged, ids)
+    tolerance = exact_tolerance(merged, ids, expected, logits)
+    exact = deviation(expected, logits, tolerance, "the merged weights")
 
     with new_folder(arguments) as folder:
         wanted = arguments.dtype and getattr(torch, arguments.dtype)
@@ -100,24 +102,27 @@ def merge(arguments):
         copy_tokenizer(folder, (adapter_folder, base.folder))
         config = transformers.AutoConfig.from_pretrained(folder)
         written = build_model(model_class, config, read_weights(folder, "model", "result"))
-        found = deviation(expected, probe(written, ids), TOLERANCES[config.dtype], "the result")
+        tolerances = (max(tolerance, TOLERANCES[config.dtype]), tolerance)
+        found = deviation(expected, probe(written, ids), tolerances[0], "the result")
     known = AUTO_CLASSES.get(adapter_config.task_type, model_class)
-    report(arguments.output_dir, config.dtype, expected, exact, found, known.__name__)
+    differences = (found, exact)
+    report(arguments.output_dir, config.dtype, expected, differences, tolerances, known.__name__)
 
 
-def report(folder, dtype, expected, exact, found, class_name):
+def report(folder, dtype, expected, differences, tolerances, class_name):
     """Print how far the logits differ, the files that were written, and how to load them.
 
     Args:
         expected: logits of base + adapter.
-        exact: deviation of the merged weights before they were rounded.
-        found: deviation of the written files.
+        differences: of the written files, and of the merged weights before they were rounded.
+        tolerances: of both.
     """
-    largest, tolerance = expected.abs().max(), TOLERANCES[dtype]
+    largest, (found, exact) = expected.abs().max(), differences
     print(
         f"largest difference of {expected.numel():,} logits from base + adapter, divided by the "
-        f"largest logit, {largest:.4g}: {found:.1e} (tolerance {tolerance:.0e}); before rounding "
-        f"to {str(dtype).removeprefix('torch.')}: {exact:.1e} (tolerance {EXACT:.0e})"
+        f"largest logit, {largest:.4g}: {found:.1e} (tolerance {tolerances[0]:.0e}); before "
+        f"rounding to {str(dtype).removeprefix('torch.')}: {exact:.1e} (tolerance "
+        f"{tolerances[1]:.0e})"
     )
     print_saved(folder, class_name)
 
