@@ -45,7 +45,7 @@ def words_of(command):
 NAMES = [command.stem for command in COMMANDS]
 # those with LoRA run with small batches and one short answer
 BRIEF = ["brief lora_fsdp", "brief lora_zero3"]
-WHOLE_ONES = [pytest.param(name, marks=pytest.mark.slow) for name in ("qlora_fsdp", "qlora_zero3")]
+WHOLE_ONES = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name != "lora_zero3"]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def guides(launch, tmp_path_factory):
                 arguments[arguments.index(flag) + 1] = 1
             arguments += ["--num_samples", 1, "--max_new_tokens", 8]
         # the launch of FSDP1 is a real one; test_copy.py has that of ZeRO-3
-        real = name == "qlora_fsdp"
+        real = name == "lora_fsdp"
         return launch("chat_sft", ROOT / config, *arguments, real=real).stdout, folder
 
     return run

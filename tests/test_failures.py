@@ -186,10 +186,10 @@ def test_repeated_runs_do_not_abort_and_have_equal_losses(offloaded):
         assert metrics["losses"] == offloaded[0][1]["losses"]
 
 
-def aborts(launch, script, *flags):
-    """Run the script, with the interpreter's whole end, and return the signs of an abort."""
-    ends = {WHOLE_EXIT: "1"}
-    done = launch(script, "zero3_offload", *flags, processes=2, code=None, **ends)
+def aborts(launch, script, *flags, real=False):
+    """Run the script, with the end of its interpreters, and return the signs of an abort."""
+    more = {"processes": 2, "code": None, "real": real, WHOLE_EXIT: "1"}
+    done = launch(script, "zero3_offload", *flags, **more)
     found = [word for word in ABORTS if word in done.stdout]
     assert bool(done.returncode) == bool(found), done.stdout
     return found
@@ -198,7 +198,9 @@ def aborts(launch, script, *flags):
 @pytest.mark.slow
 def test_twenty_runs_do_not_abort(launch, arguments, tmp_path):
     for number in range(20):
-        assert aborts(launch, OFFLOAD, *arguments, tmp_path / str(number)) == []
+        # a forked process has the same end, but its libraries were imported by another one
+        is_real = number < 5
+        assert aborts(launch, OFFLOAD, *arguments, tmp_path / str(number), real=is_real) == []
 
 
 @pytest.mark.slow

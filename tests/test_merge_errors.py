@@ -181,18 +181,54 @@ def test_wrong_logits_leave_nothing(tmp_path, llama, capsys, monkeypatch, wrong)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_wrong_merge_of_a_model_that_enlarges_rounding_is_found(tmp_path, capsys, monkeypatch):
-    base = save_base(tmp_path / "base", "t5")
-    adapter = save_adapter(tmp_path / "adapter", base, **SENSITIVE)
+@pytest.fixture
+def wrong_merge(monkeypatch):
+    """Return a function that makes every merged weight wrong by a factor."""
     original = merging.merge_unit
 
-    def merge_unit(*arguments):
-        return {key: 1.01 * value for key, value in original(*arguments).items()}
+    def plant(factor):
+        def merge_unit(*arguments):
+            return {key: factor * value for key, value in original(*arguments).items()}
 
-    monkeypatch.setattr(merging, "merge_unit", merge_unit)
+        monkeypatch.setattr(merging, "merge_unit", merge_unit)
+
+    return plant
+
+
+def test_a_wrong_merge_of_a_model_that_enlarges_rounding_is_found(tmp_path, capsys, wrong_merge):
+    base = save_base(tmp_path / "base", "t5")
+    adapter = save_adapter(tmp_path / "adapter", base, **SENSITIVE)
+    wrong_merge(1.01)
     error = error_of(capsys, adapter, "--output_dir", tmp_path / "out")
     assert "differ from those of base + adapter" in error
+    assert "more than 1e-04" not in error  # the tolerance was measured
     assert not (tmp_path / "out").exists()
+
+
+def test_only_weights_of_the_adapter_make_the_tolerance_larger(tmp_path, capsys, wrong_merge):
+    base = save_base(tmp_path / "base", "t5")
+    run(save_adapter(tmp_path / "first", base, **SENSITIVE), "--output_dir", tmp_path / "merged")
+    last = {"target_modules": r"decoder\.block\.1\..*\.wo"}
+    adapter = save_adapter(tmp_path / "second", tmp_path / "merged", **last)
+    wrong_merge(1.001)
+    error = error_of(capsys, adapter, "--output_dir", tmp_path / "out")
+    assert "more than 1e-04" in error
+
+
+def test_a_wrong_file_of_such_a_model_is_found(tmp_path, capsys, monkeypatch):
+    base = save_base(tmp_path / "base", "t5")
+    adapter = save_adapter(tmp_path / "adapter", base, **SENSITIVE)
+    original = command.write_model
+
+    def write_model(folder, *arguments):
+        original(folder, *arguments)
+        path = folder / "model.safetensors"
+        weights = load_file(path)
+        weights["decoder.final_layer_norm.weight"] *= 1.001
+        save_file(weights, path)
+
+    monkeypatch.setattr(command, "write_model", write_model)
+    assert "more than 1e-04" in error_of(capsys, adapter, "--output_dir", tmp_path / "out")
 
 
 @pytest.fixture(scope="module")

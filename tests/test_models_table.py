@@ -19,8 +19,8 @@ from utils.model_files import ONE_BY_ONE
 
 YES = {"answer": "yes", "reload": "", "seconds": 1.0}
 SENTENCE = "GptOss has no sdpa: give --attn_implementation eager"
-# experts, linear attention, no packing, an encoder, one that needs another attention
-SAMPLE = ["llama4", "qwen3_next", "stablelm", "t5", "prophetnet"]
+# Conv1D, experts, linear attention, no packing, an encoder, another attention
+SAMPLE = ["gpt2", "llama4", "qwen3_next", "stablelm", "t5", "prophetnet"]
 
 
 @pytest.fixture(scope="module")

@@ -39,6 +39,9 @@ from utils.sharded_loading import shard_from_files
 from utils.traffic import compress_gradients as compress_gradients  # a lesson takes it from here
 
 BUCKET = 500_000_000  # DeepSpeed's default for its two bucket sizes, in elements
+# What was imported until now stays until the end: collections of garbage, of which each phase of
+# the memory tracker makes two, need not search it.
+gc.freeze()
 
 
 # The Accelerator ----------------------------------------------------------------------------------
@@ -58,8 +61,7 @@ def start_accelerator(
     7. start a heartbeat between several machines, which ends the run if one is lost;
     8. keep FSDP's mixed precision from rounding gradients, buffers and the loss;
     9. check the path of an offload to NVMe, and give the run a folder there (utils/nvme.py);
-    10. build DeepSpeed's CPU Adam if the optimizer is offloaded; if that fails, use torch's AdamW;
-    11. exclude all objects that exist now, those of the libraries, from garbage collection.
+    10. build DeepSpeed's CPU Adam if the optimizer is offloaded; if that fails, use torch's AdamW.
 
     Prints what really runs, read from the Accelerator.
 
@@ -137,7 +139,6 @@ def start_accelerator(
         accelerator.print(f"CPU threads per process: {threads} (OMP_NUM_THREADS is unset).")
     if hint := precision_hint(accelerator.device.type, accelerator.mixed_precision, tf32):
         accelerator.print(hint)
-    gc.freeze()  # they stay until the end, and searching them takes longer than all others
     return accelerator
 
 

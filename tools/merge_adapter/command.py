@@ -10,7 +10,8 @@ import transformers
 from transformers.core_model_loading import revert_weight_conversion
 
 from tools import merge_adapter
-from tools.merge_adapter.check import TOLERANCES, deviation, exact_tolerance, probe, probe_ids
+from tools.merge_adapter.check import EXACT, TOLERANCES, deviation, exact_tolerance
+from tools.merge_adapter.check import probe, probe_ids
 from tools.merge_adapter.console import add_output_flags, print_saved, run_quietly
 from tools.merge_adapter.lazy import Lazy, recording
 from tools.merge_adapter.merging import merge_lazily, untie
@@ -102,8 +103,11 @@ def merge(arguments):
         copy_tokenizer(folder, (adapter_folder, base.folder))
         config = transformers.AutoConfig.from_pretrained(folder)
         written = build_model(model_class, config, read_weights(folder, "model", "result"))
+        result = probe(written, ids)
+        if config.dtype == torch.float32:  # nothing was rounded: the files hold what was merged
+            deviation(logits, result, EXACT, "the result")
         tolerances = (max(tolerance, TOLERANCES[config.dtype]), tolerance)
-        found = deviation(expected, probe(written, ids), tolerances[0], "the result")
+        found = deviation(expected, result, tolerances[0], "the result")
     known = AUTO_CLASSES.get(adapter_config.task_type, model_class)
     differences = (found, exact)
     report(arguments.output_dir, config.dtype, expected, differences, tolerances, known.__name__)
