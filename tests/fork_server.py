@@ -9,7 +9,8 @@ before the launcher initialised anything.
 A fork cannot show the following, so tests of it need a real launch: environment variables that
 libraries read at import, an import that a script lacks, the output of an import, the command line
 of a process, and sets whose order differs between processes (all forks share the server's hash
-seed). What an interpreter does while it frees its memory at exit is seen with WHOLE_EXIT alone.
+seed). A fork skips what an interpreter does while it frees its memory at exit, unless WHOLE_EXIT is
+set.
 """
 
 import atexit

@@ -43,7 +43,7 @@ def words_of(command):
 
 
 NAMES = [command.stem for command in COMMANDS]
-# those with LoRA run with small batches and one short answer
+# The default suite runs those with LoRA, with small batches and one short answer.
 BRIEF = ["brief lora_fsdp", "brief lora_zero3"]
 WHOLE_ONES = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name != "lora_zero3"]
 

@@ -228,7 +228,8 @@ def test_a_wrong_file_of_such_a_model_is_found(tmp_path, capsys, monkeypatch):
         save_file(weights, path)
 
     monkeypatch.setattr(command, "write_model", write_model)
-    assert "more than 1e-04" in error_of(capsys, adapter, "--output_dir", tmp_path / "out")
+    error = error_of(capsys, adapter, "--output_dir", tmp_path / "out")
+    assert "differ from those of the merged weights" in error and "more than 1e-04" in error
 
 
 @pytest.fixture(scope="module")

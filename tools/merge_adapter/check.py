@@ -70,16 +70,16 @@ def difference(expected, logits):
     return ((logits - expected).abs().max() / expected.abs().max()).item()
 
 
-def deviation(expected, logits, tolerance, what):
+def deviation(expected, logits, tolerance, what, other="base + adapter"):
     """Return the largest difference of the logits, divided by the largest expected logit.
 
-    Stops with an error if it is beyond the tolerance.
+    Stops with an error, which names both models, if it is beyond the tolerance.
     """
     found = difference(expected, logits)
     if not found <= tolerance:
         fail(
-            f"nothing was saved: the logits of {what} differ from those of base + adapter by "
-            f"{found:.1e} of the largest logit, more than {tolerance:.0e} (--dtype float32 helps "
-            "if rounding changes which experts are chosen)"
+            f"nothing was saved: the logits of {what} differ from those of {other} by {found:.1e} "
+            f"of the largest logit, more than {tolerance:.0e} (--dtype float32 helps if this model "
+            "enlarges rounding, for example because rounding changes which experts are chosen)"
         )
     return found

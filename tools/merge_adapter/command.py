@@ -104,10 +104,10 @@ def merge(arguments):
         config = transformers.AutoConfig.from_pretrained(folder)
         written = build_model(model_class, config, read_weights(folder, "model", "result"))
         result = probe(written, ids)
-        if config.dtype == torch.float32:  # nothing was rounded: the files hold what was merged
-            deviation(logits, result, EXACT, "the result")
         tolerances = (max(tolerance, TOLERANCES[config.dtype]), tolerance)
         found = deviation(expected, result, tolerances[0], "the result")
+        if config.dtype == torch.float32:  # nothing was rounded: the files hold what was merged
+            deviation(logits, result, EXACT, "the result", other="the merged weights")
     known = AUTO_CLASSES.get(adapter_config.task_type, model_class)
     differences = (found, exact)
     report(arguments.output_dir, config.dtype, expected, differences, tolerances, known.__name__)
